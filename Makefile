@@ -1,0 +1,33 @@
+# Everything runs inside .venv, which is made on first use from the newest Python of 3.11 to 3.13 that really starts.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+PRESET ?= tiny
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: install train test lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "nsa-jax needs Python 3.11, 3.12 or 3.13 on PATH (or make PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+train: install  ## train a preset (default: tiny, on the standard library's source)
+	$(VENV)/bin/python -m train $(PRESET) $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

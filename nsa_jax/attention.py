@@ -1,0 +1,301 @@
+"""The public ops: arguments are checked here, once, and handed to the implementation asked for.
+
+Shapes: B batch, T tokens, Tq queries, H query heads, K key/value heads, Nc compressed tokens, n selected blocks.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.visibility import segment_starts
+
+Implementation = Literal["reference", "xla", "triton", "mosaic"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "triton", "mosaic")
+QueryOffset = int | Int[Array, ""]
+
+
+class BranchKV(NamedTuple):
+    """Independent keys and values of the three branches (paper, section 3.3.3)."""
+
+    cmp_k: Float[Array, "B Nc K Dk"]
+    cmp_v: Float[Array, "B Nc K Dv"]
+    slc_k: Float[Array, "B T K Dk"]
+    slc_v: Float[Array, "B T K Dv"]
+    win_k: Float[Array, "B T K Dk"]
+    win_v: Float[Array, "B T K Dv"]
+
+
+def nsa_attention(
+    q: Float[Array, "B Tq H Dk"],
+    kv: BranchKV,
+    gates: Float[Array, "B Tq H 3"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_offset: QueryOffset = 0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B Tq H Dv"]:
+    """Native Sparse Attention: o_t = sum over branches c of g_t^c Attn(q_t, K~_t^c, V~_t^c) (equation 5).
+
+    Args:
+      q: queries [B, Tq, H, Dk], float16, bfloat16, float32 or (under x64) float64. H is a multiple of K, and the
+        H / K heads of a group share keys, values and selected blocks.
+      kv: keys and values of each branch, in the dtype of `q`. `cmp_*` [B, Nc, K, Dk|Dv] with
+        Nc = `num_compressed(T, config)`, the others [B, T, K, Dk|Dv].
+      gates: [B, Tq, H, 3] in the order compressed, selected, window; any float dtype.
+      config: the sizes of the branches.
+      scale: factor of the scores; Dk ** -0.5 if None.
+      segment_ids: int32 [B, T], non-decreasing along T. A query sees its own segment only.
+      query_offset: position of the first query (int, or int32 scalar, traced or not). `q` then holds positions
+        query_offset .. query_offset + Tq - 1 of the sequence that the keys cover from 0 to T - 1.
+      implementation: "reference", "xla", "triton", "mosaic", or None for the fastest that supports the device and
+        the arguments.
+
+    Returns:
+      [B, Tq, H, Dv] in the dtype of `q`.
+
+    Raises:
+      ValueError: an argument's shape, dtype or value does not fit, named with what was expected.
+      NotImplementedError: the named implementation does not support the arguments.
+    """
+    if not isinstance(kv, BranchKV):
+        raise ValueError(f"kv = {type(kv).__name__}: expected an nsa_jax.BranchKV")
+    if gates.shape != (*q.shape[:3], 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
+        raise ValueError(f"gates: {_describe(gates)}: expected a float array of shape {(*q.shape[:3], 3)}")
+    T = kv.slc_k.shape[1]
+    if kv.win_k.shape[1] != T:
+        raise ValueError(f"kv.win_k has {kv.win_k.shape[1]} tokens and kv.slc_k {T}: expected the same number")
+    if kv.cmp_k.shape[1] != num_compressed(T, config):
+        raise ValueError(
+            f"kv.cmp_k has {kv.cmp_k.shape[1]} compressed tokens: expected num_compressed({T}, config) = "
+            f"{num_compressed(T, config)}"
+        )
+    if kv.slc_k.shape[2] != kv.cmp_k.shape[2]:
+        raise ValueError(f"kv.slc_k has {kv.slc_k.shape[2]} heads and kv.cmp_k {kv.cmp_k.shape[2]}: expected the same")
+    options: dict[str, Any] = {
+        "config": config,
+        "scale": scale,
+        "segment_ids": segment_ids,
+        "query_offset": query_offset,
+        "implementation": implementation,
+    }
+    o_cmp, lse = compressed_attention(q, kv.cmp_k, kv.cmp_v, **options)
+    block_indices = select_blocks(q, kv.cmp_k, lse, **options)
+    o_slc = selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options)
+    o_win = window_attention(q, kv.win_k, kv.win_v, **options)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    g = gates.astype(dtype)
+    o = g[..., 0:1] * o_cmp + g[..., 1:2] * o_slc + g[..., 2:3] * o_win
+    return o.astype(q.dtype)
+
+
+def compressed_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_offset: QueryOffset = 0,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """Attention to the compressed tokens that end at or before each query (section 3.3.1).
+
+    Token i stands for tokens [i d, i d + l) and is visible to the query at t iff i d + l - 1 <= t and all of its
+    tokens lie in the query's segment. A query that sees none gets output 0 and lse = -inf, with zero gradients.
+
+    Args, raises: as `nsa_attention`; `k` and `v` are compressed keys and values.
+
+    Returns:
+      o [B, Tq, H, Dv] in the dtype of `q`, and the natural logarithm of the softmax's sum, lse [B, H, Tq] in float32
+      (float64 for float64 inputs). Both are differentiable.
+    """
+    _check_attention(q, k, v, config)
+    _check_compressed_length(q, k, query_offset, config)
+    starts = _query_starts(q, segment_ids, query_offset, None)
+    arguments = (q, k, v, starts, query_offset)
+    return _run("compressed_attention", implementation, arguments, config, _scale(q, scale))
+
+
+def select_blocks(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_offset: QueryOffset = 0,
+    implementation: Implementation | None = None,
+) -> Int[Array, "B K Tq n"]:
+    """The blocks each query reads, shared by the heads of a group (section 3.3.2, equations 8 to 12).
+
+    A block's importance is the sum, over the group's heads and the compressed tokens i, of c(i, j) p_i, where c(i, j)
+    is the number of stride-chunks that token i and block j share. The first `num_init` blocks of the query's segment
+    and the last `num_local` up to its own are always read. Ties go to the lower index.
+
+    Args, raises: as `nsa_attention`; `k` is the compressed keys and `lse` [B, H, Tq] what `compressed_attention`
+      returned for them.
+
+    Returns:
+      int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
+    """
+    _check_attention(q, k, None, config)
+    _check_compressed_length(q, k, query_offset, config)
+    expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32)
+    if lse.shape != expected or lse.dtype != dtype:
+        raise ValueError(f"lse: {_describe(lse)}: expected {dtype} of shape (B, H, Tq) = {expected}")
+    starts = _query_starts(q, segment_ids, query_offset, None)
+    q, k, lse = jax.lax.stop_gradient((q, k, lse))
+    return _run("select_blocks", implementation, (q, k, lse, starts, query_offset), config, _scale(q, scale))
+
+
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_offset: QueryOffset = 0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B Tq H Dv"]:
+    """Attention to the tokens of the selected blocks with position <= t, in the query's segment (section 3.3.2).
+
+    Args, raises: as `nsa_attention`; `block_indices` int32 [B, K, Tq, n] is what `select_blocks` returns: distinct
+      indices below `num_blocks(T, config)`, ascending, then -1.
+
+    Returns:
+      [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
+    """
+    _check_attention(q, k, v, config)
+    _check_token_length(q, k, query_offset)
+    expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
+    if block_indices.shape != expected or block_indices.dtype != jnp.int32:
+        raise ValueError(
+            f"block_indices: {_describe(block_indices)}: expected int32 of shape (B, K, Tq, n) = {expected}"
+        )
+    starts = _query_starts(q, segment_ids, query_offset, k.shape[1])
+    arguments = (q, k, v, block_indices, starts, query_offset)
+    return _run("selected_attention", implementation, arguments, config, _scale(q, scale))
+
+
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_offset: QueryOffset = 0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B Tq H Dv"]:
+    """Attention to the last w positions, t - w + 1 .. t, of the query's segment (section 3.3.3).
+
+    Args, raises: as `nsa_attention`.
+
+    Returns:
+      [B, Tq, H, Dv] in the dtype of `q`.
+    """
+    _check_attention(q, k, v, config)
+    _check_token_length(q, k, query_offset)
+    starts = _query_starts(q, segment_ids, query_offset, k.shape[1])
+    return _run("window_attention", implementation, (q, k, v, starts, query_offset), config, _scale(q, scale))
+
+
+def _run(op: str, implementation: Implementation | None, arguments: tuple, config: NSAConfig, scale: float):
+    """Calls one implementation by name, or the first of the fastest-first list that supports the arguments."""
+    if implementation is not None:
+        return getattr(_implementation_module(implementation), op)(*arguments, config=config, scale=scale)
+    if jax.default_backend() == "gpu":
+        for name in ("mosaic", "triton"):
+            try:
+                return getattr(_implementation_module(name), op)(*arguments, config=config, scale=scale)
+            except NotImplementedError:
+                continue
+    return getattr(_implementation_module("xla"), op)(*arguments, config=config, scale=scale)
+
+
+def _implementation_module(name: str) -> ModuleType:
+    """Imported on first use, so that a CPU user never loads the kernels."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation = {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}, or None")
+    return importlib.import_module(f"nsa_jax.{name}")
+
+
+def _scale(q: Array, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _query_starts(
+    q: Array, segment_ids: Array | None, query_offset: QueryOffset, T: int | None
+) -> Int[Array, "B Tq"] | None:
+    """`segment_starts` at the queries' positions; None without segments, which kernels need not read then."""
+    B, Tq = q.shape[:2]
+    offset_dtype = jnp.result_type(query_offset)
+    if jnp.shape(query_offset) != () or not jnp.issubdtype(offset_dtype, jnp.integer):
+        raise ValueError(
+            f"query_offset: {offset_dtype} of shape {jnp.shape(query_offset)}: expected an int or an int32 scalar"
+        )
+    if segment_ids is None:
+        return None
+    if segment_ids.ndim != 2 or segment_ids.shape[0] != B or segment_ids.dtype != jnp.int32:
+        raise ValueError(f"segment_ids: {_describe(segment_ids)}: expected int32 of shape (B, T) with B = {B}")
+    if T is not None and segment_ids.shape[1] != T:
+        raise ValueError(f"segment_ids: {_describe(segment_ids)}: expected one id for each of the T = {T} keys")
+    _check_queries_fit(Tq, query_offset, segment_ids.shape[1], "segment_ids")
+    starts = segment_starts(segment_ids)
+    return jax.lax.dynamic_slice_in_dim(starts, query_offset, Tq, axis=1)
+
+
+def _check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig) -> None:
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array is None:
+            continue
+        if array.ndim != 4:
+            raise ValueError(f"{name}: {_describe(array)}: expected 4 axes (batch, tokens, heads, head size)")
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
+            raise ValueError(f"{name}: {_describe(array)}: expected a float dtype, the same as q's {q.dtype}")
+    B, Tq, H, Dk = q.shape
+    if Tq < 1:
+        raise ValueError(f"q: {_describe(q)}: expected at least one query")
+    if k.shape[0] != B or k.shape[3] != Dk:
+        raise ValueError(f"k: {_describe(k)}: expected batch {B} and head size {Dk}, as q: {_describe(q)}")
+    if k.shape[2] < 1 or H % k.shape[2]:
+        raise ValueError(f"k: {_describe(k)}: expected a number of heads that divides q's {H}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: {_describe(v)}: expected batch, tokens and heads {k.shape[:3]}, as k: {_describe(k)}")
+
+
+def _check_compressed_length(q: Array, k: Array, query_offset: QueryOffset, config: NSAConfig) -> None:
+    longest = k.shape[1] * config.compress_stride + config.compress_block - 1
+    _check_queries_fit(q.shape[1], query_offset, longest, f"k with {k.shape[1]} compressed tokens")
+
+
+def _check_token_length(q: Array, k: Array, query_offset: QueryOffset) -> None:
+    _check_queries_fit(q.shape[1], query_offset, k.shape[1], "k")
+
+
+def _check_queries_fit(Tq: int, query_offset: QueryOffset, T: int, what: str) -> None:
+    offset = 0 if isinstance(query_offset, jax.core.Tracer) else int(query_offset)
+    if offset < 0 or offset + Tq > T:
+        raise ValueError(
+            f"query_offset = {offset} with {Tq} queries: expected positions within the sequence of at most {T} tokens "
+            f"that {what} covers"
+        )
+
+
+def _describe(array: Num[Array, "..."]) -> str:
+    return f"{array.dtype} {array.shape}"

@@ -1,0 +1,63 @@
+"""phi: overlapping blocks of keys or values become compressed tokens (paper, equation 7)."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nsa_jax.config import NSAConfig, num_compressed
+
+Compression = Literal["mlp", "linear", "mean"]
+COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean")
+
+
+def compress(
+    x: Float[Array, "B T K D"],
+    parameters: Mapping[str, Array],
+    *,
+    config: NSAConfig,
+    method: Compression = "mlp",
+) -> Float[Array, "B Nc K D"]:
+    """Compressed tokens phi(x[i d : i d + l] + position) for every i, the same phi for every head.
+
+    The overlapping windows are never formed: the first layer's weight is split by stride-chunk, each chunk of d tokens
+    is multiplied once with every part, and the products are added shifted.
+
+    Args:
+      x: keys or values [B, T, K, D], before rotary embedding.
+      parameters: "position" [l, D]; for "mlp" also "in_kernel" [l, D, F], "in_bias" [F], "out_kernel" [F, D] and
+        "out_bias" [D]; for "linear" also "in_kernel" [l, D, D].
+      config: gives l and d.
+      method: "mlp" (one hidden layer with SiLU), "linear" or "mean".
+
+    Returns:
+      [B, Nc, K, D] with Nc = `num_compressed(T, config)`.
+    """
+    if method not in COMPRESSIONS:
+        raise ValueError(f"method = {method!r}: expected one of {', '.join(COMPRESSIONS)}")
+    B, T, K, D = x.shape
+    Nc = num_compressed(T, config)
+    d, parts = config.compress_stride, config.compress_block // config.compress_stride
+    if Nc == 0:
+        return jnp.zeros((B, 0, K, D), x.dtype)
+    chunks = x[:, : (Nc + parts - 1) * d].reshape(B, Nc + parts - 1, d, K, D)
+    position = parameters["position"].astype(x.dtype)
+
+    if method == "mean":
+        sums = chunks.sum(axis=2, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
+        return (total / config.compress_block).astype(x.dtype) + position.mean(axis=0)[None, None, None]
+
+    kernel = parameters["in_kernel"].astype(x.dtype)
+    products = jnp.einsum("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
+    hidden = functools.reduce(operator.add, (products[r, :, r : r + Nc] for r in range(parts)))
+    hidden += jnp.einsum("ld,ldf->f", position, kernel)[None, None, None]
+    if method == "linear":
+        return hidden
+    hidden = jax.nn.silu(hidden + parameters["in_bias"].astype(x.dtype)[None, None, None])
+    out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
+    return out + parameters["out_bias"].astype(x.dtype)[None, None, None]

@@ -1,0 +1,55 @@
+"""The shape of the sparsity: block sizes, how many blocks a query selects, and the window."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class NSAConfig:
+    """Sizes of the three branches of Native Sparse Attention (arXiv 2502.11089, section 3.3).
+
+    Frozen and hashable, so that it can be a static argument of `jax.jit`. The defaults are the paper's.
+
+    Raises:
+      ValueError: a size is not a positive integer, `compress_stride` does not divide `compress_block` and
+        `select_block`, `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
+    """
+
+    compress_block: int = 32  # l: tokens that one compressed token stands for
+    compress_stride: int = 16  # d: tokens between the starts of neighbouring compressed tokens
+    select_block: int = 64  # s: tokens in a selection block
+    num_selected: int = 16  # n: blocks a query reads, the forced ones included
+    num_init: int = 1  # blocks at the start of the sequence that are always read
+    num_local: int = 2  # blocks up to and including the query's own that are always read
+    window: int = 512  # w: tokens of the sliding window, the query's own included
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("num_init", "num_local") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"NSAConfig.{field.name} = {value!r}: expected an integer of at least {least}")
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                raise ValueError(
+                    f"NSAConfig.{name} = {getattr(self, name)}: expected a multiple of "
+                    f"compress_stride = {self.compress_stride}"
+                )
+        if self.compress_block > self.select_block:
+            raise ValueError(
+                f"NSAConfig.compress_block = {self.compress_block}: expected at most select_block = {self.select_block}"
+            )
+        if self.num_init + self.num_local > self.num_selected:
+            raise ValueError(
+                f"NSAConfig.num_selected = {self.num_selected}: expected at least "
+                f"num_init + num_local = {self.num_init + self.num_local}"
+            )
+
+
+def num_compressed(T: int, config: NSAConfig) -> int:
+    """Number of compressed tokens of a sequence of `T` tokens: max(0, (T - l) // d + 1)."""
+    return max(0, (T - config.compress_block) // config.compress_stride + 1)
+
+
+def num_blocks(T: int, config: NSAConfig) -> int:
+    """Number of selection blocks of a sequence of `T` tokens: ceil(T / s)."""
+    return -(-T // config.select_block)

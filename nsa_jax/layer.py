@@ -1,0 +1,248 @@
+"""The attention layers as plain functions of parameters: what the Linen and the NNX modules both wrap.
+
+A layer is described by a frozen config. `*_parameters(config, embed_dim)` names each parameter with its shape,
+initialiser and logical axes, and `*_layer(parameters, x, ...)` computes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from nsa_jax.attention import BranchKV, Implementation, nsa_attention
+from nsa_jax.compression import COMPRESSIONS, Compression, compress
+from nsa_jax.config import NSAConfig
+from nsa_jax.rope import apply_rope
+from nsa_jax.visibility import segment_starts
+
+BRANCHES = ("cmp", "slc", "win")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter: its shape, initialiser and logical axis names."""
+
+    shape: tuple[int, ...]
+    init: Callable
+    axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Heads of an attention layer.
+
+    Raises:
+      ValueError: the head counts or sizes do not fit together.
+    """
+
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K, key/value heads; divides H
+    head_dim: int  # Dk
+    v_head_dim: int | None = None  # Dv; None: Dk
+    rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: expected a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads}: expected a divisor of num_heads = {self.num_heads}")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
+
+    @property
+    def value_dim(self) -> int:
+        """Dv."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class NSALayerConfig(HeadConfig):
+    """A Native Sparse Attention layer."""
+
+    config: NSAConfig = NSAConfig()  # sizes of the branches
+    compression: Compression = "mlp"  # phi
+    compression_hidden_dim: int | None = None  # F, the hidden width of an mlp phi; None: twice the head size
+    gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
+    share_kv: bool = False  # one key/value projection for all three branches
+    implementation: Implementation | None = None  # of the attention
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"compression = {self.compression!r}: expected one of {', '.join(COMPRESSIONS)}")
+
+
+def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[str, ...]) -> dict[str, Parameter]:
+    """Query, output and, for each branch, key and value projections."""
+    H, K, Dk, Dv = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+    project = initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    parameters = {
+        "q_kernel": Parameter((embed_dim, H, Dk), project, ("embed", "heads", "head_dim")),
+        "o_kernel": Parameter(
+            (H, Dv, embed_dim), initializers.lecun_normal(in_axis=(0, 1), out_axis=2), ("heads", "head_dim", "embed")
+        ),
+    }
+    for branch in branches:
+        prefix = f"{branch}_" if branch else ""
+        axes = ("embed", "kv_heads", "head_dim")
+        parameters[f"{prefix}k_kernel"] = Parameter((embed_dim, K, Dk), project, axes)
+        parameters[f"{prefix}v_kernel"] = Parameter((embed_dim, K, Dv), project, axes)
+    return parameters
+
+
+def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
+    """Every parameter of a Native Sparse Attention layer, by name."""
+    parameters = projection_parameters(config, embed_dim, ("",) if config.share_kv else BRANCHES)
+    l = config.config.compress_block  # noqa: E741
+    for name, size in (("phi_k", config.head_dim), ("phi_v", config.value_dim)):
+        hidden = config.compression_hidden_dim or 2 * size
+        parameters[f"{name}_position"] = Parameter((l, size), initializers.normal(0.02), ("compress_block", "head_dim"))
+        if config.compression == "mean":
+            continue
+        width, width_axis = (hidden, "phi_hidden") if config.compression == "mlp" else (size, "phi_out")
+        parameters[f"{name}_in_kernel"] = Parameter(
+            (l, size, width),
+            initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
+            ("compress_block", "head_dim", width_axis),
+        )
+        if config.compression == "mlp":
+            zeros = initializers.zeros_init()
+            parameters[f"{name}_in_bias"] = Parameter((hidden,), zeros, ("phi_hidden",))
+            parameters[f"{name}_out_kernel"] = Parameter(
+                (hidden, size), initializers.lecun_normal(), ("phi_hidden", "head_dim")
+            )
+            parameters[f"{name}_out_bias"] = Parameter((size,), zeros, ("head_dim",))
+    hidden = config.gate_hidden_dim or max(1, embed_dim // 4)
+    zeros = initializers.zeros_init()
+    parameters["gate_in_kernel"] = Parameter((embed_dim, hidden), initializers.lecun_normal(), ("embed", "gate_hidden"))
+    parameters["gate_in_bias"] = Parameter((hidden,), zeros, ("gate_hidden",))
+    parameters["gate_out_kernel"] = Parameter(
+        (hidden, config.num_heads, 3),
+        initializers.lecun_normal(in_axis=0, out_axis=(1, 2)),
+        ("gate_hidden", "heads", "branch"),
+    )
+    parameters["gate_out_bias"] = Parameter((config.num_heads, 3), zeros, ("heads", "branch"))
+    return parameters
+
+
+def nsa_layer(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    *,
+    config: NSALayerConfig,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T E"]:
+    """Projections, phi, rotary embedding, gates, attention and output projection (paper, section 3).
+
+    Compressed keys are built from unrotated keys and rotated at the position of their first token. Positions count
+    from the start of each segment.
+    """
+    x, weights = _cast(x, parameters, config.dtype)
+    positions = _positions(x, segment_ids)
+
+    def rotate(array, at):
+        return array if config.rope_theta is None else apply_rope(array, at, config.rope_theta)
+
+    q = rotate(_project(x, weights["q_kernel"]), positions)
+    compressed, tokens = {}, {}
+    for branch in BRANCHES:
+        prefix = "" if config.share_kv else f"{branch}_"
+        k = _project(x, weights[f"{prefix}k_kernel"])
+        v = _project(x, weights[f"{prefix}v_kernel"])
+        if branch == "cmp":
+            for name, array in (("k", k), ("v", v)):
+                phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
+                compressed[name] = compress(array, phi, config=config.config, method=config.compression)
+            first = positions[:, :: config.config.compress_stride][:, : compressed["k"].shape[1]]
+            compressed["k"] = rotate(compressed["k"], first)
+        else:
+            tokens[branch] = (rotate(k, positions), v)
+    kv = BranchKV(compressed["k"], compressed["v"], *tokens["slc"], *tokens["win"])
+    o = nsa_attention(
+        q,
+        kv,
+        _gates(x, weights),
+        config=config.config,
+        segment_ids=segment_ids,
+        implementation=config.implementation,
+    )
+    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"])
+
+
+def full_layer(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    *,
+    config: HeadConfig,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T E"]:
+    """Causal grouped-query attention through `jax.nn.dot_product_attention`: the dense baseline.
+
+    With `window`, a query sees the last `window` positions, its own included.
+    """
+    x, weights = _cast(x, parameters, config.dtype)
+    positions = _positions(x, segment_ids)
+    q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
+    if config.rope_theta is not None:
+        q, k = (apply_rope(array, positions, config.rope_theta) for array in (q, k))
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    # The binding wants keys and values of one size: zeros change neither scores nor the columns that are kept.
+    size = max(config.head_dim, config.value_dim)
+    q, k, v = (jnp.pad(array, ((0, 0),) * 3 + ((0, size - array.shape[-1]),)) for array in (q, k, v))
+    o = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=config.head_dim**-0.5,
+        is_causal=True,  # also where a window is given: without it cuDNN would look ahead
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn" if mask is None and _cudnn_applies(q) else "xla",
+    )
+    return jnp.einsum("bthd,hde->bte", o[..., : config.value_dim], weights["o_kernel"])
+
+
+def _cudnn_applies(q: Array) -> bool:
+    """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
+    return jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _phi_names(compression: Compression) -> tuple[str, ...]:
+    return {
+        "mlp": ("position", "in_kernel", "in_bias", "out_kernel", "out_bias"),
+        "linear": ("position", "in_kernel"),
+        "mean": ("position",),
+    }[compression]
+
+
+def _cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:
+    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
+    dtype = x.dtype if dtype is None else dtype
+    return x.astype(dtype), {name: value.astype(dtype) for name, value in parameters.items()}
+
+
+def _positions(x: Array, segment_ids: Array | None) -> Int[Array, "B T"]:
+    B, T, _ = x.shape
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    return positions if segment_ids is None else positions - segment_starts(segment_ids)
+
+
+def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:
+    return jnp.einsum("bte,ehd->bthd", x, kernel)
+
+
+def _gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
+    """g = sigmoid(MLP(x)), in float32 at least, order (compressed, selected, window)."""
+    hidden = jax.nn.silu(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]) + weights["gate_in_bias"][None, None])
+    logits = jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]) + weights["gate_out_bias"][None, None]
+    return jax.nn.sigmoid(logits.astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -1,0 +1,95 @@
+"""Flax Linen modules: functional `init` and `apply`, logical axis names on every parameter."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from nsa_jax.attention import Implementation
+from nsa_jax.compression import Compression
+from nsa_jax.config import NSAConfig
+from nsa_jax.layer import (
+    HeadConfig,
+    NSALayerConfig,
+    Parameter,
+    full_layer,
+    nsa_layer,
+    nsa_parameters,
+    projection_parameters,
+)
+
+
+class NSAttention(nn.Module):
+    """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
+
+    Call it with x [B, T, E] and, for packed sequences, segment_ids int32 [B, T], non-decreasing along T. It returns
+    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = NSAttention(num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> x = jnp.ones((1, 100, 64))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (1, 100, 64)
+
+    Raises:
+      ValueError: a field or an input does not fit, named with what was expected.
+    """
+
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K, key/value heads; divides num_heads
+    head_dim: int  # Dk
+    v_head_dim: int | None = None  # Dv; None: head_dim
+    config: NSAConfig = NSAConfig()  # sizes of the branches
+    compression: Compression = "mlp"  # phi: "mlp", "linear" or "mean"
+    compression_hidden_dim: int | None = None  # hidden width of an mlp phi; None: twice the head size
+    gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
+    share_kv: bool = False  # one key/value projection for all three branches
+    rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    implementation: Implementation | None = None  # of the attention; None: the fastest
+    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    param_dtype: DTypeLike = jnp.float32  # of the parameters
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None):
+        """Attention output [B, T, E]."""
+        config = _layer_config(self, NSALayerConfig)
+        parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
+        return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
+
+
+class FullAttention(nn.Module):
+    """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
+
+    Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies. With `window`, sliding-window attention.
+    """
+
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K, key/value heads; divides num_heads
+    head_dim: int  # Dk
+    v_head_dim: int | None = None  # Dv; None: head_dim
+    window: int | None = None  # positions a query sees, its own included; None: all before it
+    rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    param_dtype: DTypeLike = jnp.float32  # of the parameters
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None):
+        """Attention output [B, T, E]."""
+        config = _layer_config(self, HeadConfig)
+        parameters = _declare(self, projection_parameters(config, x.shape[-1], ("",)))
+        return full_layer(parameters, x, config=config, window=self.window, segment_ids=segment_ids)
+
+
+def _layer_config(module: nn.Module, kind: type) -> Any:
+    return kind(**{field.name: getattr(module, field.name) for field in dataclasses.fields(kind)})
+
+
+def _declare(module: nn.Module, parameters: dict[str, Parameter]) -> dict[str, Any]:
+    return {
+        name: module.param(name, nn.with_logical_partitioning(p.init, p.axes), p.shape, module.param_dtype)
+        for name, p in parameters.items()
+    }

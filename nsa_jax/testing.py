@@ -1,0 +1,253 @@
+"""Compare any implementation with the reference, forward and gradients, on your own shapes, through chex.
+
+import jax
+from nsa_jax import NSAConfig
+from nsa_jax.testing import assert_matches_reference, random_inputs
+
+inputs = random_inputs(jax.random.key(0), NSAConfig(), T=1000, num_heads=8, num_kv_heads=2, head_dim=64)
+assert_matches_reference(inputs, NSAConfig(), implementation="xla")
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from nsa_jax.attention import (
+    BranchKV,
+    Implementation,
+    QueryOffset,
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.reference import block_importance
+from nsa_jax.visibility import segment_starts
+
+
+class Inputs(NamedTuple):
+    """Arguments of `nsa_attention`, shaped as it wants them."""
+
+    q: Float[Array, "B Tq H Dk"]
+    kv: BranchKV
+    gates: Float[Array, "B Tq H 3"]
+    segment_ids: Int[Array, "B T"] | None = None
+    query_offset: QueryOffset = 0
+
+
+def random_inputs(
+    key: PRNGKeyArray,
+    config: NSAConfig,
+    *,
+    T: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    B: int = 1,
+    dtype: DTypeLike = jnp.float32,
+    num_segments: int = 0,
+    query_offset: int = 0,
+    num_queries: int | None = None,
+) -> Inputs:
+    """Standard normal queries, keys and values, and gates in (0, 1).
+
+    Args:
+      key: random key.
+      config: gives the number of compressed tokens.
+      T: tokens that keys and values cover.
+      num_heads, num_kv_heads, head_dim, v_head_dim, B, dtype: shapes; v_head_dim None is head_dim.
+      num_segments: 0 for none, else segments per row, with random borders.
+      query_offset, num_queries: the slice of positions that the queries hold; None is all that follow the offset.
+    """
+    Tq = T - query_offset if num_queries is None else num_queries
+    Dv = head_dim if v_head_dim is None else v_head_dim
+    q_key, gate_key, segment_key, *kv_keys = jax.random.split(key, 9)
+    Nc = num_compressed(T, config)
+    shapes = [(B, Nc if i < 2 else T, num_kv_heads, Dv if i % 2 else head_dim) for i in range(6)]
+    kv = BranchKV(*(jax.random.normal(k, shape, dtype) for k, shape in zip(kv_keys, shapes, strict=True)))
+    q = jax.random.normal(q_key, (B, Tq, num_heads, head_dim), dtype)
+    gates = jax.nn.sigmoid(jax.random.normal(gate_key, (B, Tq, num_heads, 3), dtype))
+    segment_ids = None
+    if num_segments:
+        segment_ids = jnp.sort(jax.random.randint(segment_key, (B, T), 0, num_segments, jnp.int32), axis=1)
+    return Inputs(q, kv, gates, segment_ids, query_offset)
+
+
+def tolerance_of(dtype: DTypeLike) -> float:
+    """Normwise relative error allowed: float64 1e-12, float32 1e-5, 16-bit 1e-2."""
+    return {8: 1e-12, 4: 1e-5, 2: 1e-2}[jnp.dtype(dtype).itemsize]
+
+
+def normwise_error(actual: Array, expected: Array) -> float:
+    """||actual - expected|| / ||expected|| in float64; equal infinities count as equal, NaN is infinitely wrong."""
+    a, b = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"actual has shape {a.shape}, expected {b.shape}")
+    infinite = np.isinf(b)
+    if (a[infinite] != b[infinite]).any() or not np.isfinite(a[~infinite]).all():
+        return float("inf")
+    a, b = a[~infinite], b[~infinite]
+    difference = np.linalg.norm(a - b)
+    return float(difference / max(np.linalg.norm(b), np.finfo(np.float64).tiny)) if difference else 0.0
+
+
+def assert_trees_close(actual: Any, expected: Any, tolerance: float | None = None, what: str = "") -> None:
+    """Asserts that two trees have the same structure and shapes and every pair of leaves is close in norm.
+
+    Args:
+      actual, expected: trees of arrays.
+      tolerance: on `normwise_error`; None: `tolerance_of` the coarser dtype of each pair.
+      what: said in the message.
+
+    Raises:
+      AssertionError: they differ; names the leaf, the error and the tolerance.
+    """
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes(actual, expected)
+
+    def close(a, b):
+        return normwise_error(a, b) <= _allowed(a, b)
+
+    def _allowed(a, b):
+        coarser = min(a.dtype, b.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
+        return tolerance_of(coarser) if tolerance is None else tolerance
+
+    def message(a, b):
+        return f"{what or 'leaf'}: normwise error {normwise_error(a, b):.3g} above {_allowed(a, b):.3g}"
+
+    chex.assert_trees_all_equal_comparator(close, message, actual, expected)
+
+
+def assert_same_blocks(
+    actual: Int[Array, "B K Tq n"],
+    expected: Int[Array, "B K Tq n"],
+    importance: Float[Array, "B K Tq Nb"],
+    tolerance: float = 1e-5,
+) -> None:
+    """Asserts that two selections are equal, but for exchanges between blocks that rounding cannot tell apart.
+
+    Blocks may be exchanged only where their importances are positive and agree to within `tolerance`, relatively.
+
+    Raises:
+      AssertionError: names the first row that differs.
+    """
+    chex.assert_equal_shape([actual, expected])
+    a, b, score = np.asarray(actual), np.asarray(expected), np.asarray(importance)
+    for row in map(tuple, np.argwhere((a != b).any(axis=-1))):
+        ours, theirs = sorted(set(a[row]) - set(b[row])), sorted(set(b[row]) - set(a[row]))
+        same = len(ours) == len(theirs) > 0 and min(ours + theirs) >= 0 and max(ours) < score.shape[-1]
+        if same:
+            got, wanted = np.sort(score[row][ours]), np.sort(score[row][theirs])
+            same = bool((got > 0).all() and (np.abs(got - wanted) <= tolerance * wanted).all())
+        if not same or (np.diff(a[row][a[row] >= 0]) <= 0).any():
+            raise AssertionError(f"select_blocks at [b, k, t] = {row}: {a[row]}, expected {b[row]}")
+
+
+def assert_matches_reference(
+    inputs: Inputs,
+    config: NSAConfig,
+    *,
+    implementation: Implementation | None,
+    scale: float | None = None,
+    tolerance: float | None = None,
+    gradients: bool = True,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """Asserts that an implementation of every op agrees with the reference on `inputs`.
+
+    Compares the three branches, lse, the block indices and the gated sum, and the gradients of each with respect to
+    all its inputs for a random cotangent. The reference works on the same values, in float32 at least. The branches
+    attend to the reference's blocks; block indices are compared by `assert_same_blocks`.
+
+    Args:
+      inputs: as from `random_inputs`.
+      config: sizes of the branches.
+      implementation: what to test; None tests the automatic choice.
+      scale: as of `nsa_attention`.
+      tolerance: on the normwise error; None: `tolerance_of` the dtype of `inputs.q`.
+      gradients: compare gradients too.
+      key: of the cotangents.
+
+    Raises:
+      AssertionError: something differs, named.
+    """
+    tolerance = tolerance_of(inputs.q.dtype) if tolerance is None else tolerance
+    key = jax.random.key(0) if key is None else key
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), (inputs.q, inputs.kv, inputs.gates)
+    )
+    common: dict[str, Any] = {
+        "config": config,
+        "scale": scale,
+        "segment_ids": inputs.segment_ids,
+        "query_offset": inputs.query_offset,
+    }
+    q, kv, _ = wide
+    lse = jax.jit(lambda *a: compressed_attention(*a, implementation="reference", **common)[1])(q, kv.cmp_k, kv.cmp_v)
+    blocks = jax.jit(lambda *a: select_blocks(*a, implementation="reference", **common))(q, kv.cmp_k, lse)
+
+    def compressed(implementation, q, k, v):
+        o, lse = compressed_attention(q, k, v, implementation=implementation, **common)
+        # An lse of -inf has no gradient to compare.
+        return o, jnp.where(lse == -jnp.inf, -1e3, lse)
+
+    def selected(implementation, q, k, v):
+        return selected_attention(q, k, v, blocks, implementation=implementation, **common)
+
+    def window(implementation, q, k, v):
+        return window_attention(q, k, v, implementation=implementation, **common)
+
+    def everything(implementation, q, kv, gates):
+        return nsa_attention(q, kv, gates, implementation=implementation, **common)
+
+    narrow = (inputs.q, inputs.kv, inputs.gates)
+    cases = [
+        ("compressed_attention", compressed, lambda q, kv, gates: (q, kv.cmp_k, kv.cmp_v)),
+        ("selected_attention", selected, lambda q, kv, gates: (q, kv.slc_k, kv.slc_v)),
+        ("window_attention", window, lambda q, kv, gates: (q, kv.win_k, kv.win_v)),
+        ("nsa_attention", everything, lambda *arguments: arguments),
+    ]
+    for name, op, pick in cases:
+        expected, expected_vjp = _run_vjp(functools.partial(op, "reference"), pick(*wide))
+        actual, actual_vjp = _run_vjp(functools.partial(op, implementation), pick(*narrow))
+        assert_trees_close(_widen(actual), expected, tolerance, name)
+        if gradients:
+            cotangent = _random_like(key, actual)
+            assert_trees_close(
+                _widen(actual_vjp(cotangent)), expected_vjp(_widen(cotangent)), tolerance, f"gradient of {name}"
+            )
+    own = jax.jit(lambda *a: select_blocks(*a, implementation=implementation, **common))(inputs.q, inputs.kv.cmp_k, lse)
+    starts = None
+    if inputs.segment_ids is not None:
+        starts = segment_starts(inputs.segment_ids)[:, inputs.query_offset : inputs.query_offset + q.shape[1]]
+    importance = block_importance(
+        q, kv.cmp_k, lse, starts, inputs.query_offset, config=config, scale=scale or q.shape[-1] ** -0.5
+    )
+    assert_same_blocks(own, blocks, importance)
+
+
+def _run_vjp(op: Callable, arguments: tuple) -> tuple[Any, Callable]:
+    """The op's result and its vector-Jacobian product, each compiled as one program."""
+    vjp = jax.jit(lambda arguments, cotangent: jax.vjp(op, *arguments)[1](cotangent))
+    return jax.jit(op)(*arguments), lambda cotangent: vjp(arguments, cotangent)
+
+
+def _widen(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _random_like(key: PRNGKeyArray, tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )

@@ -1,0 +1,87 @@
+"""Who sees what: the index arithmetic that every implementation shares (all indices 0-based).
+
+Segments never decrease along the sequence, so what a query at position t may see is fixed by one number, the position
+`starts` of the first token of its segment: keys at starts .. t, and compressed tokens and blocks that follow from it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nsa_jax.config import NSAConfig
+
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of the first token of each token's segment, int32."""
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+def starts_or_zeros(starts: Int[Array, "B T"] | None, q: Float[Array, "B T H D"]) -> Int[Array, "B T"]:
+    """Without segments, every query's segment starts at 0."""
+    return jnp.zeros(q.shape[:2], jnp.int32) if starts is None else starts
+
+
+def compressed_visible(
+    positions: Int[Array, " T"], starts: Int[Array, "B T"], num_compressed: int, config: NSAConfig
+) -> Bool[Array, "B T Nc"]:
+    """Compressed token i is visible iff all its tokens, i d .. i d + l - 1, lie in starts .. t."""
+    first = jnp.arange(num_compressed, dtype=jnp.int32)[None, None, :] * config.compress_stride
+    last = first + config.compress_block - 1
+    return (first >= starts[:, :, None]) & (last <= positions[None, :, None])
+
+
+def overlap_weights(config: NSAConfig) -> tuple[int, list[int]]:
+    """The pooling of compressed scores into block scores: imp_j = sum_r weights[r] p[j s/d + first + r].
+
+    A weight is c(i, j), the number of stride-chunks (d tokens) that compressed token i and block j share. For
+    l, d, s = 32, 16, 64 that is first = -1 and weights 1, 2, 2, 2, 1. (Equation 9 of the paper, read 0-based.)
+    """
+    per_token = config.compress_block // config.compress_stride
+    per_block = config.select_block // config.compress_stride
+    first = 1 - per_token
+    return first, [min(i + per_token, per_block) - max(i, 0) for i in range(first, per_block)]
+
+
+def pool_importance(p: Float[Array, "*rows Nc"], num_blocks: int, config: NSAConfig) -> Float[Array, "*rows Nb"]:
+    """Importance of selection blocks from the (group-summed) probabilities of compressed tokens (equations 9 and 10).
+
+    Adds the taps one by one and in order, so that equal probabilities give exactly equal importance.
+    """
+    first, weights = overlap_weights(config)
+    per_block = config.select_block // config.compress_stride
+    width = per_block * num_blocks + len(weights)
+    rows = [(0, 0)] * (p.ndim - 1)
+    p = jnp.pad(p, [*rows, (-first, max(0, width + first - p.shape[-1]))])
+    pooled = jnp.zeros((*p.shape[:-1], num_blocks), p.dtype)
+    for tap, weight in enumerate(weights):
+        pooled = pooled + weight * p[..., tap : tap + per_block * num_blocks : per_block]
+    return pooled
+
+
+def blocks_scored(num_compressed: int, config: NSAConfig) -> int:
+    """Blocks of the longest sequence that has `num_compressed` compressed tokens; at least 1."""
+    longest = num_compressed * config.compress_stride + config.compress_block - 1
+    return max(1, -(-longest // config.select_block))
+
+
+def choose_blocks(
+    importance: Float[Array, "B K T Nb"],
+    positions: Int[Array, " T"],
+    starts: Int[Array, "B T"],
+    config: NSAConfig,
+) -> Int[Array, "B K T n"]:
+    """Top-n with the forced blocks: ascending, ties to the lower index, -1 at the end where candidates run out."""
+    block = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, :]
+    own = (positions // config.select_block)[None, :, None]
+    first = (starts // config.select_block)[:, :, None]
+    candidate = (block >= first) & (block <= own)
+    forced = candidate & ((block < first + config.num_init) | (block > own - config.num_local))
+    score = jnp.where(forced[:, None], jnp.inf, jnp.where(candidate[:, None], importance, -jnp.inf))
+    missing = max(0, config.num_selected - score.shape[-1])
+    score = jnp.pad(score, ((0, 0),) * 3 + ((0, missing),), constant_values=-jnp.inf)
+    best, indices = jax.lax.top_k(score, config.num_selected)
+    none = jnp.iinfo(jnp.int32).max
+    indices = jnp.sort(jnp.where(best > -jnp.inf, indices.astype(jnp.int32), none), axis=-1)
+    return jnp.where(indices == none, -1, indices)

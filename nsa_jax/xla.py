@@ -1,0 +1,167 @@
+"""Pure JAX, chunked over queries: memory linear in T, differentiable, runs anywhere.
+
+Each chunk of queries is rematerialised in the backward pass, so that no more than one chunk's scores live at a time.
+Keys and values are held in float32 at least, so that their gradients add up in float32 over the chunks, and multiplied
+in the dtype of the queries.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.visibility import (
+    blocks_scored,
+    choose_blocks,
+    compressed_visible,
+    pool_importance,
+    starts_or_zeros,
+)
+
+CHUNK_ELEMENTS = 1 << 22  # scores, or gathered key elements, that one chunk of queries may hold
+
+
+def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+    """Attention to the compressed tokens: (o [B, T, H, Dv], lse [B, H, T])."""
+    starts = starts_or_zeros(starts, q)
+    Nc = k.shape[1]
+    k, v = _accumulable(k), _accumulable(v)
+
+    def attend(positions, q, starts):
+        return _attend(q, k, v, compressed_visible(positions, starts, Nc, config)[:, None], scale)
+
+    o, lse = _map_query_chunks(attend, query_offset, q.shape[0] * q.shape[2] * Nc, q, starts)
+    return o, jnp.moveaxis(lse, 1, 2)
+
+
+def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Int[Array, "B K T n"]:
+    """The n blocks of highest importance (equations 8 to 12)."""
+    starts = starts_or_zeros(starts, q)
+    B, _, H, _ = q.shape
+    _, Nc, K, _ = k.shape
+
+    def choose(positions, q, lse, starts):
+        visible = compressed_visible(positions, starts, Nc, config)[:, None, None]
+        lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, -1, 1)
+        p = jnp.exp(jnp.where(visible, _logits(q, k, scale) - jnp.where(visible, lse, 0), -jnp.inf))
+        importance = pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
+        return jnp.moveaxis(choose_blocks(importance, positions, starts, config), 2, 1)
+
+    chosen = _map_query_chunks(choose, query_offset, B * H * max(Nc, 1), q, jnp.moveaxis(lse, 2, 1), starts)
+    return jnp.moveaxis(chosen, 1, 2)
+
+
+def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
+    """Attention to the tokens of the selected blocks up to the query's own: o [B, T, H, Dv]."""
+    starts = starts_or_zeros(starts, q)
+    n, length = config.num_selected, config.select_block
+    blocks = num_blocks(k.shape[1], config)
+    tail = blocks * length - k.shape[1]
+    k, v = (jnp.pad(_accumulable(x), ((0, 0), (0, tail), (0, 0), (0, 0))) for x in (k, v))
+    k, v = (jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], blocks, length, x.shape[3]) for x in (k, v))
+    gather = jax.vmap(jax.vmap(lambda x, index: x[index]))
+
+    def attend(positions, q, indices, starts):
+        B, C, H, D = q.shape
+        K = k.shape[1]
+        indices = jnp.moveaxis(indices, 1, 2)
+        chosen = jnp.maximum(indices, 0)
+        keys, values = (gather(x, chosen).reshape(B * K * C, n * length, 1, x.shape[-1]) for x in (k, v))
+        key = chosen[..., None] * length + jnp.arange(length, dtype=jnp.int32)[None, None, None, None, :]
+        visible = (key <= positions[None, None, :, None, None]) & (key >= starts[:, None, :, None, None])
+        visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
+        rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
+        o = _attend(rows, keys, values, visible, scale)[0].reshape(B, K, C, H // K, -1)
+        return jnp.moveaxis(o, 1, 2).reshape(B, C, H, -1)
+
+    elements = k.shape[0] * k.shape[1] * n * length * (k.shape[-1] + v.shape[-1])
+    return _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+
+
+def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+    """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
+    starts = starts_or_zeros(starts, q)
+    window = min(config.window, k.shape[1])
+    # As many queries as the window is wide: half of the scores that a chunk computes are then used.
+    chunk = min(q.shape[1], max(window, 64))
+    before, after = window - 1, chunk  # the last chunk's padding rows may look past the end
+    k, v = (jnp.pad(_accumulable(x), ((0, 0), (before, after), (0, 0), (0, 0))) for x in (k, v))
+
+    def attend(positions, q, starts):
+        span = positions.shape[0] + before
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, positions[0], span, axis=1) for x in (k, v))
+        key = positions[0] - before + jnp.arange(span, dtype=jnp.int32)
+        near = (key[None, :] > positions[:, None] - window) & (key[None, :] <= positions[:, None])
+        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)[0]
+
+    return _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+
+
+def _map_query_chunks(f: Callable, query_offset, elements_per_query: int, *arrays: Array, chunk: int | None = None):
+    """Applies f(positions [C], *chunks of the arrays along axis 1) chunk by chunk, and joins the results on axis 1.
+
+    A chunk holds as many queries as fit in `CHUNK_ELEMENTS`, unless `chunk` says how many.
+    """
+    T = arrays[0].shape[1]
+    if chunk is None:
+        most = min(T, max(16, CHUNK_ELEMENTS // max(elements_per_query, 1)))
+        chunk = -(-T // -(-T // most))  # evened out over the chunks
+    steps = -(-T // chunk)
+    query_offset = jnp.asarray(query_offset, jnp.int32)
+    if steps == 1:
+        return f(query_offset + jnp.arange(T, dtype=jnp.int32), *arrays)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, steps * chunk - T), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk, *x.shape[3:])[:, :T]
+
+    def step(_, inputs):
+        begin, *chunks = inputs
+        return None, f(begin + jnp.arange(chunk, dtype=jnp.int32), *chunks)
+
+    begins = query_offset + chunk * jnp.arange(steps, dtype=jnp.int32)
+    _, out = jax.lax.scan(jax.checkpoint(step), None, (begins, *map(split, arrays)))
+    return jax.tree.map(join, out)
+
+
+def _attend(
+    q: Float[Array, "B C H Dk"],
+    k: Float[Array, "B S K Dk"],
+    v: Float[Array, "B S K Dv"],
+    mask: Bool[Array, "B #K C S"],
+    scale: float,
+) -> tuple[Float[Array, "B C H Dv"], Float[Array, "B C H"]]:
+    """Masked softmax attention and its lse. An empty row gives 0 and -inf, with zero gradients."""
+    B, C, H, _ = q.shape
+    logits = jnp.where(mask[:, :, None], _logits(q, k, scale), -jnp.inf)
+    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
+    p = jnp.exp(logits - highest)
+    total = p.sum(axis=-1, keepdims=True)
+    safe = jnp.where(total == 0, 1, total)
+    o = _product("bkgcs,bskd->bkgcd", p.astype(q.dtype), v.astype(q.dtype)) / safe
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)[..., 0]
+    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, -1).astype(q.dtype)
+    return o, jnp.moveaxis(lse, 3, 1).reshape(B, C, H)
+
+
+def _logits(q, k, scale) -> Float[Array, "B K G C S"]:
+    B, C, H, D = q.shape
+    K = k.shape[2]
+    return _product("bckgd,bskd->bkgcs", q.reshape(B, C, K, H // K, D), k.astype(q.dtype)) * scale
+
+
+def _accumulable(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    """An einsum accumulated in float32 at least; float32 inputs are not rounded to TF32."""
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == dtype else None
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype, precision=precision)

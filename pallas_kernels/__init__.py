@@ -1,0 +1,1 @@
+"""GPU kernels of Native Sparse Attention: plain arrays and ints in, arrays out."""

@@ -1,0 +1,59 @@
+"""The selection turned round: for each block the queries that chose it, cut into work items of bounded size."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+class InverseIndex(NamedTuple):
+    """Where in the selection each block occurs. BK runs over batch x K/V head, L = Tq * n.
+
+    Attributes:
+      places: flat places t * n + slot of the selection, sorted by block and then by query [BK, L].
+      block: the block of each work item [BK, items].
+      first: the item's first entry in `places` [BK, items].
+      length: how many entries the item has, 0 for an item that is not used [BK, items].
+      rank: how many entries of the same block come before the item [BK, items].
+      block_items: the items of block j are block_items[j] to block_items[j + 1] - 1 [BK, blocks + 1].
+    """
+
+    places: Int[Array, "BK L"]
+    block: Int[Array, "BK items"]
+    first: Int[Array, "BK items"]
+    length: Int[Array, "BK items"]
+    rank: Int[Array, "BK items"]
+    block_items: Int[Array, "BK blocks1"]
+
+
+def _search(sorted_rows, values):
+    """The left insertion point of each of `values` in each row, unrolled so that it compiles to one fusion."""
+    return jax.vmap(lambda row: jnp.searchsorted(row, values, method="scan_unrolled").astype(jnp.int32))(sorted_rows)
+
+
+def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int) -> InverseIndex:
+    """Inverts a selection. Work items hold at most `item_size` entries, so that popular blocks are shared out."""
+    rows, Tq, n = block_indices.shape
+    L = Tq * n
+    block = jnp.where(block_indices < 0, num_blocks, block_indices).reshape(rows, L)
+    place = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (rows, L))
+    boundaries = jnp.arange(num_blocks + 1, dtype=jnp.int32)
+    if (num_blocks + 1) * L < 2**31:  # One key holds both, and a sort of keys alone is the fastest there is.
+        keys = lax.sort(block * L + place, dimension=1, is_stable=False)
+        places, starts = keys % L, _search(keys, boundaries * L)
+    else:
+        blocks, places = lax.sort((block, place), dimension=1, num_keys=1, is_stable=True)
+        starts = _search(blocks, boundaries)
+    counts = starts[:, 1:] - starts[:, :-1]
+    num_items = -(-counts // item_size)
+    block_items = jnp.pad(jnp.cumsum(num_items, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+    max_items = num_blocks + L // item_size
+    item = jnp.arange(max_items, dtype=jnp.int32)
+    owner = jnp.minimum(_search(block_items[:, 1:], item + 1), num_blocks - 1)  # the first block that ends after it
+    rank = (item[None, :] - jnp.take_along_axis(block_items, owner, axis=1)) * item_size
+    count = jnp.clip(jnp.take_along_axis(counts, owner, axis=1) - rank, 0, item_size)
+    first = jnp.take_along_axis(starts, owner, axis=1) + rank
+    return InverseIndex(places, owner, first, count, rank, block_items)

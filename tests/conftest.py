@@ -1,0 +1,31 @@
+"""The strict test environment: eight simulated devices on the CPU, rank promotion raises, warnings are errors."""
+
+import os
+
+# Compiling is most of the tests' time: tests need right code, not fast code.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Derandomised: a failure here is a failure everywhere, and CI does not fail by lot.
+settings.register_profile("nsa_jax", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("nsa_jax")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` are skipped where no GPU is found."""
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    skip = pytest.mark.skip(reason="no GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

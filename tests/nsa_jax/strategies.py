@@ -1,0 +1,117 @@
+"""Random problems for the ops: every size, option and shape that the contract allows, kept small."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from nsa_jax import BranchKV, NSAConfig, num_compressed
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem, up to the values of its arrays, which follow from `seed`."""
+
+    batch: int
+    tokens: int  # T
+    kv_heads: int  # K
+    group: int  # G
+    key_size: int  # Dk
+    value_size: int  # Dv
+    config: NSAConfig
+    scale: float | None
+    segments: bool
+    offset: int  # position of the first query
+    queries: int  # Tq
+    traced_offset: bool
+    seed: int
+
+
+class Arrays(NamedTuple):
+    """NumPy arguments of `nsa_attention`."""
+
+    q: np.ndarray
+    kv: BranchKV
+    gates: np.ndarray
+    segment_ids: np.ndarray | None
+
+
+@st.composite
+def configs(draw):
+    """Any valid `NSAConfig` with blocks of a few tokens."""
+    d = draw(st.integers(1, 4))
+    chunks_in_token = draw(st.integers(1, 3))
+    chunks_in_block = draw(st.integers(chunks_in_token, 4))
+    num_init = draw(st.integers(0, 2))
+    num_local = draw(st.integers(0, 3))
+    forced = num_init + num_local
+    return NSAConfig(
+        compress_block=d * chunks_in_token,
+        compress_stride=d,
+        select_block=d * chunks_in_block,
+        num_selected=draw(st.integers(max(1, forced), forced + 3)),
+        num_init=num_init,
+        num_local=num_local,
+        window=draw(st.one_of(st.integers(1, 12), st.integers(1, 100))),
+    )
+
+
+@st.composite
+def cases(draw, max_tokens=90):
+    """Any `Case` of up to `max_tokens` tokens: whole calls and slices of the queries, with and without segments."""
+    # Three ranges, so that sequences shorter than a block and sequences of many blocks both come up often.
+    tokens = draw(
+        st.one_of(st.integers(1, 12), st.integers(13, max_tokens // 2), st.integers(max_tokens // 2, max_tokens))
+    )
+    whole = draw(st.booleans())
+    offset = 0 if whole else draw(st.integers(0, tokens - 1))
+    queries = tokens if whole else draw(st.integers(1, tokens - offset))
+    return Case(
+        batch=draw(st.integers(1, 2)),
+        tokens=tokens,
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 5)),
+        key_size=draw(st.integers(1, 9)),
+        value_size=draw(st.integers(1, 9)),
+        config=draw(configs()),
+        scale=draw(st.sampled_from([None, 0.7])),
+        segments=draw(st.booleans()),
+        offset=offset,
+        queries=queries,
+        traced_offset=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def random_segment_ids(rng, batch, tokens):
+    """Segments that start anywhere, with ids that neither start at 0 nor rise by 1; some rows are one segment."""
+    starts = rng.random((batch, tokens)) < rng.choice([0.0, 0.05, 0.2], size=(batch, 1))
+    return (rng.integers(0, 5, (batch, 1)) + np.cumsum(starts * rng.integers(1, 4, starts.shape), axis=1)).astype(
+        np.int32
+    )
+
+
+def random_arrays(case, dtype):
+    """The arrays of `case`: normal queries and keys, gates in (0, 1), segments if wanted.
+
+    The values of one feature have one sign, the same in every branch. An output is then never a small difference of
+    large terms, and its relative error says how well it was computed, however few elements it has.
+    """
+    rng = np.random.default_rng(case.seed)
+    K, H = case.kv_heads, case.kv_heads * case.group
+    signs = rng.choice([-1.0, 1.0], size=(case.value_size,))
+
+    def keys(tokens, heads):
+        return rng.normal(size=(case.batch, tokens, heads, case.key_size)).astype(dtype)
+
+    def values(tokens):
+        return (signs * rng.uniform(0.2, 2.0, size=(case.batch, tokens, K, case.value_size))).astype(dtype)
+
+    lengths = [num_compressed(case.tokens, case.config), case.tokens, case.tokens]
+    return Arrays(
+        q=keys(case.queries, H),
+        kv=BranchKV(*(array for tokens in lengths for array in (keys(tokens, K), values(tokens)))),
+        gates=rng.random((case.batch, case.queries, H, 3)).astype(dtype),
+        segment_ids=random_segment_ids(rng, case.batch, case.tokens) if case.segments else None,
+    )

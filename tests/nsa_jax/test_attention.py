@@ -1,0 +1,149 @@
+"""The public ops refuse what does not fit, by name, and choose implementations as they say."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nsa_jax
+from nsa_jax import BranchKV, NSAConfig, num_blocks, num_compressed
+from nsa_jax.testing import random_inputs
+
+CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
+T = 20
+
+
+@pytest.fixture
+def inputs():
+    return random_inputs(jax.random.key(0), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 0}, "NSAConfig.window = 0: expected an integer of at least 1"),
+        ({"num_init": -1}, "NSAConfig.num_init = -1"),
+        ({"select_block": 64.0}, "NSAConfig.select_block = 64.0"),
+        ({"compress_block": 24}, "NSAConfig.compress_block = 24: expected a multiple of compress_stride = 16"),
+        ({"select_block": 40}, "NSAConfig.select_block = 40: expected a multiple of compress_stride = 16"),
+        ({"compress_block": 128}, "NSAConfig.compress_block = 128: expected at most select_block = 64"),
+        ({"num_selected": 2}, "NSAConfig.num_selected = 2: expected at least num_init + num_local = 3"),
+    ],
+)
+def test_impossible_configs_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NSAConfig(**fields)
+
+
+def test_config_is_frozen_and_hashable():
+    assert hash(NSAConfig()) == hash(NSAConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NSAConfig().window = 3
+
+
+def test_counts_of_compressed_tokens_and_blocks():
+    config = NSAConfig()
+    assert [num_compressed(n, config) for n in (1, 31, 32, 47, 48, 8192)] == [0, 0, 1, 1, 2, 511]
+    assert [num_blocks(n, config) for n in (1, 64, 65, 8192)] == [1, 1, 2, 128]
+
+
+def refused(inputs, message, **changes):
+    arguments = {"segment_ids": None, "query_offset": 0, **inputs._asdict(), **changes}
+    q, kv, gates = (arguments.pop(name) for name in ("q", "kv", "gates"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        nsa_jax.nsa_attention(q, kv, gates, config=CONFIG, **arguments)
+
+
+def test_mismatched_arguments_are_refused_by_name(inputs):
+    kv, q = inputs.kv, inputs.q
+    refused(inputs, "kv = tuple: expected an nsa_jax.BranchKV", kv=tuple(kv))
+    refused(inputs, "gates: float32 (1, 20, 4, 2): expected a float array of shape (1, 20, 4, 3)",
+            gates=inputs.gates[..., :2])  # fmt: skip
+    refused(inputs, "kv.cmp_k has 8 compressed tokens: expected num_compressed(20, config) = 9",
+            kv=kv._replace(cmp_k=kv.cmp_k[:, 1:], cmp_v=kv.cmp_v[:, 1:]))  # fmt: skip
+    refused(inputs, "kv.win_k has 19 tokens and kv.slc_k 20", kv=kv._replace(win_k=kv.win_k[:, 1:]))
+    refused(inputs, "k: bfloat16 (1, 9, 2, 8): expected a float dtype, the same as q's float32",
+            kv=kv._replace(cmp_k=kv.cmp_k.astype(jnp.bfloat16)))  # fmt: skip
+    refused(inputs, "k: float32 (1, 9, 2, 8): expected batch 1 and head size 6", q=q[..., :6])
+    refused(inputs, "k: float32 (1, 9, 2, 8): expected a number of heads that divides q's 3",
+            q=q[:, :, :3], gates=inputs.gates[:, :, :3])  # fmt: skip
+    refused(inputs, "v: float32 (1, 19, 2, 8): expected batch, tokens and heads (1, 20, 2)",
+            kv=kv._replace(slc_v=kv.slc_v[:, 1:]))  # fmt: skip
+    refused(inputs, "segment_ids: float32 (1, 20): expected int32", segment_ids=jnp.ones((1, T)))
+    refused(inputs, "segment_ids: int32 (1, 19): expected one id for each of the T = 20 keys",
+            segment_ids=jnp.ones((1, T - 1), jnp.int32), q=q[:, 2:], gates=inputs.gates[:, 2:])  # fmt: skip
+    refused(inputs, "query_offset = 2 with 20 queries", query_offset=2)
+    refused(inputs, "query_offset = 2 with 20 queries", query_offset=jnp.int32(2))
+    refused(inputs, "query_offset = -1 with 20 queries", query_offset=-1)
+    refused(inputs, "query_offset: float32 of shape ()", query_offset=1.0)
+    refused(inputs, "implementation = 'cuda': expected one of reference, xla, triton, mosaic", implementation="cuda")
+
+
+def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
+    with pytest.raises(ValueError, match=re.escape("block_indices: int32 (1, 2, 20, 3): expected int32 of shape")):
+        nsa_jax.selected_attention(
+            inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, jnp.zeros((1, 2, T, 3), jnp.int32), config=CONFIG
+        )
+    with pytest.raises(ValueError, match=re.escape("lse: float32 (1, 20, 4): expected float32 of shape (B, H, Tq)")):
+        nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, jnp.zeros((1, T, 4)), config=CONFIG)
+    with pytest.raises(ValueError, match=re.escape("q: float32 (1, 20, 4): expected 4 axes")):
+        nsa_jax.window_attention(inputs.q[..., 0], inputs.kv.win_k, inputs.kv.win_v, config=CONFIG)
+    with pytest.raises(ValueError, match=r"config = None: expected an nsa_jax\.NSAConfig"):
+        nsa_jax.window_attention(inputs.q, inputs.kv.win_k, inputs.kv.win_v, config=None)
+
+
+def test_a_named_implementation_never_falls_back(inputs):
+    with pytest.raises(NotImplementedError, match="implementation = 'mosaic': there is no compressed_attention kernel"):
+        nsa_jax.nsa_attention(inputs.q, inputs.kv, inputs.gates, config=CONFIG, implementation="mosaic")
+
+
+def test_the_automatic_choice_passes_over_what_is_not_implemented(inputs, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tried = []
+
+    def unsupported(name):
+        def op(*args, **kwargs):
+            tried.append(name)
+            raise NotImplementedError
+
+        return op
+
+    for name in ("mosaic", "triton"):
+        module = __import__(f"nsa_jax.{name}", fromlist=[name])
+        monkeypatch.setattr(module, "window_attention", unsupported(name))
+    arguments = (inputs.q, inputs.kv.win_k, inputs.kv.win_v)
+    automatic = nsa_jax.window_attention(*arguments, config=CONFIG)
+    assert tried == ["mosaic", "triton"]
+    assert (automatic == nsa_jax.window_attention(*arguments, config=CONFIG, implementation="xla")).all()
+
+
+def test_errors_other_than_not_implemented_are_not_swallowed(inputs, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    from nsa_jax import mosaic
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(mosaic, "window_attention", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        nsa_jax.window_attention(inputs.q, inputs.kv.win_k, inputs.kv.win_v, config=CONFIG)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_ops_work_under_jit_vmap_remat_and_scan(inputs, implementation):
+    def attend(q, kv, gates):
+        return nsa_jax.nsa_attention(q, kv, gates, config=CONFIG, implementation=implementation)
+
+    arguments = (inputs.q, inputs.kv, inputs.gates)
+    expected = attend(*arguments)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arguments)
+    assert jnp.allclose(jax.jit(attend)(*arguments), expected, atol=1e-6)
+    assert jnp.allclose(jax.vmap(attend)(*stacked)[1], expected, atol=1e-6)
+    _, scanned = jax.lax.scan(lambda c, a: (c, jax.checkpoint(attend)(*a)), None, stacked)
+    assert jnp.allclose(scanned[1], expected, atol=1e-6)
+
+
+def test_branch_kv_names_its_fields_in_order():
+    assert BranchKV._fields == ("cmp_k", "cmp_v", "slc_k", "slc_v", "win_k", "win_v")

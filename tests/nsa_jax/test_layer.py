@@ -1,0 +1,164 @@
+"""The Flax modules: Linen and NNX agree, every parameter is named, reached and trained, packing changes nothing."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nsa_jax
+import nsa_jax.nnx
+from nsa_jax import NSAConfig, compress, num_compressed
+from nsa_jax.testing import assert_trees_close
+
+CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 6}
+E = 32
+T = 45
+
+
+def layer(**fields):
+    return nsa_jax.NSAttention(**{**HEADS, "config": CONFIG, **fields})
+
+
+def embeddings(seed=0, B=2):
+    return jax.random.normal(jax.random.key(seed), (B, T, E))
+
+
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_linen_and_nnx_have_the_same_parameters_and_numbers(compression, share_kv):
+    x = embeddings()
+    segment_ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, T), 0, 3, jnp.int32), axis=1)
+    linen = layer(compression=compression, share_kv=share_kv)
+    boxed = jax.jit(linen.init)(jax.random.key(2), x)
+    variables = nn.unbox(boxed)
+    twin = nsa_jax.nnx.NSAttention(
+        E, rngs=nnx.Rngs(0), config=CONFIG, compression=compression, share_kv=share_kv, **HEADS
+    )
+    theirs = {name: value for name, value in vars(twin).items() if isinstance(value, nnx.Param)}
+    assert {n: p.shape for n, p in variables["params"].items()} == {n: p[...].shape for n, p in theirs.items()}
+    for name, value in variables["params"].items():
+        assert theirs[name].get_metadata("out_sharding") == boxed["params"][name].names
+        theirs[name][...] = value
+    expected = jax.jit(lambda v: linen.apply(v, x, segment_ids=segment_ids))(variables)
+    assert (nnx.jit(lambda m: m(x, segment_ids=segment_ids))(twin) == expected).all()
+
+
+def test_full_attention_twins_agree_and_a_window_of_T_is_no_window():
+    x = embeddings()
+    linen = nsa_jax.FullAttention(**HEADS)
+    variables = nn.unbox(linen.init(jax.random.key(2), x))
+    twin = nsa_jax.nnx.FullAttention(E, rngs=nnx.Rngs(0), **HEADS)
+    for name, value in variables["params"].items():
+        getattr(twin, name)[...] = value
+    expected = linen.apply(variables, x)
+    assert_trees_close(twin(x), expected, 1e-6)
+    assert_trees_close(nsa_jax.FullAttention(**HEADS, window=T).apply(variables, x), expected, 1e-6)
+    assert not jnp.allclose(nsa_jax.FullAttention(**HEADS, window=3).apply(variables, x), expected)
+
+
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_gradients_reach_every_parameter(compression, share_kv):
+    x = embeddings()
+    module = layer(compression=compression, share_kv=share_kv)
+    parameters = nn.unbox(jax.jit(module.init)(jax.random.key(3), x))["params"]
+    cotangent = jax.random.normal(jax.random.key(4), x.shape)
+    gradient = jax.jit(jax.grad(lambda p: (module.apply({"params": p}, x) * cotangent).sum()))(parameters)
+    for name, value in gradient.items():
+        assert jnp.isfinite(value).all(), name
+        per_entry = np.asarray(jnp.abs(value).reshape(-1))
+        # A bias of compressed keys is rotated differently at each block, so it too moves the scores.
+        assert (per_entry > 0).mean() > 0.99, name
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_packed_documents_equal_the_documents_alone(attention):
+    module = {
+        "nsa": layer(),
+        "full": nsa_jax.FullAttention(**HEADS),
+        "window": nsa_jax.FullAttention(**HEADS, window=10),
+    }[attention]
+    lengths = (16, 24, 5)  # starts on multiples of the selection block
+    x = embeddings(B=1)
+    segment_ids = jnp.asarray(np.repeat(np.arange(3), lengths)[None], jnp.int32)
+    variables = jax.jit(module.init)(jax.random.key(5), x)
+    packed = jax.jit(lambda v, x: module.apply(v, x, segment_ids=segment_ids))(variables, x)
+    apply = jax.jit(module.apply)
+    begin = 0
+    for length in lengths:
+        alone = apply(variables, x[:, begin : begin + length])
+        assert_trees_close(packed[:, begin : begin + length], alone, 1e-5)
+        begin += length
+
+
+def test_bfloat16_computation_is_close_to_float32():
+    x = embeddings()
+    # Blocks whose importance is nearly equal may be chosen otherwise in bfloat16, so here every block is chosen.
+    every = NSAConfig(4, 2, 8, 8, 1, 2, 10)
+    variables = jax.jit(layer(config=every).init)(jax.random.key(6), x)
+    expected = jax.jit(layer(config=every).apply)(variables, x)
+    actual = jax.jit(layer(config=every, dtype=jnp.bfloat16).apply)(variables, x)
+    assert actual.dtype == jnp.bfloat16
+    assert_trees_close(actual, expected.astype(jnp.bfloat16), 3e-2)
+
+
+@pytest.mark.parametrize("method", ["mlp", "linear", "mean"])
+def test_compression_equals_phi_of_each_window(method):
+    l, d, D, F = 6, 2, 5, 7  # noqa: E741
+    config = NSAConfig(compress_block=l, compress_stride=d, select_block=8)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 23, 3, D))
+    shapes = {
+        "position": (l, D),
+        "in_kernel": (l, D, F if method == "mlp" else D),
+        "in_bias": (F,),
+        "out_kernel": (F, D),
+        "out_bias": (D,),
+    }
+    parameters = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    expected = np.zeros((2, num_compressed(23, config), 3, D))
+    for b, i, h in np.ndindex(expected.shape[:3]):
+        block = x[b, i * d : i * d + l, h] + parameters["position"]
+        if method == "mean":
+            expected[b, i, h] = block.mean(axis=0)
+            continue
+        hidden = block.reshape(-1) @ parameters["in_kernel"].reshape(l * D, -1)
+        if method == "mlp":
+            hidden = hidden + parameters["in_bias"]
+            hidden = hidden / (1 + np.exp(-hidden)) @ parameters["out_kernel"] + parameters["out_bias"]
+        expected[b, i, h] = hidden
+    with jax.enable_x64(True):
+        actual = compress(jnp.asarray(x), jax.tree.map(jnp.asarray, parameters), config=config, method=method)
+        assert_trees_close(actual, jnp.asarray(expected), 1e-12)
+
+
+def test_overlapping_windows_are_never_materialised():
+    """No array of the traced program holds every window of every head."""
+    config = NSAConfig()
+    module = nsa_jax.NSAttention(num_heads=2, num_kv_heads=2, head_dim=16, config=config)
+    x = jax.ShapeDtypeStruct((1, 4096, 32), jnp.float32)
+    variables = jax.eval_shape(lambda x: nn.unbox(module.init(jax.random.key(0), x)), x)
+    phi = {n.removeprefix("phi_k_"): v for n, v in variables["params"].items() if n.startswith("phi_k_")}
+    k = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda k, p: compress(k, p, config=config))(k, phi)
+    largest = max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars)
+    assert largest < num_compressed(4096, config) * config.compress_block * 2 * 16
+
+
+def test_bad_fields_are_refused_by_name():
+    x = embeddings()
+    for fields, message in (
+        ({"num_kv_heads": 3}, "num_kv_heads = 3: expected a divisor of num_heads = 4"),
+        ({"head_dim": 7}, "head_dim = 7: rotary position embedding needs an even head size"),
+        ({"v_head_dim": 0}, "value_dim = 0: expected a positive integer"),
+        ({"compression": "max"}, "compression = 'max': expected one of mlp, linear, mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(**fields).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"x: int32 \(2, 3\): expected a float array"):
+        layer().init(jax.random.key(0), jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"segment_ids: int32 \(2, 4\): expected int32 of shape \(2, 45\)"):
+        layer().init(jax.random.key(0), x, segment_ids=jnp.zeros((2, 4), jnp.int32))

@@ -1,0 +1,68 @@
+"""The comparison helpers notice what they should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig, xla
+from nsa_jax.testing import (
+    assert_matches_reference,
+    assert_same_blocks,
+    assert_trees_close,
+    normwise_error,
+    random_inputs,
+)
+
+CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
+
+
+def test_normwise_error_counts_nan_and_unequal_infinities_as_infinitely_wrong():
+    a = jnp.array([3.0, 4.0, -jnp.inf])
+    assert normwise_error(a, a) == 0
+    assert normwise_error(a.at[0].set(3.5), a) == pytest.approx(0.1)
+    for wrong in (jnp.nan, jnp.inf, -jnp.inf):
+        assert normwise_error(a.at[0].set(wrong), a) == np.inf
+    assert normwise_error(a.at[2].set(0), a) == np.inf
+
+
+def test_assert_trees_close_names_the_error():
+    with pytest.raises(AssertionError, match=r"the output: normwise error 0\.1 above 1e-05"):
+        assert_trees_close({"x": jnp.array([1.1])}, {"x": jnp.array([1.0])}, what="the output")
+    with pytest.raises(AssertionError):
+        assert_trees_close(jnp.zeros(3), jnp.zeros(4))
+
+
+def test_assert_same_blocks_excuses_only_what_rounding_cannot_tell_apart():
+    importance = jnp.array([[[[9.0, 1.0, 1.0 + 1e-7, 0.0, 0.0]]]])
+    expected = jnp.array([[[[0, 2]]]], jnp.int32)
+    assert_same_blocks(expected, expected, importance)
+    assert_same_blocks(expected.at[..., 1].set(1), expected, importance)
+    for wrong in ([0, 3], [2, 0], [0, -1], [0, 0], [1, 2]):
+        with pytest.raises(AssertionError, match="select_blocks at"):
+            assert_same_blocks(jnp.array([[[wrong]]], jnp.int32), expected, importance)
+    with pytest.raises(AssertionError, match="select_blocks at"):  # zero importance: the lower index must win
+        assert_same_blocks(jnp.array([[[[0, 4]]]]), jnp.array([[[[0, 3]]]]), importance)
+
+
+@pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "window_attention", "select_blocks"])
+def test_assert_matches_reference_notices_a_wrong_op(op, monkeypatch):
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=40, num_heads=2, num_kv_heads=1, head_dim=4)
+    right = getattr(xla, op)
+
+    def wrong(q, *args, scale, **kwargs):
+        return right(-q if op == "select_blocks" else q, *args, scale=scale * 1.001, **kwargs)
+
+    monkeypatch.setattr(xla, op, wrong)
+    # A wrong selection shows first in the whole attention, which is compared before the indices.
+    with pytest.raises(AssertionError, match="nsa_attention" if op == "select_blocks" else op):
+        assert_matches_reference(inputs, CONFIG, implementation="xla", gradients=False)
+
+
+def test_assert_matches_reference_notices_a_wrong_gradient(monkeypatch):
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=40, num_heads=2, num_kv_heads=1, head_dim=4)
+    right = xla.window_attention
+    detached = lambda q, k, v, *args, **kwargs: right(q, jax.lax.stop_gradient(k), v, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(xla, "window_attention", detached)
+    with pytest.raises(AssertionError, match="gradient of window_attention"):
+        assert_matches_reference(inputs, CONFIG, implementation="xla")

@@ -1,0 +1,65 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nsa_jax import NSAConfig
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check,
+    differences,
+    from_json,
+    to_json,
+)
+from train.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_and_survive_being_written_and_read(name):
+    config = PRESETS[name]()
+    check(config)
+    assert from_json(to_json(config)) == config
+    assert config.run_dir == Path("runs") / name
+
+
+def test_differences_are_named_with_both_values():
+    old = TrainConfig()
+    new = dataclasses.replace(
+        old, steps=7, model=dataclasses.replace(old.model, nsa=dataclasses.replace(old.model.nsa, window=9))
+    )
+    assert list(differences(old, new)) == [("model.nsa.window", old.model.nsa.window, 9), ("steps", old.steps, 7)]
+
+
+def test_a_setting_that_is_not_known_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"unknown setting model\.nsa\.windows"):
+        from_json('{"model": {"nsa": {"windows": 3}}}')
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig(num_heads=6, num_kv_heads=4)}, r"model.num_heads = 6: .* model.num_kv_heads = 4"),
+        ({"model": ModelConfig(head_dim=7)}, r"model.head_dim = 7: expected an even number"),
+        ({"model": ModelConfig(num_layers=0)}, r"model.num_layers = 0: expected at least 1"),
+        (
+            {"model": ModelConfig(nsa=NSAConfig(select_block=48)), "data": DataConfig(sequence_length=64)},
+            r"data.sequence_length = 64: .*model.nsa.select_block = 48.*data.isolate_documents",
+        ),
+        ({"optimizer": OptimizerConfig(warmup_steps=300)}, r"optimizer.warmup_steps = 300: .*steps = 300"),
+        ({"optimizer": OptimizerConfig(accumulate=3)}, r"data.batch_size = 8: .*optimizer.accumulate = 3"),
+        ({"optimizer": OptimizerConfig(learning_rate=0.0)}, r"optimizer.learning_rate = 0.0: .*positive"),
+        ({"checkpoint": CheckpointConfig(every=0)}, r"checkpoint.every = 0: expected at least 1"),
+        ({"steps": 0}, r"steps = 0: expected at least 1"),
+    ],
+)
+def test_contradictions_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(dataclasses.replace(TrainConfig(), **changes))
+
+
+def test_a_sequence_of_any_length_is_allowed_where_documents_run_into_each_other():
+    check(TrainConfig(data=DataConfig(sequence_length=100, isolate_documents=False)))

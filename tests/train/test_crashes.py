@@ -1,0 +1,208 @@
+"""Whole training runs in processes of their own: killed, stopped and resumed, they train as if nothing had happened."""
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.checkpoint import Checkpointer
+from train.config import CheckpointConfig
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+EVERY = 4
+DEADLINE = 120.0  # seconds until a process that does not do what is waited for fails the test
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A small corpus, and a place for compiled programs so that only the first process compiles."""
+    folder = tmp_path_factory.mktemp("crashes")
+    draw = np.random.default_rng(0)
+    (folder / "corpus").mkdir()
+    for i in range(60):
+        letters = draw.integers(ord("a"), ord("z") + 1, draw.integers(20, 400))
+        (folder / "corpus" / f"{i}.txt").write_bytes(letters.astype(np.uint8).tobytes())
+    return folder
+
+
+def start(workspace: Path, run_dir: Path, max_file_blocks: int | None = None) -> subprocess.Popen:
+    """A training process, whose files may be limited to a number of blocks of 512 bytes."""
+    settings = {
+        "run-dir": run_dir,
+        "steps": STEPS,
+        "eval-every": 10,
+        "eval-batches": 1,
+        "sample-tokens": 0,
+        "checkpoint.every": EVERY,
+        "data.path": workspace / "corpus",
+        "data.sequence-length": 64,
+        "data.batch-size": 2,
+        "model.num-layers": 1,
+        "model.attention": "full",
+        "model.embed-dim": 32,
+        "model.num-heads": 2,
+        "model.num-kv-heads": 1,
+        "model.head-dim": 16,
+        "model.mlp-dim": 32,
+        "model.nsa.num-selected": 4,
+        "model.nsa.window": 32,
+    }
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    command = [sys.executable, "-m", "train", "tiny", *arguments]
+    if max_file_blocks is not None:
+        command = ["sh", "-c", f'ulimit -f {max_file_blocks}; exec "$@"', "sh", *command]
+    with open(f"{run_dir}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """The (step, loss) of every line of metrics.jsonl that has a loss; a line cut off by a kill is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def metrics_file(run_dir: Path) -> int | None:
+    """Which file metrics.jsonl is: a resumed run writes another, without the steps that it makes again."""
+    path = run_dir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
+def has_reached(run_dir: Path, step: int, earlier_file: int | None) -> bool:
+    return metrics_file(run_dir) != earlier_file and any(done >= step for done, _ in losses(run_dir))
+
+
+def latest_step(run_dir: Path) -> int:
+    return Checkpointer(run_dir / "checkpoints", CheckpointConfig()).latest_step or 0
+
+
+def log_of(run_dir: Path) -> str:
+    return Path(f"{run_dir}.log").read_text()
+
+
+def wait_until(process: subprocess.Popen, run_dir: Path, condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, f"ended before it could be stopped:\n{log_of(run_dir)}"
+        assert time.monotonic() < give_up, f"nothing happened:\n{log_of(run_dir)}"
+        time.sleep(0.001)
+
+
+def half_written(run_dir: Path) -> set[int]:
+    """Inodes of the checkpoints that are being written, or that a kill left so."""
+    return {path.stat().st_ino for path in (run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp") if path.exists()}
+
+
+def caught_while_saving(process: subprocess.Popen, run_dir: Path, leftovers: set[int]) -> bool:
+    """Whether the process now stands still with a checkpoint half written."""
+    if not half_written(run_dir) - leftovers:
+        return False
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.01)
+    if half_written(run_dir) - leftovers:
+        return True
+    process.send_signal(signal.SIGCONT)  # it had just finished
+    return False
+
+
+def finish(process: subprocess.Popen, run_dir: Path, code: int = 0) -> None:
+    try:
+        process.wait(DEADLINE)
+    finally:
+        process.kill()
+    assert process.returncode == code, log_of(run_dir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace) -> list[tuple[int, float]]:
+    run_dir = workspace / "uninterrupted"
+    finish(start(workspace, run_dir), run_dir)
+    result = losses(run_dir)
+    assert [step for step, _ in result] == list(range(1, STEPS + 1))
+    return result
+
+
+def test_a_run_killed_five_times_gives_the_losses_of_one_never_killed(workspace, uninterrupted):
+    run_dir = workspace / "killed"
+    draw = random.Random(0)
+    saved = 0
+    resumed = []
+    for kill in range(5):
+        leftovers, earlier_file = half_written(run_dir), metrics_file(run_dir)
+        process = start(workspace, run_dir)
+        if kill % 2:
+            wait_until(process, run_dir, functools.partial(caught_while_saving, process, run_dir, leftovers))
+        else:
+            step = saved + draw.randint(1, 2 * EVERY)
+            wait_until(process, run_dir, functools.partial(has_reached, run_dir, step, earlier_file))
+        process.kill()
+        process.wait()
+        assert latest_step(run_dir) >= saved
+        saved = latest_step(run_dir)
+        resumed += [saved] if saved else []
+    finish(start(workspace, run_dir), run_dir)
+    assert losses(run_dir) == uninterrupted
+    assert [int(step) for step in re.findall(r"resuming after step (\d+)", log_of(run_dir))] == resumed
+    assert not half_written(run_dir)
+
+
+@pytest.fixture(scope="module")
+def stopped(workspace) -> Path:
+    """The folder of a run that SIGTERM stopped half-way."""
+    run_dir = workspace / "stopped"
+    process = start(workspace, run_dir)
+    wait_until(process, run_dir, functools.partial(has_reached, run_dir, EVERY + 1, None))
+    process.send_signal(signal.SIGTERM)
+    finish(process, run_dir, code=128 + signal.SIGTERM)
+    return run_dir
+
+
+def test_sigterm_saves_the_step_it_stops_after(stopped, uninterrupted):
+    step = latest_step(stopped)
+    assert EVERY < step < STEPS
+    assert losses(stopped) == uninterrupted[:step]
+    assert f"stopped by SIGTERM after step {step}" in log_of(stopped)
+    assert not half_written(stopped)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace, stopped, uninterrupted):
+    run_dir = shutil.copytree(stopped, workspace / "damaged")
+    step = latest_step(run_dir)
+    data = max((run_dir / "checkpoints" / str(step) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    finish(start(workspace, run_dir), run_dir)
+    assert losses(run_dir) == uninterrupted
+    assert f"checkpoint of step {step} in {run_dir / 'checkpoints'} is damaged" in log_of(run_dir)
+    assert (run_dir / "checkpoints" / "damaged" / str(step)).is_dir()
+
+
+def test_a_full_disk_stops_the_run_with_a_word_and_loses_nothing_saved(workspace, stopped):
+    run_dir = shutil.copytree(stopped, workspace / "full")
+    step = latest_step(run_dir)
+    # Room for every file of the run but the arrays of a checkpoint.
+    finish(start(workspace, run_dir, max_file_blocks=80), run_dir, code=1)
+    log = log_of(run_dir)
+    assert f"error: could not save the checkpoint of step {(step // EVERY + 1) * EVERY}" in log
+    assert "File too large" in log
+    assert f"the last good checkpoint is step {step} and remains" in log
+    assert latest_step(run_dir) == step

@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from train import loop
+from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
+from train.loop import Interrupted, NonFiniteError, prepare, run
+from train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> TrainConfig:
+    """A run of a few seconds on a small corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = np.random.default_rng(0)
+    for i in range(40):
+        (folder / f"{i}.txt").write_bytes(draw.integers(97, 123, draw.integers(20, 80)).astype(np.uint8).tobytes())
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=1,
+            embed_dim=16,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            mlp_dim=16,
+            attention="full",
+            nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
+        ),
+        data=DataConfig(path=str(folder), sequence_length=32, batch_size=8),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        checkpoint=CheckpointConfig(every=4),
+        mesh=MeshConfig(data=4, fsdp=2),
+        steps=10,
+        eval_every=5,
+        eval_batches=2,
+        sample_tokens=0,
+    )
+
+
+def train(config):
+    return run(prepare(config), plain=True)
+
+
+def losses(config):
+    return [(entry["step"], entry["loss"]) for entry in read_metrics(config.run_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A run that nothing stopped."""
+    config = dataclasses.replace(base, run_dir=tmp_path_factory.mktemp("finished") / "run", sample_tokens=5)
+    return config, train(config)
+
+
+def test_a_run_leaves_its_curve_sample_metrics_config_and_checkpoint(finished, capsys):
+    config, result = finished
+    assert result.files["curve"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert result.files["sample"].read_text() == result.sample
+    assert result.sample.startswith(config.sample_prompt)
+    assert from_json(result.files["config"].read_text()) == config
+    assert (result.files["checkpoints"] / str(config.steps)).is_dir()
+    entries = read_metrics(result.files["metrics"])
+    assert [entry["step"] for entry in entries] == list(range(1, config.steps + 1))
+    assert [entry["step"] for entry in entries if "held_out_bits_per_byte" in entry] == [5, 10]
+    assert entries[-1]["held_out_bits_per_byte"] == result.held_out["held_out_bits_per_byte"]
+    assert entries[0]["loss"] == pytest.approx(np.log(320), abs=0.2)  # the padded vocabulary, nothing learnt
+    assert entries[-1]["loss"] < entries[0]["loss"]
+
+
+def test_a_finished_run_is_reported_again_and_not_trained_further(finished, capsys):
+    config, result = finished
+    again = train(config)
+    assert again.held_out == result.held_out
+    assert again.sample == result.sample
+    assert [step for step, _ in losses(config)] == list(range(1, config.steps + 1))
+    output = capsys.readouterr().out
+    assert "resuming after step 10" in output
+    assert f"{result.held_out['held_out_bits_per_byte']:.4f} held-out bits per byte" in output
+    assert str(result.files["curve"]) in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished, base, tmp_path, monkeypatch, number
+):
+    config = dataclasses.replace(base, run_dir=tmp_path / "run", sample_tokens=5)
+    calls = 0
+    put_batch = loop.put_batch
+
+    def put_batch_and_stop(batch, mesh):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), number)
+        return put_batch(batch, mesh)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loop, "put_batch", put_batch_and_stop)
+    with pytest.raises(Interrupted, match=rf"{number.name} after step 3; saved"):
+        train(config)
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    with (config.run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.0}) + "\n")  # a step that was logged and lost
+    result = train(config)
+    reference_config, reference = finished
+    assert losses(config) == losses(reference_config)
+    assert result.held_out == reference.held_out
+    assert result.sample == reference.sample
+    for x, y in zip(jax.tree.leaves(result.state), jax.tree.leaves(reference.state), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(base, tmp_path):
+    config = dataclasses.replace(
+        base,
+        run_dir=tmp_path / "run",
+        optimizer=OptimizerConfig(learning_rate=1e38, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: loss .*, gradient norm .*; the last good checkpoint is step 1 in .*checkpoints"
+    ):
+        train(config)
+    assert [step for step, _ in losses(config)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, mlp_dim=32)),
+            "model.mlp_dim was 16, is 32",
+        ),
+        (lambda c: dataclasses.replace(c, seed=1), "seed was 0, is 1"),
+        (lambda c: dataclasses.replace(c, steps=5), "steps = 5: expected at least 10"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_by_name(finished, change, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(change(finished[0]))
+
+
+def test_another_vocabulary_or_other_data_are_refused_by_name(finished, tmp_path):
+    config = finished[0]
+    path = config.run_dir / "facts.json"
+    facts = json.loads(path.read_text())
+    for name, value in (("vocab_size", 32000), ("data_fingerprint", "other")):
+        path.write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(ValueError, match=rf"{name} was {value!r}, is {facts[name]!r}"):
+            prepare(config)
+    path.write_text(json.dumps(facts))
+
+
+def test_more_steps_and_other_intervals_may_be_asked_of_a_run(finished):
+    changed = dataclasses.replace(
+        finished[0], steps=20, eval_every=3, checkpoint=CheckpointConfig(every=2), mesh=MeshConfig(data=8, fsdp=1)
+    )
+    prepare(changed)

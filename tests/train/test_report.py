@@ -1,0 +1,32 @@
+import json
+
+import pytest
+
+from train.report import main, plot_curves
+
+
+def write_run(folder, offset):
+    folder.mkdir()
+    entries = [{"step": step, "bits_per_byte": 8 / step + offset} for step in range(1, 11)]
+    entries[-1]["held_out_bits_per_byte"] = 1.0 + offset
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+def test_several_runs_are_drawn_into_one_png(tmp_path):
+    runs = {name: write_run(tmp_path / name, offset) for offset, name in enumerate(("nsa", "full"))}
+    main([str(tmp_path / "both.png"), *(f"{name}={folder}" for name, folder in runs.items())])
+    plot_curves({"nsa": runs["nsa"]}, tmp_path / "one.png")
+    both, one = (tmp_path / "both.png").read_bytes(), (tmp_path / "one.png").read_bytes()
+    assert both[:8] == one[:8] == b"\x89PNG\r\n\x1a\n"
+    assert both != one
+
+
+def test_a_run_without_metrics_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent: no metrics"):
+        plot_curves({"absent": tmp_path / "absent"}, tmp_path / "curve.png")
+
+
+def test_usage_is_said_where_arguments_are_wrong():
+    with pytest.raises(SystemExit, match="usage"):
+        main(["picture.png", "nsa"])

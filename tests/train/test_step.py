@@ -1,0 +1,98 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from train.config import MeshConfig, ModelConfig, OptimizerConfig
+from train.model import Transformer
+from train.optimizer import make_optimizer
+from train.sharding import make_mesh, on_mesh, put_batch, tree_shardings
+from train.step import make_init, make_train_step
+
+B, T, VOCABULARY = 8, 16, 50
+MODEL = ModelConfig(
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    nsa=NSAConfig(
+        compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_init=1, num_local=1, window=6
+    ),
+)
+
+
+def batch():
+    draw = np.random.default_rng(0)
+    weights = (draw.random((B, T)) < 0.7).astype(np.float32)
+    weights[::2] = 0  # microbatches of very unequal weight
+    weights[0, 0] = 1
+    return {
+        "tokens": draw.integers(0, VOCABULARY, (B, T), dtype=np.int32),
+        "targets": draw.integers(0, VOCABULARY, (B, T), dtype=np.int32),
+        "weights": weights,
+        "target_bytes": draw.integers(0, 4, (B, T), dtype=np.int32),
+        "segment_ids": np.repeat(np.arange(2, dtype=np.int32), T // 2)[None].repeat(B, axis=0),
+    }
+
+
+def one_step(attention="full", accumulate=1, mesh=None):
+    model = Transformer(dataclasses.replace(MODEL, attention=attention), VOCABULARY)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    init = make_init(model, optimizer)
+    step = make_train_step(model, optimizer, accumulate=accumulate, z_loss=1e-3)
+    key = jax.random.key(0)
+    if mesh is None:
+        state = jax.jit(lambda key: nn.meta.unbox(init(key)))(key)
+        return jax.jit(step)(state, jax.tree.map(jnp.asarray, batch()))
+    shardings = tree_shardings(jax.eval_shape(init, key), mesh)
+    state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
+    return on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)(state, put_batch(batch(), mesh))
+
+
+def assert_close(actual, expected, tolerance):
+    (state, metrics), (expected_state, expected_metrics) = actual, expected
+    np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=tolerance)
+    np.testing.assert_allclose(metrics.sums, expected_metrics.sums, rtol=tolerance)
+    # The first moment is the clipped gradient, up to a factor. The parameters say less: Adam turns gradients of 1e-12
+    # into steps of full size.
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(state.opt_state[1][0].mu),
+        jax.tree.leaves(expected_state.opt_state[1][0].mu),
+        strict=True,
+    ):
+        assert np.linalg.norm(np.asarray(x) - np.asarray(y)) <= tolerance * np.linalg.norm(y), path
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return one_step()
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_microbatches_equal_one_batch_however_unequal_their_weights(whole, accumulate):
+    assert_close(one_step(accumulate=accumulate), whole, 1e-5)
+
+
+@pytest.mark.parametrize("attention", ["full", "nsa"])
+def test_a_step_on_a_mesh_equals_the_step_on_one_device(whole, attention):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    expected = whole if attention == "full" else one_step(attention)
+    sharded = one_step(attention, mesh=mesh)
+    assert_close(sharded, expected, 1e-5)
+    kernel = sharded[0].params["layers"]["mlp"]["gate_kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16 // 2, 24 // 2)
+    second_moment = sharded[0].opt_state[1][0].nu["layers"]["mlp"]["gate_kernel"]
+    assert second_moment.sharding == kernel.sharding
+
+
+def test_a_step_moves_the_random_state_and_the_counter(whole):
+    state, _ = whole
+    assert int(state.step) == 1
+    _, rng = jax.random.split(jax.random.key(0))
+    assert not np.array_equal(state.rng, jax.random.key_data(rng))

@@ -1,0 +1,64 @@
+"""The command line: `python -m train PRESET [--field value ...]`.
+
+Exit codes: 0 the run is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by SIGINT
+or SIGTERM, has saved, and goes on when the same command is given again.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from train.checkpoint import CheckpointError
+from train.config import TrainConfig, to_json
+from train.presets import PRESETS
+
+FAILED, WRONG_SETTING, SIGNALLED = 1, 2, 128
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The config that a command line asks for: a preset, changed by its flags.
+
+    Raises:
+      SystemExit: for help, and with code 2 where a flag is unknown or its value of the wrong type.
+      ValueError: a setting is impossible.
+    """
+    presets = {name: ((preset.__doc__ or "").strip(), preset()) for name, preset in PRESETS.items()}
+    if list(arguments) in (["--help"], ["-h"]):
+        with contextlib.suppress(SystemExit):
+            tyro.extras.overridable_config_cli(presets, prog="python -m train", args=["--help"])
+        # Every preset has the same fields; these show the defaults of the first.
+        arguments = [next(iter(presets)), "--help"]
+    return tyro.extras.overridable_config_cli(presets, prog="python -m train", args=list(arguments))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command line and returns its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        config = parse(arguments)
+        # After parsing, because importing JAX takes seconds that --help need not wait for.
+        from train.loop import Interrupted, NonFiniteError, prepare, run
+
+        print(to_json(config))
+        prepared = prepare(config)
+    except ValueError as error:
+        return _complain(f"error: {error}", WRONG_SETTING)
+    try:
+        run(prepared)
+    except (CheckpointError, NonFiniteError, ImportError) as error:
+        return _complain(f"error: {error}", FAILED)
+    except Interrupted as stop:
+        return _complain(str(stop), SIGNALLED + stop.signal_number)
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,331 @@
+"""The training loop: step, evaluate, save, stop and resume."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from train.checkpoint import Checkpointer
+from train.config import TrainConfig, check, differences, from_json, to_json
+from train.console import Console
+from train.corpus import Corpus, load_corpus
+from train.data import Batch, held_out_batches, train_batches
+from train.evaluate import evaluate
+from train.generate import generate
+from train.loss import bits_per_byte
+from train.metrics import MetricsLog, device_peak_flops, train_flops_per_token
+from train.model import Transformer, padded_vocabulary
+from train.optimizer import learning_rate_schedule, make_optimizer
+from train.report import plot_curves
+from train.sharding import check_divisible, make_mesh, on_mesh, put_batch, tree_shardings
+from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
+from train.tokenizer import Tokenizer, load_tokenizer
+
+# What a resumed run may change. Everything else would make it another run.
+CHANGEABLE = (
+    "run_dir",
+    "steps",
+    "eval_every",
+    "eval_batches",
+    "sample_prompt",
+    "sample_tokens",
+    "tensorboard",
+    "wandb",
+    "checkpoint.",
+    "mesh.",
+    "model.implementation",
+    "model.remat",
+)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has saved and can be resumed."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; saved, run again to go on"
+        )
+        self.signal_number = signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run leaves."""
+
+    state: TrainState
+    held_out: dict[str, float]  # at the last step
+    sample: str
+    files: dict[str, Path]  # by what they hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run whose settings have been found to fit together, its data and its model."""
+
+    config: TrainConfig
+    facts: dict[str, Any]  # what else must not change between the processes of one run
+    tokenizer: Tokenizer
+    corpus: Corpus
+    mesh: Mesh
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    abstract_state: TrainState  # shapes, dtypes and shardings
+    train_batches: Any  # a Grain iterator
+    held_out: list[Batch]
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Everything that can be found wrong with a run before it starts. Writes nothing.
+
+    Raises:
+      ValueError: a setting is impossible, contradicts another, or differs from the run in the folder.
+    """
+    check(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_divisible(config, padded_vocabulary(tokenizer.vocab_size), jax.device_count())
+    mesh = make_mesh(config.mesh)
+    corpus = load_corpus(config.data)
+    facts = {"vocab_size": tokenizer.vocab_size, "data_fingerprint": corpus.fingerprint}
+    _check_same_run(config, facts)
+    model = Transformer(config.model, tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    boxed = jax.eval_shape(make_init(model, optimizer), jax.random.key(config.seed))
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        tree_shardings(boxed, mesh),
+    )
+    align = config.model.nsa.select_block
+    held_out = itertools.islice(held_out_batches(corpus, tokenizer, config.data, align=align), config.eval_batches)
+    return Prepared(
+        config=config,
+        facts=facts,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        mesh=mesh,
+        model=model,
+        optimizer=optimizer,
+        abstract_state=abstract,
+        train_batches=train_batches(corpus, tokenizer, config.data, align=align),
+        held_out=list(held_out),
+    )
+
+
+def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
+    """Trains, from the start or from where the run's folder stands, to the last step.
+
+    Args:
+      prepared: by `prepare`, for this one call.
+      plain: lines instead of a progress line; None: where standard output is no terminal.
+
+    Raises:
+      CheckpointError: a checkpoint could not be written or read.
+      NonFiniteError: the loss or the gradient became NaN or infinite.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    config, mesh, model, abstract = prepared.config, prepared.mesh, prepared.model, prepared.abstract_state
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console(config.steps, plain=plain)
+    _introduce(prepared, console)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    batches = prepared.train_batches
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
+        checkpointer = stack.enter_context(Checkpointer(config.run_dir / "checkpoints", config.checkpoint))
+        restored = checkpointer.restore_latest(abstract, batches)
+        if restored is None:
+            init = make_init(model, prepared.optimizer)
+            state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(config.seed))
+            first = 0
+        else:
+            first, state = restored
+            console.print(f"resuming after step {first}, saved in {config.run_dir / 'checkpoints'}")
+        _write(config.run_dir / "config.json", to_json(config))
+        _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
+        log = MetricsLog(config, first_step=first + 1)
+        stack.callback(log.close)
+        stop = stack.enter_context(_stop_signals())
+
+        train_step = on_mesh(
+            jax.jit(
+                make_train_step(
+                    model, prepared.optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss
+                ),
+                donate_argnums=0,
+                out_shardings=(shardings, None),
+            ),
+            mesh,
+        )
+        eval_step = on_mesh(jax.jit(lambda params, batch: loss_sums(model, params, batch)), mesh)
+        tokens_per_step = config.data.batch_size * config.data.sequence_length
+        flops_per_token = train_flops_per_token(config.model, config.data.sequence_length, model.vocab_size)
+        peak = device_peak_flops()
+        pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
+        last_time = time.perf_counter()
+        held_out_values: dict[str, float] = {}
+        stack.enter_context(console)
+
+        def finish(step: int, metrics: StepMetrics) -> dict[str, float]:
+            """Waits for a step, checks it and returns what is logged of it."""
+            nonlocal last_time
+            sums, grad_norm = jax.device_get(metrics)
+            loss = float(sums.nll) / max(float(sums.weight), 1.0)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                checkpointer.wait()
+                good = checkpointer.latest_step
+                remains = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+                raise NonFiniteError(
+                    f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; {remains} in {checkpointer.directory}"
+                )
+            now = time.perf_counter()
+            speed = tokens_per_step / (now - last_time)
+            last_time = now
+            values = {
+                "loss": loss,
+                "bits_per_byte": bits_per_byte(float(sums.nll), float(sums.bytes)),
+                "grad_norm": float(grad_norm),
+                "learning_rate": float(schedule(step - 1)),
+                "tokens_per_second": speed,
+            }
+            if peak is not None:
+                values["model_flop_utilisation"] = speed * flops_per_token / peak
+            console.update(step, values)
+            return values
+
+        for step in range(first + 1, config.steps + 1):
+            state, metrics = train_step(state, put_batch(next(batches), mesh))
+            # The step before is looked at only now, so that the device never waits for the host.
+            if pending is not None:
+                log.write(pending[0], finish(*pending))
+            pending = step, metrics
+            signalled = stop.number
+            evaluating = step % config.eval_every == 0 or step == config.steps
+            saving = step % config.checkpoint.every == 0 or step == config.steps or signalled is not None
+            if not (evaluating or saving):
+                continue
+            values = finish(step, metrics)
+            pending = None
+            evaluated = {}
+            if evaluating:
+                evaluated = held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh)
+                console.evaluated(step, evaluated)
+            log.write(step, values | evaluated)
+            if saving:
+                checkpointer.save(step, state, batches, evaluated or None)
+            if signalled is not None and step < config.steps:
+                checkpointer.wait()
+                raise Interrupted(signalled, step)
+            last_time = time.perf_counter()  # evaluating and saving are not training
+        checkpointer.wait()
+        if not held_out_values:  # there was no step left to make
+            held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh)
+    return _report(prepared, state, held_out_values, console)
+
+
+def _introduce(prepared: Prepared, console: Console) -> None:
+    """Says what is trained, on what."""
+    corpus, config = prepared.corpus, prepared.config
+    console.print(
+        f"{corpus.name}: {len(corpus.train)} documents to train on, {len(corpus.held_out)} held out, "
+        f"{corpus.num_bytes / 1e6:.1f} MB, {len(corpus.skipped)} skipped"
+    )
+    for where, reason in corpus.skipped[:5]:
+        console.print(f"  skipped {where}: {reason}")
+    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(prepared.abstract_state.params))
+    console.print(
+        f"{num_params / 1e6:.2f}M parameters, attention = {config.model.attention}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(prepared.mesh.shape)}"
+    )
+
+
+def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], console: Console) -> Result:
+    """Samples, draws the curve and says where everything is."""
+    config = prepared.config
+    sample = ""
+    if config.sample_tokens:
+        seed = int(np.asarray(state.rng)[-1] % 2**31)
+        sample = generate(
+            state.params, prepared.model, prepared.tokenizer, config.sample_prompt, config.sample_tokens, seed=seed
+        )
+    files = {
+        "curve": config.run_dir / "loss.png",
+        "sample": config.run_dir / "sample.txt",
+        "metrics": config.run_dir / "metrics.jsonl",
+        "config": config.run_dir / "config.json",
+        "checkpoints": config.run_dir / "checkpoints",
+    }
+    _write(files["sample"], sample)
+    plot_curves({config.model.attention: config.run_dir}, files["curve"])
+    console.finished(held_out, sample, files)
+    return Result(state, held_out, sample, files)
+
+
+def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Raises ValueError where the run in the folder is another one."""
+    saved = config.run_dir / "config.json"
+    if not saved.exists():
+        return
+    old = from_json(saved.read_text())
+    changed = [change for change in differences(old, config) if not change[0].startswith(CHANGEABLE)]
+    path = config.run_dir / "facts.json"
+    old_facts = json.loads(path.read_text()) if path.exists() else {}
+    changed += [(name, old_facts[name], value) for name, value in facts.items() if old_facts.get(name, value) != value]
+    if changed:
+        shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
+        raise ValueError(f"run_dir = {config.run_dir} holds a run with other settings: {shown}. Choose another run_dir")
+    reached = Checkpointer(config.run_dir / "checkpoints", config.checkpoint).latest_step
+    if reached is not None and config.steps < reached:
+        raise ValueError(
+            f"steps = {config.steps}: expected at least {reached}, the last step saved in {config.run_dir}"
+        )
+
+
+class _Stop:
+    """The first stop signal that came, if any."""
+
+    number: int | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes SIGTERM and SIGINT instead of dying of them; only the main thread may, others go without."""
+    stop = _Stop()
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

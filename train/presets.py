@@ -1,0 +1,82 @@
+"""Runs by name. Each says what it should reach, on what, in how long, from a run that was made."""
+
+from pathlib import Path
+
+from nsa_jax import NSAConfig
+from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def tiny() -> TrainConfig:
+    """A byte model on the standard library's source, for two CPU cores and a few minutes."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=2,
+            embed_dim=192,
+            num_heads=6,
+            num_kv_heads=1,
+            head_dim=32,
+            mlp_dim=512,
+            nsa=NSAConfig(
+                compress_block=16,
+                compress_stride=8,
+                select_block=16,
+                num_selected=8,
+                num_init=1,
+                num_local=2,
+                window=64,
+            ),
+        ),
+        data=DataConfig(sequence_length=512, batch_size=2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        run_dir=Path("runs/tiny"),
+        steps=700,
+        eval_batches=64,
+    )
+
+
+def h100_50m() -> TrainConfig:
+    """50M parameters at 8k tokens, bf16, for one 80 GB GPU. Not yet run."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=12,
+            embed_dim=512,
+            num_heads=16,
+            num_kv_heads=1,
+            head_dim=64,
+            mlp_dim=1536,
+            dtype="bfloat16",
+            remat="dots",
+        ),
+        # One document runs into the next, so that full attention needs no mask and goes to cuDNN.
+        data=DataConfig(sequence_length=8192, batch_size=8, isolate_documents=False, held_out_fraction=0.02),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        checkpoint=CheckpointConfig(every=500),
+        run_dir=Path("runs/h100-50m"),
+        steps=1000,
+        eval_every=100,
+    )
+
+
+def h100_350m() -> TrainConfig:
+    """350M parameters at 8k tokens, bf16, for one 80 GB GPU. Not yet run."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=24,
+            embed_dim=1024,
+            num_heads=32,
+            num_kv_heads=2,
+            head_dim=64,
+            mlp_dim=3072,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        data=DataConfig(sequence_length=8192, batch_size=16, isolate_documents=False, held_out_fraction=0.02),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, accumulate=2),
+        checkpoint=CheckpointConfig(every=500),
+        run_dir=Path("runs/h100-350m"),
+        steps=2000,
+        eval_every=200,
+    )
+
+
+PRESETS = {"tiny": tiny, "h100-50m": h100_50m, "h100-350m": h100_350m}

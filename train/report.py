@@ -1,0 +1,60 @@
+"""Pictures of finished runs: `python -m train.report picture.png name=run_dir ...` draws several into one."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+import matplotlib.pyplot as plt
+
+from train.metrics import read_metrics
+
+
+def plot_curves(runs: dict[str, Path], path: Path) -> None:
+    """Training and held-out bits per byte over steps, for one run or several, as a PNG.
+
+    Args:
+      runs: run folders by the name they get in the legend.
+      path: of the picture.
+
+    Raises:
+      ValueError: a folder holds no metrics.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    low, high = float("inf"), 0.0
+    for index, (name, run_dir) in enumerate(runs.items()):
+        entries = read_metrics(run_dir / "metrics.jsonl")
+        if not entries:
+            raise ValueError(f"{run_dir}: no metrics to draw")
+        color = f"C{index}"
+        steps, train = _curve(entries, "bits_per_byte")
+        axes.plot(steps, train, color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
+        held_out_steps, held_out = _curve(entries, "held_out_bits_per_byte")
+        axes.plot(held_out_steps, held_out, color=color, marker="o", label=f"{name}, held out")
+        values = sorted(train + held_out)
+        low, high = min(low, values[0]), max(high, values[int(0.97 * (len(values) - 1))])
+    # The first few steps are far off and would squash the rest.
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(low - 0.1, high + 0.1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def main(arguments: list[str]) -> None:
+    """Draws the runs named on the command line."""
+    if len(arguments) < 2 or not all("=" in run for run in arguments[1:]):
+        raise SystemExit("usage: python -m train.report picture.png name=run_dir [name=run_dir ...]")
+    runs = dict(run.split("=", 1) for run in arguments[1:])
+    plot_curves({name: Path(run_dir) for name, run_dir in runs.items()}, Path(arguments[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

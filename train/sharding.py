@@ -1,0 +1,108 @@
+"""Which device holds what: the mesh, and one table from logical axes to mesh axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.config import MeshConfig, TrainConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Every logical axis of every parameter and activation. A group of query heads goes with its key/value head.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("compress_block", None),
+    ("phi_hidden", None),
+    ("phi_out", None),
+    ("gate_hidden", None),
+    ("branch", None),
+    ("layers", None),
+)
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Devices along (data, fsdp, tensor), with data = -1 worked out.
+
+    Raises:
+      ValueError: a size is neither positive nor, for data, -1, or the sizes do not multiply to `num_devices`.
+    """
+    for name in MESH_AXES:
+        size = getattr(config, name)
+        if size < 1 and not (name == "data" and size == -1):
+            expected = "at least 1, or -1 for the devices that are left" if name == "data" else "at least 1"
+            raise ValueError(f"mesh.{name} = {size}: expected {expected}")
+    rest = config.fsdp * config.tensor
+    data = num_devices // rest if config.data == -1 else config.data
+    if data * rest != num_devices:
+        raise ValueError(
+            f"mesh = (data {config.data}, fsdp {config.fsdp}, tensor {config.tensor}): "
+            f"expected a product of {num_devices}, the number of devices"
+        )
+    return data, config.fsdp, config.tensor
+
+
+def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
+    """Raises ValueError where a mesh axis does not divide what is split along it."""
+    data, fsdp, tensor = mesh_shape(config.mesh, num_devices)
+    rows = config.data.batch_size // config.optimizer.accumulate
+    for what, size, along, devices in (
+        ("data.batch_size / optimizer.accumulate", rows, "mesh.data * mesh.fsdp", data * fsdp),
+        ("model.embed_dim", config.model.embed_dim, "mesh.fsdp", fsdp),
+        ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
+        ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
+        ("rows of the embedding", vocab_rows, "mesh.tensor", tensor),
+    ):
+        if size % devices:
+            raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices."""
+    shape = mesh_shape(config, jax.device_count())
+    # Auto: XLA places intermediate results by itself. make_mesh's own default is Explicit.
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree whose arrays carry logical axis names (flax's boxes); arrays without are replicated.
+
+    Raises:
+      ValueError: a name is not in `RULES`.
+    """
+    specs = nn.get_partition_spec(boxed)
+    known = {name for name, _ in RULES}
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)):
+        unknown = [name for name in spec or () if name is not None and name not in known]
+        if unknown:
+            raise ValueError(f"parameter {jax.tree_util.keystr(path)}: logical axes {unknown} are not in RULES")
+    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch as arrays over the whole mesh."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def on_mesh(jitted: Callable, mesh: Mesh) -> Callable:
+    """A jitted function that is traced and run with the mesh and `RULES` in force."""
+
+    def call(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            return jitted(*arguments)
+
+    return call
