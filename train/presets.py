@@ -48,35 +48,13 @@ def h100_50m() -> TrainConfig:
             remat="dots",
         ),
         # One document runs into the next, so that full attention needs no mask and goes to cuDNN.
-        data=DataConfig(sequence_length=8192, batch_size=8, isolate_documents=False, held_out_fraction=0.02),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        checkpoint=CheckpointConfig(every=500),
+        data=DataConfig(sequence_length=8192, batch_size=8, isolate_documents=False, held_out_fraction=0.05),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+        checkpoint=CheckpointConfig(every=150),
         run_dir=Path("runs/h100-50m"),
-        steps=1000,
+        steps=300,
         eval_every=100,
     )
 
 
-def h100_350m() -> TrainConfig:
-    """350M parameters at 8k tokens, bf16, for one 80 GB GPU. Not yet run."""
-    return TrainConfig(
-        model=ModelConfig(
-            num_layers=24,
-            embed_dim=1024,
-            num_heads=32,
-            num_kv_heads=2,
-            head_dim=64,
-            mlp_dim=3072,
-            dtype="bfloat16",
-            remat="full",
-        ),
-        data=DataConfig(sequence_length=8192, batch_size=16, isolate_documents=False, held_out_fraction=0.02),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, accumulate=2),
-        checkpoint=CheckpointConfig(every=500),
-        run_dir=Path("runs/h100-350m"),
-        steps=2000,
-        eval_every=200,
-    )
-
-
-PRESETS = {"tiny": tiny, "h100-50m": h100_50m, "h100-350m": h100_350m}
+PRESETS = {"tiny": tiny, "h100-50m": h100_50m}
