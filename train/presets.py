@@ -27,7 +27,7 @@ def tiny() -> TrainConfig:
             ),
         ),
         data=DataConfig(sequence_length=512, batch_size=2),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=25),
         run_dir=Path("runs/tiny"),
         steps=700,
         eval_batches=64,
