@@ -7,7 +7,11 @@ from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerCon
 
 
 def tiny() -> TrainConfig:
-    """A byte model on the standard library's source, for two CPU cores and a few minutes."""
+    """A byte model on the standard library's source, for two CPU cores.
+
+    Measured on two cores of a shared machine, Python 3.11, compilation, evaluations and sample included:
+    2.52 held-out bits per byte in 3 min 17 s with NSA, 2.69 in 2 min 50 s with --attention full.
+    """
     return TrainConfig(
         model=ModelConfig(
             num_layers=2,
@@ -35,7 +39,12 @@ def tiny() -> TrainConfig:
 
 
 def h100_50m() -> TrainConfig:
-    """50M parameters at 8k tokens, bf16, for one 80 GB GPU. Not yet run."""
+    """50.8M parameters (41.9M with full attention) at 8k tokens, bf16, for one 80 GB GPU. 19.7M tokens of training.
+
+    Recorded on one H100 80GB, JAX 0.11.2, Python 3.12's library, at 160,000 to 230,000 tokens/s either way. With NSA:
+    2.73 held-out bits per byte after 100 steps and 1.96 after 200; that run was cut off at step 275, after 135 s. With
+    --model.attention full: 2.94, 2.06 and, after all 300 steps and 130 s, 1.77.
+    """
     return TrainConfig(
         model=ModelConfig(
             num_layers=12,
