@@ -29,7 +29,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_xla_matches_reference(shape):
-    assert_matches_reference(random_inputs(jax.random.key(1), CONFIG, **SHAPES[shape]), CONFIG, implementation="xla")
+    inputs = random_inputs(jax.random.key(1), CONFIG, **SHAPES[shape])
+    # A softmax over one key is constant: its gradients are zero but for rounding, and have no relative error.
+    assert_matches_reference(inputs, CONFIG, implementation="xla", gradients=inputs.q.shape[1] > 1)
 
 
 @pytest.mark.parametrize("shape", ["odd length, small values, segments", "a slice of queries"])
