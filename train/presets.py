@@ -41,9 +41,9 @@ def tiny() -> TrainConfig:
 def h100_50m() -> TrainConfig:
     """50.8M parameters (41.9M with full attention) at 8k tokens, bf16, for one 80 GB GPU. 19.7M tokens of training.
 
-    Recorded on one H100 80GB, JAX 0.11.2, Python 3.12's library, at 160,000 to 230,000 tokens/s either way. With NSA:
-    2.73 held-out bits per byte after 100 steps and 1.96 after 200; that run was cut off at step 275, after 135 s. With
-    --model.attention full: 2.94, 2.06 and, after all 300 steps and 130 s, 1.77.
+    Recorded on one H100 80GB, JAX 0.11.2, Python 3.12's library, at a median of 191,000 tokens/s with NSA and 180,000
+    with full attention. With NSA: 2.73 held-out bits per byte after 100 steps and 1.96 after 200; that run was cut off
+    at step 275, after 135 s. With --model.attention full: 2.94, 2.06 and, after all 300 steps and 130 s, 1.77.
     """
     return TrainConfig(
         model=ModelConfig(

@@ -34,6 +34,21 @@ def test_xla_matches_reference(shape):
     assert_matches_reference(inputs, CONFIG, implementation="xla", gradients=inputs.q.shape[1] > 1)
 
 
+def test_one_token_has_the_gradients_of_the_reference():
+    inputs = random_inputs(jax.random.key(1), CONFIG, **SHAPES["one token"])
+
+    def gradient(implementation):
+        def loss(arguments):
+            return nsa_jax.nsa_attention(*arguments, config=CONFIG, implementation=implementation).sum()
+
+        return jax.jit(jax.grad(loss))((inputs.q, inputs.kv, inputs.gates))
+
+    actual, expected = gradient("xla"), gradient("reference")
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(expected[1].slc_v).max() > 0
+
+
 @pytest.mark.parametrize("shape", ["odd length, small values, segments", "a slice of queries"])
 def test_xla_matches_reference_in_many_chunks(shape, monkeypatch):
     monkeypatch.setattr(xla, "CHUNK_ELEMENTS", 600)

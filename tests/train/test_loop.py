@@ -85,9 +85,12 @@ def test_a_finished_run_is_reported_again_and_not_trained_further(finished, caps
     assert str(result.files["curve"]) in output
 
 
-def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished, base, tmp_path, monkeypatch, number
+):
     config = dataclasses.replace(base, run_dir=tmp_path / "run", sample_tokens=5)
-    number, calls = signal.SIGTERM, 0
+    calls = 0
     put_batch = loop.put_batch
 
     def put_batch_and_stop(batch, mesh):

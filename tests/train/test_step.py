@@ -74,8 +74,9 @@ def whole():
     return one_step()
 
 
-def test_accumulated_microbatches_equal_one_batch_however_unequal_their_weights(whole):
-    assert_close(one_step(accumulate=4), whole, 1e-5)
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_microbatches_equal_one_batch_however_unequal_their_weights(whole, accumulate):
+    assert_close(one_step(accumulate=accumulate), whole, 1e-5)
 
 
 @pytest.mark.parametrize("attention", ["full", "nsa"])
