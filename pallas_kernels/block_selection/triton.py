@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention.tiling import Problem, Tile
+from pallas_kernels.tiles import exp2
 from pallas_kernels.triton_call import triton_call
 
 _SCRATCH_BYTES = 128 * 2**20  # of float32 scores; half of it costs 5% more at T 65536
@@ -304,7 +305,7 @@ def _score_kernel(
         def step(j: Any, carry: Any) -> Any:
             first_key = j * tile.keys
             k = tiling.load_keys(k_ref, first_key, tile.keys, num_keys if masked else None, pieces)
-            p = tiling.exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
+            p = exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
             if masked:
                 key = first_key + lax.broadcasted_iota(jnp.int32, (tile.keys,), 0)
                 p = jnp.where(tiling.visible(key, query, offset, starts_ref, problem, num_keys, 1), p, 0.0)
