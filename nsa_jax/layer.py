@@ -16,6 +16,7 @@ from nsa_jax.attention import BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import apply_rope
+from nsa_jax.sharding import MeshAxes, sharded
 from nsa_jax.visibility import segment_starts
 
 BRANCHES = ("cmp", "slc", "win")
@@ -71,6 +72,8 @@ class NSALayerConfig(HeadConfig):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     implementation: Implementation | None = None  # of the attention
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +167,8 @@ def nsa_layer(
         else:
             tokens[branch] = (rotate(k, positions), v)
     kv = BranchKV(compressed["k"], compressed["v"], *tokens["slc"], *tokens["win"])
-    o = nsa_attention(
+    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
+    o = attention(
         q,
         kv,
         _gates(x, weights),
