@@ -176,7 +176,7 @@ def nsa_layer(
         segment_ids=segment_ids,
         implementation=config.implementation,
     )
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"])
+    return _join_heads(o, weights["o_kernel"], x)
 
 
 def full_layer(
@@ -210,7 +210,7 @@ def full_layer(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if mask is None and _cudnn_applies(q) else "xla",
     )
-    return jnp.einsum("bthd,hde->bte", o[..., : config.value_dim], weights["o_kernel"])
+    return _join_heads(o[..., : config.value_dim], weights["o_kernel"], x)
 
 
 def _cudnn_applies(q: Array) -> bool:
@@ -243,6 +243,13 @@ def _positions(x: Array, segment_ids: Array | None) -> Int[Array, "B T"]:
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:
     return jnp.einsum("bte,ehd->bthd", x, kernel)
+
+
+def _join_heads(
+    o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
+) -> Float[Array, "B T E"]:
+    # Where heads are split over Explicit axes, it has to be said how the sum over them is: as the layer's input.
+    return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
 
 
 def _gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:

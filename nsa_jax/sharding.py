@@ -106,7 +106,7 @@ def sharded(
 
         arrays, options = _separate(signature.bind(*args, **kwargs).arguments)
         _check_divisible(arrays, axes, devices)
-        return jax.shard_map(
+        split_op = jax.shard_map(
             lambda arrays: run(**arrays, **options),
             mesh=mesh,
             in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
@@ -114,10 +114,11 @@ def sharded(
             # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such
             # axes to XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have
             # no sharding.
-            axis_names={a for a in free if a in named or around.shape[a] == 1 or kinds[a] == AxisType.Explicit},
+            axis_names={axis for axis in free if axis in named or kinds[axis] == AxisType.Explicit},
             # With it, every `pallas_call` would have to say over which axes its outputs vary: kernels see no mesh.
             check_vma=False,
-        )(arrays)
+        )
+        return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
 
     return call
 
@@ -142,16 +143,16 @@ def _check_divisible(
     arrays: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]], devices: Mapping[str, int]
 ) -> None:
     """Raises ValueError where the devices along the axes of a dimension do not divide it."""
-    arguments = {"batch": "batch_axes", "heads": "head_axes"}
-    for path, array in jax.tree_util.tree_leaves_with_path(dict(arrays)):
-        split = ARGUMENTS[path[0].key]
-        name = path[0].key + jax.tree_util.keystr(path[1:])
-        described = f"{name}: {array.dtype} {array.shape}"
-        if array.ndim != len(split):
-            raise ValueError(f"{described}: expected {len(split)} axes")
-        for what, size in zip(split, array.shape, strict=True):
-            if what is not None and size % devices[what]:
-                raise ValueError(
-                    f"{described}: expected {what} = {size} to be a multiple of {devices[what]}, the devices along "
-                    f"{arguments[what]} = {axes[what]}"
-                )
+    for name, argument in arrays.items():
+        split = ARGUMENTS[name]
+        for path, array in jax.tree_util.tree_leaves_with_path(argument):
+            described = f"{name}{jax.tree_util.keystr(path)}: {array.dtype} {array.shape}"
+            if array.ndim != len(split):
+                raise ValueError(f"{described}: expected {len(split)} axes")
+            for what, size in zip(split, array.shape, strict=True):
+                if what is not None and size % devices[what]:
+                    along = {"batch": "batch_axes", "heads": "head_axes"}[what]
+                    raise ValueError(
+                        f"{described}: expected {what} = {size} to be a multiple of {devices[what]}, the devices along "
+                        f"{along} = {axes[what]}"
+                    )
