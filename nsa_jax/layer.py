@@ -16,6 +16,7 @@ from nsa_jax.attention import BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import apply_rope
+from nsa_jax.sharding import MeshAxes, sharded
 from nsa_jax.visibility import segment_starts
 
 BRANCHES = ("cmp", "slc", "win")
@@ -71,6 +72,8 @@ class NSALayerConfig(HeadConfig):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     implementation: Implementation | None = None  # of the attention
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +167,8 @@ def nsa_layer(
         else:
             tokens[branch] = (rotate(k, positions), v)
     kv = BranchKV(compressed["k"], compressed["v"], *tokens["slc"], *tokens["win"])
-    o = nsa_attention(
+    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
+    o = attention(
         q,
         kv,
         _gates(x, weights),
@@ -172,7 +176,7 @@ def nsa_layer(
         segment_ids=segment_ids,
         implementation=config.implementation,
     )
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"])
+    return _join_heads(o, weights["o_kernel"], x)
 
 
 def full_layer(
@@ -206,7 +210,7 @@ def full_layer(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if mask is None and _cudnn_applies(q) else "xla",
     )
-    return jnp.einsum("bthd,hde->bte", o[..., : config.value_dim], weights["o_kernel"])
+    return _join_heads(o[..., : config.value_dim], weights["o_kernel"], x)
 
 
 def _cudnn_applies(q: Array) -> bool:
@@ -239,6 +243,13 @@ def _positions(x: Array, segment_ids: Array | None) -> Int[Array, "B T"]:
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:
     return jnp.einsum("bte,ehd->bthd", x, kernel)
+
+
+def _join_heads(
+    o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
+) -> Float[Array, "B T E"]:
+    # Where heads are split over Explicit axes, it has to be said how the sum over them is: as the layer's input.
+    return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
 
 
 def _gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:

@@ -94,7 +94,9 @@ def select_blocks(
     q, k, lse = lax.stop_gradient((q, k, lse))
     known_offset = query_offset if isinstance(query_offset, int) else None
     spans = query_spans(Tq, Nc, num_blocks, known_offset, problem, selection)
-    return choose(q, k, lse, starts, offset, problem, selection, spans)
+    run = functools.partial(choose, problem=problem, selection=selection, spans=spans)
+    # JAX 0.11 keeps a bare `pallas_call` whose result nothing uses, which flax's scan over layers takes for an error.
+    return jax.jit(run)(q, k, lse, starts, offset)
 
 
 def scoring_tile(head_size: int, dtype: Any) -> Tile:
