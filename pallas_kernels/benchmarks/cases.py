@@ -92,8 +92,8 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to.
         found = select(*jax.lax.stop_gradient((q, cmp_k)), lse)
         indices, _ = jax.lax.optimization_barrier((indices, found))
-        arrays = (q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, None, 0, indices)
-        return nsa_attention(*arrays, **blocks, **choice, window=shape.window)
+        sizes = {**blocks, **choice, "window": shape.window}
+        return nsa_attention(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, None, 0, indices, **sizes)
 
     def dense(q, k, v):
         size = max(Dk, Dv)

@@ -8,9 +8,10 @@ Contract of every backend:
         -> o [B, Tq, H, Dv]
 
 o = g0 o_cmp + g1 o_slc + g2 o_win, where the branches are those of `compressed_attention`, `selected_attention` over
-what `block_selection` chooses, or over `block_indices` [B, K, Tq, n] where they are given, and `window_attention`. Nc is at least 1. Differentiable in everything but starts,
-query_offset and block_indices. Residuals are the inputs, the branches' outputs, their lse and the indices. The backward pass is
-deterministic; it gates the cotangent inside the branches' kernels and lets each branch add to the one before's dq, so
+what `block_selection` chooses, or over `block_indices` [B, K, Tq, n] where they are given, and `window_attention`. Nc
+is at least 1. Differentiable in everything but starts, query_offset and block_indices. Residuals are the inputs, the
+branches' outputs, their lse and the indices. The backward pass is deterministic; it gates the cotangent inside the
+branches' kernels and lets each branch add to the one before's dq, so
 that neither a gated cotangent nor three gradients of q are ever in memory.
 """
 
