@@ -39,6 +39,7 @@ def _register_quiet_lowering() -> bool:
 
 _PARAMS = TritonParams if _register_quiet_lowering() else plgpu.CompilerParams
 _poisoned = False
+MOST_PROGRAMS = 65535  # along every axis of a CUDA grid but the first
 
 
 @contextlib.contextmanager
@@ -81,7 +82,25 @@ def triton_call(
             compiler_params=_PARAMS(num_warps=num_warps, num_stages=num_stages),
             interpret=interpret,
         )
-    return jax.named_call(call, name=name)
+    return jax.named_call(_checking_vmap(call, name, grid), name=name)
+
+
+def _checking_vmap(call: Callable[..., Any], name: str, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """The same call; `vmap` moves the grid's first axis to one that CUDA holds to 65535, and is refused beyond it."""
+    checked = jax.custom_batching.custom_vmap(call)
+
+    def batched(axis_size: int, is_batched: Any, *arguments: Any) -> Any:
+        if grid[0] > MOST_PROGRAMS:
+            raise NotImplementedError(
+                f"vmap of {name} with {grid[0]} programs along the sequence: expected at most {MOST_PROGRAMS}; "
+                "give the batch axis of the arguments instead"
+            )
+        axes = jax.tree.map(lambda x: 0 if x else None, is_batched)
+        out = jax.vmap(call, in_axes=tuple(axes), axis_size=axis_size)(*arguments)
+        return out, jax.tree.map(lambda _: True, out)
+
+    checked.def_vmap(batched)
+    return checked
 
 
 def _poisoning_call(

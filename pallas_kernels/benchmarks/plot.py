@@ -31,6 +31,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(True, which="both", alpha=0.3)
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend(frameon=False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels import block_selection, compressed_attention, nsa_attention
-from pallas_kernels.triton_call import poisoned_outputs
+from pallas_kernels.triton_call import poisoned_outputs, triton_call
 from tests.pallas_kernels import dense
 
 COMPRESS = {"compress_block": 16, "compress_stride": 8}
@@ -101,6 +102,48 @@ def test_no_compressed_token_raises_not_implemented():
     arrays[1], arrays[2] = arrays[1][:, :0], arrays[2][:, :0]
     with pytest.raises(NotImplementedError, match="0 compressed tokens"):
         nsa_attention.nsa_attention(*arrays, None, 0, scale=1.0, interpret=True, **CASES["plain"][-1])
+
+
+def test_vmap_scan_and_remat_give_the_same_gradients():
+    case = (2, 48, 4, 2, 32, 32, False, 0, COMPRESS | SELECT | {"window": 20})
+    (*arrays, do), _ = inputs(case, jnp.float32)
+    op = functools.partial(nsa_attention.nsa_attention, interpret=True, scale=case[4] ** -0.5, **case[-1])
+
+    def loss(op, *arrays):
+        return jnp.sum(op(*arrays) * do)
+
+    def plain(*arrays):
+        return op(*arrays, None, 0)
+
+    def each(*arrays):  # one sequence at a time, through the other axis
+        return jax.vmap(lambda *one: plain(*(x[None] for x in one))[0])(*arrays)
+
+    def scanned(*arrays):
+        body = jax.checkpoint(lambda carry, one: (carry, plain(*(x[None] for x in one))[0]))
+        return jax.lax.scan(body, 0, arrays)[1]
+
+    wanted = jax.jit(jax.value_and_grad(functools.partial(loss, plain), argnums=range(8)))(*arrays)
+    for other in (each, scanned):
+        actual = jax.jit(jax.value_and_grad(functools.partial(loss, other), argnums=range(8)))(*arrays)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+            assert dense.relative_error(a, b) < 2e-6
+
+
+def test_vmap_of_a_grid_too_long_for_cuda_is_refused():
+    call = triton_call(
+        lambda x_ref, o_ref: None,
+        name="long",
+        grid=(65536, 1),
+        in_specs=pl.no_block_spec,
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct((4,), jnp.float32),
+        num_warps=4,
+        num_stages=1,
+        interpret=True,
+    )
+    x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    with pytest.raises(NotImplementedError, match="vmap of long with 65536 programs"):
+        jax.eval_shape(jax.vmap(call), x)
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100", "NVIDIA A100"])
