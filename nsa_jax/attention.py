@@ -17,6 +17,7 @@ from nsa_jax.visibility import gated_sum, segment_starts
 
 Implementation = Literal["reference", "xla", "triton", "mosaic"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "triton", "mosaic")
+FUSED: tuple[Implementation, ...] = ("triton",)
 QueryOffset = int | Int[Array, ""]
 
 
@@ -77,19 +78,33 @@ def nsa_attention(
             f"kv.cmp_k has {kv.cmp_k.shape[1]} compressed tokens: expected num_compressed({T}, config) = "
             f"{num_compressed(T, config)}"
         )
-    if kv.slc_k.shape[2] != kv.cmp_k.shape[2]:
-        raise ValueError(f"kv.slc_k has {kv.slc_k.shape[2]} heads and kv.cmp_k {kv.cmp_k.shape[2]}: expected the same")
-    options: dict[str, Any] = {
-        "config": config,
-        "scale": scale,
-        "segment_ids": segment_ids,
-        "query_offset": query_offset,
-        "implementation": implementation,
-    }
-    o_cmp, lse = compressed_attention(q, kv.cmp_k, kv.cmp_v, **options)
-    block_indices = select_blocks(q, kv.cmp_k, lse, **options)
-    o_slc = selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options)
-    o_win = window_attention(q, kv.win_k, kv.win_v, **options)
+    for name in ("cmp", "slc", "win"):
+        k, v = getattr(kv, f"{name}_k"), getattr(kv, f"{name}_v")
+        _check_attention(q, k, v, config, f"kv.{name}_")
+        if (k.shape[2], v.shape[3]) != (kv.cmp_k.shape[2], kv.cmp_v.shape[3]):
+            raise ValueError(
+                f"kv.{name}_v: {_describe(v)}: expected the number and size of heads of kv.cmp_v: {_describe(kv.cmp_v)}"
+            )
+    starts = _query_starts(q, segment_ids, query_offset, T)
+    _check_token_length(q, kv.slc_k, query_offset)
+    scale = _scale(q, scale)
+    for name in _fused(implementation):
+        if kv.cmp_k.shape[1] == 0:  # a sequence too short for this branch has nothing to fuse
+            break
+        try:
+            fused = _implementation_module(name).nsa_attention
+            return fused(q, kv, gates, starts, query_offset, config=config, scale=scale)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+
+    def run(op: str, *arguments: Array) -> Any:
+        return _run(op, implementation, (*arguments, starts, query_offset), config, scale)
+
+    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v)
+    block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)))
+    o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices)
+    o_win = run("window_attention", q, kv.win_k, kv.win_v)
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
@@ -277,6 +292,13 @@ def _run(op: str, implementation: Implementation | None, arguments: tuple, confi
     return getattr(_implementation_module("xla"), op)(*arguments, config=config, scale=scale)
 
 
+def _fused(implementation: Implementation | None) -> tuple[str, ...]:
+    """Implementations to try that compute the gated sum of all branches as one op, fastest first."""
+    if implementation is not None:
+        return tuple(name for name in FUSED if name == implementation)
+    return FUSED if jax.default_backend() == "gpu" else ()
+
+
 def _implementation_module(name: str) -> ModuleType:
     """Imported on first use, so that a CPU user never loads the kernels."""
     if name not in IMPLEMENTATIONS:
@@ -309,10 +331,10 @@ def _query_starts(
     return jax.lax.dynamic_slice_in_dim(starts, query_offset, Tq, axis=1)
 
 
-def _check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig) -> None:
+def _check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig, prefix: str = "") -> None:
     if not isinstance(config, NSAConfig):
         raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
-    for name, array in (("q", q), ("k", k), ("v", v)):
+    for name, array in (("q", q), (f"{prefix}k", k), (f"{prefix}v", v)):
         if array is None:
             continue
         if array.ndim != 4:
@@ -323,11 +345,13 @@ def _check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig) -> 
     if Tq < 1:
         raise ValueError(f"q: {_describe(q)}: expected at least one query")
     if k.shape[0] != B or k.shape[3] != Dk:
-        raise ValueError(f"k: {_describe(k)}: expected batch {B} and head size {Dk}, as q: {_describe(q)}")
+        raise ValueError(f"{prefix}k: {_describe(k)}: expected batch {B} and head size {Dk}, as q: {_describe(q)}")
     if k.shape[2] < 1 or H % k.shape[2]:
-        raise ValueError(f"k: {_describe(k)}: expected a number of heads that divides q's {H}")
+        raise ValueError(f"{prefix}k: {_describe(k)}: expected a number of heads that divides q's {H}")
     if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: {_describe(v)}: expected batch, tokens and heads {k.shape[:3]}, as k: {_describe(k)}")
+        raise ValueError(
+            f"{prefix}v: {_describe(v)}: expected batch, tokens and heads {k.shape[:3]}, as {prefix}k: {_describe(k)}"
+        )
 
 
 def _check_compressed_length(q: Array, k: Array, query_offset: QueryOffset, config: NSAConfig) -> None:

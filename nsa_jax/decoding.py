@@ -46,6 +46,7 @@ from nsa_jax.layer import (
     compressed_tokens,
     dense_attention,
     gates,
+    join_heads,
     project_branches,
     project_dense,
 )
@@ -104,7 +105,7 @@ def nsa_layer_prefill(
         o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
     else:
         o = nsa_attention(q, new, gates(x, weights), config=config.config, implementation=config.implementation)
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"]), cache
+    return join_heads(o, weights["o_kernel"], x), cache
 
 
 def nsa_layer_decode_step(
@@ -132,7 +133,7 @@ def nsa_layer_decode_step(
     o, _ = decode_attention(
         q, cache, gates(x, weights), offsets, config=config.config, implementation=config.implementation
     )
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"]), cache
+    return join_heads(o, weights["o_kernel"], x), cache
 
 
 def full_layer_prefill(
@@ -155,7 +156,7 @@ def full_layer_prefill(
         o = _attend_to_dense(q, before, cache, config, window)
     else:
         o = dense_attention(q, k, v, config, is_causal=True, window=window)
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"]), cache
+    return join_heads(o, weights["o_kernel"], x), cache
 
 
 def full_layer_decode_step(
@@ -177,7 +178,7 @@ def full_layer_decode_step(
         o = dense_attention(q, cache.k, cache.v, config, lengths=jnp.maximum(cache.lengths, 1))
     else:
         o = _attend_to_dense(q, before, cache, config, window)
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"]), cache
+    return join_heads(o, weights["o_kernel"], x), cache
 
 
 def _take_in(weights, x, cache: NSACache, num_tokens, config: NSALayerConfig, *, continuing: bool):

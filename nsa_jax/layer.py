@@ -16,6 +16,7 @@ from nsa_jax.attention import BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import apply_rope
+from nsa_jax.sharding import MeshAxes, sharded
 from nsa_jax.visibility import segment_starts
 
 BRANCHES = ("cmp", "slc", "win")
@@ -71,6 +72,8 @@ class NSALayerConfig(HeadConfig):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     implementation: Implementation | None = None  # of the attention
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +151,8 @@ def nsa_layer(
     q, raw = project_branches(weights, x, positions, config)
     first = positions[:, :: config.config.compress_stride]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
-    o = nsa_attention(
+    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
+    o = attention(
         q,
         raw._replace(cmp_k=cmp_k, cmp_v=cmp_v),
         gates(x, weights),
@@ -156,7 +160,7 @@ def nsa_layer(
         segment_ids=segment_ids,
         implementation=config.implementation,
     )
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"])
+    return join_heads(o, weights["o_kernel"], x)
 
 
 def project_branches(
@@ -208,7 +212,7 @@ def full_layer(
     q, k, v = project_dense(weights, x, _positions(x, segment_ids), config)
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     o = dense_attention(q, k, v, config, mask=mask, is_causal=True, window=window)
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"])
+    return join_heads(o, weights["o_kernel"], x)
 
 
 def project_dense(
@@ -284,6 +288,14 @@ def _positions(x: Array, segment_ids: Array | None) -> Int[Array, "B T"]:
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:
     return jnp.einsum("bte,ehd->bthd", x, kernel)
+
+
+def join_heads(
+    o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
+) -> Float[Array, "B T E"]:
+    """The output projection of a layer whose input is `x`."""
+    # Where heads are split over Explicit axes, it has to be said how the sum over them is: as the layer's input.
+    return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
 
 
 def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:

@@ -29,6 +29,7 @@ from nsa_jax.layer import (
     nsa_parameters,
     projection_parameters,
 )
+from nsa_jax.sharding import MeshAxes
 
 
 class NSAttention(nn.Module):
@@ -67,6 +68,8 @@ class NSAttention(nn.Module):
     share_kv: bool = False  # one key/value projection for all three branches
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     implementation: Implementation | None = None  # of the attention; None: the fastest
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 

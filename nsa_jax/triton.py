@@ -9,8 +9,34 @@ import jax.numpy as jnp
 from nsa_jax.config import NSAConfig
 from pallas_kernels import block_selection
 from pallas_kernels import compressed_attention as compressed
+from pallas_kernels import nsa_attention as nsa
 from pallas_kernels import selected_attention as selected
 from pallas_kernels import window_attention as window
+
+
+def nsa_attention(q, kv, gates, starts, query_offset, *, config: NSAConfig, scale: float):
+    """All branches and their gated sum in one differentiable op: o [B, T, H, Dv]."""
+    return nsa.nsa_attention(
+        q,
+        kv.cmp_k,
+        kv.cmp_v,
+        kv.slc_k,
+        kv.slc_v,
+        kv.win_k,
+        kv.win_v,
+        gates,
+        starts,
+        query_offset,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_init=config.num_init,
+        num_local=config.num_local,
+        window=config.window,
+        scale=scale,
+        interpret=_interpret(q),
+    )
 
 
 def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):

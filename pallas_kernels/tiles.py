@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -100,7 +101,21 @@ def accumulate(accumulators, weights, values, decay=None):
     return tuple(acc + dot(weights, value) for acc, value in zip(accumulators, values, strict=True))
 
 
-def softmax_step(s, m, total, c, member=None):
+def exp2(x, interpret: bool):
+    """2^x. The hardware instruction alone: the library's version adds three operations for denormal results."""
+    if interpret:
+        return jnp.exp2(x)
+    (y,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return y
+
+
+def softmax_step(s, m, total, c, interpret, member=None):
     """One step of the online softmax of scores s * scale, where c = scale * log2(e), over the columns of s.
 
     m is the running maximum of s, `total` the running sum of the weights. Rows that are not `member` stay as they
@@ -112,8 +127,8 @@ def softmax_step(s, m, total, c, member=None):
     if member is not None:
         m_new = jnp.where(member, m_new, m)
         reference = jnp.where(member, reference, NEVER)
-    p = jnp.exp2(s * c - reference[:, None])
-    decay = jnp.exp2((m - m_new) * c)
+    p = exp2(s * c - reference[:, None], interpret)
+    decay = exp2((m - m_new) * c, interpret)
     return p, m_new, total * decay + jnp.sum(p, axis=1), decay
 
 
@@ -124,6 +139,18 @@ def softmax_finish(m, total, accumulators, scale):
     inverse = jnp.where(seen, 1 / total, 0)
     lse = jnp.where(seen, m * scale + jnp.log(total), -jnp.inf)
     return tuple(acc * inverse[:, None] for acc in accumulators), lse
+
+
+def finish_query_gradient(dq, scale, gate_ref, dq_before_ref, b, t, head, valid):
+    """dq of gate * o from the accumulators of p (dp - delta) k, added to what other branches gave q before."""
+    factor = scale
+    if gate_ref is not None:
+        factor = (scale * plgpu.load(gate_ref.at[b, t, head], mask=valid, other=0))[:, None]
+    dq = tuple(piece * factor for piece in dq)
+    if dq_before_ref is None:
+        return dq
+    before = load_rows(dq_before_ref, (b,), t, head, dq_before_ref.shape[-1], valid)
+    return tuple(piece + x.astype(jnp.float32) for piece, x in zip(dq, before, strict=True))
 
 
 def base2_lse(lse):
@@ -154,15 +181,26 @@ def check_supported(q, k, v, scale: float) -> None:
 
 
 def launch(kernel, *, name, grid, out_shape, num_warps, num_stages, interpret):
-    """`triton_call` where each reference is a whole array, which the kernel indexes by its program ids."""
-    return triton_call(
-        kernel,
-        name=name,
-        grid=grid,
-        in_specs=pl.no_block_spec,
-        out_specs=pl.no_block_spec,
-        out_shape=out_shape,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        interpret=interpret,
-    )
+    """`triton_call` where each reference is a whole array, which the kernel indexes by its program ids.
+
+    For an argument that is None the kernel gets None.
+    """
+
+    def call(*arguments):
+        def body(*refs):
+            rest = iter(refs)
+            kernel(*[None if argument is None else next(rest) for argument in arguments], *rest)
+
+        return triton_call(
+            body,
+            name=name,
+            grid=grid,
+            in_specs=pl.no_block_spec,
+            out_specs=pl.no_block_spec,
+            out_shape=out_shape,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            interpret=interpret,
+        )(*[argument for argument in arguments if argument is not None])
+
+    return call

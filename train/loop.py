@@ -146,7 +146,8 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
     console = Console(config.steps, plain=plain)
     _introduce(prepared, console)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    # Worked out beforehand: a device asked for one in the loop would answer only when the step in flight is done.
+    learning_rates = np.asarray(learning_rate_schedule(config.optimizer, config.steps)(np.arange(config.steps)))
     batches = prepared.train_batches
 
     with contextlib.ExitStack() as stack:
@@ -204,7 +205,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
                 "loss": loss,
                 "bits_per_byte": bits_per_byte(float(sums.nll), float(sums.bytes)),
                 "grad_norm": float(grad_norm),
-                "learning_rate": float(schedule(step - 1)),
+                "learning_rate": float(learning_rates[step - 1]),
                 "tokens_per_second": speed,
             }
             if peak is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nsa_jax import FullAttention, NSAttention
 from train.config import ModelConfig
+from train.sharding import RULES
 
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -95,12 +96,15 @@ def make_attention(config: ModelConfig, name: str | None = None) -> nn.Module:
         "name": name,
     }
     if config.attention == "nsa":
+        mesh_axes: dict[str, Any] = dict(RULES)
         return NSAttention(
             **heads,
             config=config.nsa,
             compression=config.compression,
             share_kv=config.share_kv,
             implementation=config.implementation,
+            batch_axes=mesh_axes["batch"],
+            head_axes=mesh_axes["kv_heads"],
         )
     return FullAttention(**heads, window=config.nsa.window if config.attention == "window" else None)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.benchmarks.cases import Shape, cases
+from pallas_kernels.benchmarks.plot import plot
 from pallas_kernels.benchmarks.timing import measure
 
 COLUMNS = (
@@ -71,10 +72,7 @@ def main(arguments: list[str]) -> int:
                 print(_line(row, dense), flush=True)
             if options.out:
                 _write(options.out, shape, rows)
-    if options.out:
-        from pallas_kernels.benchmarks.plot import plot
-
-        plot(rows, options.out.with_suffix(".png"))
+                plot(rows, options.out.with_suffix(".png"))
     return 0
 
 

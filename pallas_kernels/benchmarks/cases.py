@@ -11,6 +11,7 @@ from jaxtyping import Array
 from pallas_kernels.benchmarks.patterns import Pattern, block_indices
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.compressed_attention import compressed_attention
+from pallas_kernels.nsa_attention import nsa_attention
 from pallas_kernels.selected_attention import selected_attention
 from pallas_kernels.window_attention import window_attention
 
@@ -87,13 +88,12 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
     def window(q, k, v):
         return window_attention(q, k, v, None, 0, window=shape.window, scale=scale)
 
-    def whole(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, indices):
-        o_cmp, lse = compress(q, cmp_k, cmp_v)
-        found = select(*jax.lax.stop_gradient((q, cmp_k, lse)))
+    def whole(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, indices, lse):
         # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to.
+        found = select(*jax.lax.stop_gradient((q, cmp_k)), lse)
         indices, _ = jax.lax.optimization_barrier((indices, found))
-        outputs = (o_cmp, selected(q, slc_k, slc_v, indices), window(q, win_k, win_v))
-        return sum(gates[..., i : i + 1] * o for i, o in enumerate(outputs)).astype(q.dtype)
+        sizes = {**blocks, **choice, "window": shape.window}
+        return nsa_attention(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, None, 0, indices, **sizes)
 
     def dense(q, k, v):
         size = max(Dk, Dv)
@@ -118,7 +118,7 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, out)))
         return Case(name, forward, arguments, differentiable, flops[name], moved)
 
-    everything = (q, *cmp_kv, *slc_kv, *win_kv, gates, chosen)
+    everything = (q, *cmp_kv, *slc_kv, *win_kv, gates, chosen, lse)
     return [
         case("compressed_attention", lambda *a: compress(*a)[0], (q, *cmp_kv), 3),
         case("block_selection", select, (q, cmp_kv[0], lse), 0),

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention.tiling import Problem, Tile
+from pallas_kernels.tiles import exp2
 from pallas_kernels.triton_call import triton_call
 
 _SCRATCH_BYTES = 128 * 2**20  # of float32 scores; half of it costs 5% more at T 65536
@@ -93,7 +94,9 @@ def select_blocks(
     q, k, lse = lax.stop_gradient((q, k, lse))
     known_offset = query_offset if isinstance(query_offset, int) else None
     spans = query_spans(Tq, Nc, num_blocks, known_offset, problem, selection)
-    return choose(q, k, lse, starts, offset, problem, selection, spans)
+    run = functools.partial(choose, problem=problem, selection=selection, spans=spans)
+    # JAX 0.11 keeps a bare `pallas_call` whose result nothing uses, which flax's scan over layers takes for an error.
+    return jax.jit(run)(q, k, lse, starts, offset)
 
 
 def scoring_tile(head_size: int, dtype: Any) -> Tile:
@@ -304,7 +307,7 @@ def _score_kernel(
         def step(j: Any, carry: Any) -> Any:
             first_key = j * tile.keys
             k = tiling.load_keys(k_ref, first_key, tile.keys, num_keys if masked else None, pieces)
-            p = tiling.exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
+            p = exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
             if masked:
                 key = first_key + lax.broadcasted_iota(jnp.int32, (tile.keys,), 0)
                 p = jnp.where(tiling.visible(key, query, offset, starts_ref, problem, num_keys, 1), p, 0.0)

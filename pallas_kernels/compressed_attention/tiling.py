@@ -80,20 +80,6 @@ def head_pieces(head_size: int, dtype: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple(pieces)
 
 
-def exp2(x: jax.Array, interpret: bool) -> jax.Array:
-    """2^x. The hardware instruction alone: the library's version adds three operations for denormal results."""
-    if interpret:
-        return jnp.exp2(x)
-    (y,) = plgpu.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return y
-
-
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product of two tiles over axis `contract[0]` of `a` and `contract[1]` of `b`, IEEE for float32 operands."""
     return lax.dot_general(
@@ -178,14 +164,22 @@ def store_rows(
         plgpu.store(ref.at[row_indices(query, head, start, width)], value.astype(ref.dtype), mask=mask)
 
 
+def _key_index(first_key: Any, keys: int, piece: tuple[int, int, int]) -> tuple[Any, Any]:
+    """One piece of `keys` rows of a [Nc, D] array: slices, or index arrays where a slice would reach past D."""
+    start, width, used = piece
+    if used == width:
+        return pl.ds(first_key, keys), pl.ds(start, width)
+    row, column = (lax.broadcasted_iota(jnp.int32, (keys, width), axis) for axis in (0, 1))
+    return first_key + row, start + column
+
+
 def load_keys(ref: Any, first_key: Any, keys: int, num_keys: int | None, pieces: Any) -> list[jax.Array]:
     """Rows first_key .. first_key + keys - 1 of a [Nc, D] array as pieces; those from `num_keys` on read as zeros."""
     valid = None if num_keys is None else first_key + lax.broadcasted_iota(jnp.int32, (keys,), 0) < num_keys
     loaded = []
     for piece in pieces:
-        start, width, _ = piece
-        mask = _piece_mask((keys, width), valid, piece)
-        where = ref.at[pl.ds(first_key, keys), pl.ds(start, width)]
+        mask = _piece_mask((keys, piece[1]), valid, piece)
+        where = ref.at[_key_index(first_key, keys, piece)]
         loaded.append(plgpu.load(where, mask=mask, other=None if mask is None else 0.0))
     return loaded
 
@@ -193,10 +187,9 @@ def load_keys(ref: Any, first_key: Any, keys: int, num_keys: int | None, pieces:
 def store_keys(ref: Any, first_key: Any, num_keys: int | None, pieces: Any, values: Sequence[jax.Array]) -> None:
     """Writes pieces [keys, width] to rows first_key .. of a [Nc, D] array, those before `num_keys`."""
     for piece, value in zip(pieces, values, strict=True):
-        start, width, _ = piece
-        keys = value.shape[0]
+        keys, width = value.shape
         valid = None if num_keys is None else first_key + lax.broadcasted_iota(jnp.int32, (keys,), 0) < num_keys
-        where = ref.at[pl.ds(first_key, keys), pl.ds(start, width)]
+        where = ref.at[_key_index(first_key, keys, piece)]
         plgpu.store(where, value.astype(ref.dtype), mask=_piece_mask((keys, width), valid, piece))
 
 
@@ -253,6 +246,12 @@ def query_spec(num_queries: int, num_key_heads: int, group: int, size: int) -> p
     """One batch entry and group of a [B, Tq, K, G, D] array, for a grid (tiles, B K)."""
     block = (None, num_queries, None, group, size)
     return pl.BlockSpec(block, lambda i, y: (lax.div(y, num_key_heads), 0, lax.rem(y, num_key_heads), 0, 0))
+
+
+def gate_spec(num_queries: int, num_key_heads: int, group: int) -> pl.BlockSpec:
+    """One batch entry and group of a [B, Tq, K, G] array, for a grid (tiles, B K)."""
+    block = (None, num_queries, None, group)
+    return pl.BlockSpec(block, lambda i, y: (lax.div(y, num_key_heads), 0, lax.rem(y, num_key_heads), 0))
 
 
 def key_spec(num_keys: int, num_key_heads: int, size: int) -> pl.BlockSpec:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention.tiling import Problem, Tile
-from pallas_kernels.compressed_attention.triton_backward import key_gradients, query_gradient
+from pallas_kernels.compressed_attention.triton_backward import backward
+from pallas_kernels.tiles import exp2
 from pallas_kernels.triton_call import triton_call
 
 
@@ -73,8 +74,7 @@ def _attend_forward(
 def _attend_backward(problem: Problem, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     q, k, v, starts, offset, o, lse = residuals
     do, dlse = cotangents
-    dq, row_terms = query_gradient(q, k, v, starts, offset, o, lse, do, dlse, problem)
-    dk, dv = key_gradients(q, k, v, starts, offset, do, row_terms, problem)
+    dq, dk, dv, _ = backward(q, k, v, o, do, lse, dlse, starts, offset, problem)
     return dq, dk, dv, None, None
 
 
@@ -159,8 +159,8 @@ def _forward_kernel(
                 s = jnp.where(tiling.visible(key, query, offset, starts_ref, problem, num_keys, 0), s, -jnp.inf)
             m_next = jnp.maximum(m, jnp.max(s, axis=1))
             # m is kept unscaled, so that scaling and subtraction are one fused operation per score.
-            alpha = tiling.exp2((m - m_next) * scale, problem.interpret)
-            p = tiling.exp2(s * scale - (m_next * scale)[:, None], problem.interpret)
+            alpha = exp2((m - m_next) * scale, problem.interpret)
+            p = exp2(s * scale - (m_next * scale)[:, None], problem.interpret)
             total = total * alpha + jnp.sum(p, axis=1)
             v = tiling.load_keys(v_ref, first_key, tile.keys, limit, value_pieces)
             p = p.astype(v_ref.dtype)

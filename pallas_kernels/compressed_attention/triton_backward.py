@@ -1,6 +1,7 @@
 """Backward of compressed attention: dq query-major, dk and dv key-major, all partial sums in a fixed order.
 
 With p = exp(s - lse), delta = rowsum(do * o) and the cotangent dlse, ds = p (dp - delta + dlse) where dp = do v^T.
+Where the output is gate * o, every term is gate times that, and delta is the gate's own gradient.
 The dq kernel also leaves lse (base 2) and delta - dlse in packed row order, which the dk/dv kernel reads as it walks.
 """
 
@@ -15,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention.tiling import Problem, Tile
+from pallas_kernels.tiles import exp2
 from pallas_kernels.triton_call import triton_call
 
 # A key tile's queries are cut into chunks until there is about this much work to spread: enough programs to fill any
@@ -32,11 +34,15 @@ def query_gradient(
     o: jax.Array,
     lse: jax.Array,
     do: jax.Array,
-    dlse: jax.Array,
+    dlse: jax.Array | None,
     problem: Problem,
     tile: Tile | None = None,
+    gate: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """dq [B, Tq, H, Dk], and (lse in base 2, delta - dlse), float32 [B, K, Tq G] in packed row order."""
+    """dq [B, Tq, H, Dk], and (lse in base 2, delta - dlse), float32 [B, K, Tq G] in packed row order.
+
+    `gate` is float32 [B, Tq, H]; None: 1. `dlse` None: 0.
+    """
     B, Tq, H, Dk = q.shape
     _, Nc, K, Dv = v.shape
     G = H // K
@@ -55,7 +61,8 @@ def query_gradient(
             tiling.query_spec(Tq, K, G, Dv),
             statistic,
             tiling.query_spec(Tq, K, G, Dv),
-            statistic,
+            None if dlse is None else statistic,
+            None if gate is None else tiling.gate_spec(Tq, K, G),
         ],
         out_specs=[tiling.query_spec(Tq, K, G, Dk), term, term],
         out_shape=[
@@ -75,7 +82,8 @@ def query_gradient(
         o.reshape(B, Tq, K, G, Dv),
         lse.reshape(B, K, G, Tq),
         do.reshape(B, Tq, K, G, Dv),
-        dlse.reshape(B, K, G, Tq),
+        None if dlse is None else dlse.reshape(B, K, G, Tq),
+        None if gate is None else gate.reshape(B, Tq, K, G),
     )
     return dq.reshape(B, Tq, H, Dk), (lse2, delta)
 
@@ -90,6 +98,7 @@ def _query_gradient_kernel(
     lse_ref: Any,
     do_ref: Any,
     dlse_ref: Any,
+    gate_ref: Any,
     dq_ref: Any,
     lse2_ref: Any,
     delta_ref: Any,
@@ -112,12 +121,14 @@ def _query_gradient_kernel(
     do = tiling.load_rows(do_ref, query, head, valid, value_pieces)
     o = tiling.load_rows(o_ref, query, head, valid, value_pieces)
     lse = plgpu.load(lse_ref.at[head, query], mask=valid, other=-jnp.inf)
-    dlse = plgpu.load(dlse_ref.at[head, query], mask=valid, other=0.0)
     products = [jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=1) for a, b in zip(o, do, strict=True)]
     # Rows that see nothing take no part: whatever cotangent came with their lse of -inf is dropped here.
     seen = lse > -jnp.inf
     lse2 = jnp.where(seen, lse * tiling.LOG2E, 0.0)
-    delta = jnp.where(seen, functools.reduce(jnp.add, products) - dlse, 0.0)
+    delta = functools.reduce(jnp.add, products)
+    if dlse_ref is not None:
+        delta -= plgpu.load(dlse_ref.at[head, query], mask=valid, other=0.0)
+    delta = jnp.where(seen, delta, 0.0)
     row = first_row + lax.broadcasted_iota(jnp.int32, (tile.rows,), 0)
     plgpu.store(lse2_ref.at[pl.ds(first_row, tile.rows)], lse2, mask=row < num_queries * group)
     plgpu.store(delta_ref.at[pl.ds(first_row, tile.rows)], delta, mask=row < num_queries * group)
@@ -127,7 +138,7 @@ def _query_gradient_kernel(
             first_key = j * tile.keys
             limit = num_keys if masked else None
             k = tiling.load_keys(k_ref, first_key, tile.keys, limit, key_pieces)
-            p = tiling.exp2(tiling.dot_pieces(q, k) * scale - lse2[:, None], problem.interpret)
+            p = exp2(tiling.dot_pieces(q, k) * scale - lse2[:, None], problem.interpret)
             if masked:
                 key = first_key + lax.broadcasted_iota(jnp.int32, (tile.keys,), 0)
                 p = jnp.where(tiling.visible(key, query, offset, starts_ref, problem, num_keys, 0), p, 0.0)
@@ -142,7 +153,10 @@ def _query_gradient_kernel(
     ranges = tiling.key_ranges(first_query, last_query, offset, starts_ref, problem, num_keys, tile.keys)
     dq = tuple(jnp.zeros((tile.rows, width), jnp.float32) for _, width, _ in key_pieces)
     dq = tiling.walk(ranges, body, dq)
-    tiling.store_rows(dq_ref, query, head, valid, key_pieces, [a * problem.scale for a in dq])
+    factor: Any = problem.scale
+    if gate_ref is not None:
+        factor = (factor * plgpu.load(gate_ref.at[query, head], mask=valid, other=0.0))[:, None]
+    tiling.store_rows(dq_ref, query, head, valid, key_pieces, [a * factor for a in dq])
 
 
 def key_gradients(
@@ -156,6 +170,7 @@ def key_gradients(
     problem: Problem,
     tile: Tile | None = None,
     work_items: int = _WORK_ITEMS,
+    gate: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """dk [B, Nc, K, Dk] and dv [B, Nc, K, Dv] from the row terms that `query_gradient` left."""
     B, Tq, H, Dk = q.shape
@@ -186,13 +201,24 @@ def key_gradients(
             tiling.query_spec(Tq, K, G, Dv),
             term,
             term,
+            None if gate is None else tiling.gate_spec(Tq, K, G),
         ],
         out_specs=[partial_spec(Dk), partial_spec(Dv)],
         out_shape=[jax.ShapeDtypeStruct((B * K, num_chunks * padded, size), jnp.float32) for size in (Dk, Dv)],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         interpret=problem.interpret,
-    )(offset, starts, stops, q.reshape(B, Tq, K, G, Dk), k, v, do.reshape(B, Tq, K, G, Dv), *row_terms)
+    )(
+        offset,
+        starts,
+        stops,
+        q.reshape(B, Tq, K, G, Dk),
+        k,
+        v,
+        do.reshape(B, Tq, K, G, Dv),
+        *row_terms,
+        None if gate is None else gate.reshape(B, Tq, K, G),
+    )
 
     reduce_keys = min(tile.keys, 32)
     dk, dv = triton_call(
@@ -260,6 +286,7 @@ def _key_gradient_kernel(
     do_ref: Any,
     lse2_ref: Any,
     delta_ref: Any,
+    gate_ref: Any,
     dk_ref: Any,
     dv_ref: Any,
     *,
@@ -301,11 +328,13 @@ def _key_gradient_kernel(
                 rows = pl.ds(first_row, tile.rows)
                 other = 0.0 if masked else None
                 lse2 = plgpu.load(lse2_ref.at[rows], mask=valid, other=other)
-                p = tiling.exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
+                p = exp2(tiling.dot_pieces(k, q) * scale - lse2[None, :], problem.interpret)
                 if masked:
                     seen = tiling.visible(key, query, offset, starts_ref, problem, num_keys, 1)
                     inside = lax.broadcast_in_dim(query < num_queries, p.shape, (1,))
                     p = jnp.where(seen & inside, p, 0.0)
+                if gate_ref is not None:
+                    p *= plgpu.load(gate_ref.at[query, head], mask=valid, other=other)[None, :]
                 do = tiling.load_rows(do_ref, query, head, valid, value_pieces)
                 delta = plgpu.load(delta_ref.at[rows], mask=valid, other=other)
                 cast = p.astype(do_ref.dtype)
@@ -363,3 +392,22 @@ def _reduce_kernel(
         zeros = tuple(jnp.zeros((keys, width), jnp.float32) for _, width, _ in pieces)
         total = lax.fori_loop(begin, end, add, zeros)
         tiling.store_keys(out_ref, first_key, num_keys, pieces, [t * factor for t in total])
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    o: jax.Array,
+    do: jax.Array,
+    lse: jax.Array,
+    dlse: jax.Array | None,
+    starts: jax.Array | None,
+    offset: jax.Array,
+    problem: Problem,
+    gate: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(dq, dk, dv, delta) of gate * o and lse, where delta = sum(o * do) - dlse [B, K, Tq G] in packed row order."""
+    dq, row_terms = query_gradient(q, k, v, starts, offset, o, lse, do, dlse, problem, gate=gate)
+    dk, dv = key_gradients(q, k, v, starts, offset, do, row_terms, problem, gate=gate)
+    return dq, dk, dv, row_terms[1]

@@ -11,14 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import tiles
 from pallas_kernels.selected_attention.block_major import block_major_forward, block_major_tile
 from pallas_kernels.selected_attention.block_union import by_overlap
-from pallas_kernels.selected_attention.triton_backward import selected_attention_backward
+from pallas_kernels.selected_attention.triton_backward import backward
 from pallas_kernels.tiles import (
     LEAST,
     LOG2_E,
     accumulate,
-    check_supported,
     dot_pieces,
     launch,
     load_rows,
@@ -62,13 +62,16 @@ def _forward_kernel(
     v_ref,
     union_ref,
     offset_ref,
-    *rest,
+    starts_ref,
+    o_ref,
+    lse_ref,
+    *,
     num_queries: int,
     padded_group: int,
     select_block: int,
     scale: float,
+    interpret: bool,
 ):
-    *starts_ref, o_ref, lse_ref = rest
     tile, bk = pl.program_id(0), pl.program_id(1)
     (_, Tq, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G = H // K
@@ -80,7 +83,7 @@ def _forward_kernel(
     head = jnp.where(g < G, kv_head * G + g, H)
     position = offset_ref[0] + t
     first_position = offset_ref[0] + tile * num_queries
-    start = plgpu.load(starts_ref[0].at[b, t], mask=t < Tq, other=0) if starts_ref else None
+    start = None if starts_ref is None else plgpu.load(starts_ref.at[b, t], mask=t < Tq, other=0)
 
     # The list ascends, so that the blocks which lie wholly before the tile come first, and need no causal mask.
     size = union_ref.shape[-1]
@@ -113,7 +116,7 @@ def _forward_kernel(
         member = None
         if num_queries > 1:
             member = (lax.shift_right_logical(jnp.broadcast_to(entry, query.shape), query) & 1) == 1
-        p, m, total, decay = softmax_step(s, m, total, scale * LOG2_E, member)
+        p, m, total, decay = softmax_step(s, m, total, scale * LOG2_E, interpret, member)
         v = load_rows(v_ref, (b,), key_position, kv_head, Dv, in_block)
         return m, total, accumulate(acc, p, v, decay)
 
@@ -135,6 +138,7 @@ def selected_attention_forward(q, k, v, union, starts, offset, *, select_block, 
         padded_group=max(next_power_of_two(G), 16 // tile.num_queries),
         select_block=select_block,
         scale=scale,
+        interpret=interpret,
     )
     return launch(
         kernel,
@@ -147,36 +151,49 @@ def selected_attention_forward(q, k, v, union, starts, offset, *, select_block, 
         num_stages=tile.num_stages,
         interpret=interpret,
         name="selected_attention_forward",
-    )(q, k, v, union, offset, *(() if starts is None else (starts,)))
+    )(q, k, v, union, offset, starts)
+
+
+def check_supported(q, k, v, select_block: int, scale: float) -> None:
+    """Raises NotImplementedError for what the kernels do not take."""
+    tiles.check_supported(q, k, v, scale)
+    if not 16 <= select_block <= 128:
+        raise NotImplementedError(f"select_block = {select_block}: the Triton kernels take 16 to 128")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _selected_attention(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
-    return _forward(q, k, v, block_indices, starts, offset, select_block, scale, interpret)[0]
+    return forward(q, k, v, block_indices, starts, offset, select_block=select_block, scale=scale, interpret=interpret)[
+        0
+    ]
 
 
-def _forward(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
+def forward(q, k, v, block_indices, starts, offset, *, select_block, scale, interpret):
+    """Output [B, Tq, H, Dv] and natural-log lse [B * K, Tq, G], by the way that is fastest for the group size."""
     (_, _, H, Dk), (_, _, K, Dv) = q.shape, v.shape
     sizes = (H // K, max(Dk, Dv), q.dtype.itemsize)
     options = dict(select_block=select_block, scale=scale, interpret=interpret)
     tile = block_major_tile(*sizes)
     if tile is not None:
-        o, lse = block_major_forward(q, k, v, block_indices, starts, offset, tile=tile, **options)
-    else:
+        return block_major_forward(q, k, v, block_indices, starts, offset, tile=tile, **options)
 
-        def attend(union, tile):
-            return selected_attention_forward(q, k, v, union, starts, offset, tile=tile, **options)
+    def attend(union, tile):
+        return selected_attention_forward(q, k, v, union, starts, offset, tile=tile, **options)
 
-        o, lse = by_overlap(
-            block_indices.reshape(-1, *block_indices.shape[2:]), *forward_tiles(*sizes), attend, interpret=interpret
-        )
+    rows = block_indices.reshape(-1, *block_indices.shape[2:])
+    return by_overlap(rows, *forward_tiles(*sizes), attend, interpret=interpret)
+
+
+def _forward(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
+    options = dict(select_block=select_block, scale=scale, interpret=interpret)
+    o, lse = forward(q, k, v, block_indices, starts, offset, **options)
     return o, (q, k, v, block_indices, starts, offset, o, lse)
 
 
 def _backward(select_block, scale, interpret, residuals, do):
     q, k, v, block_indices, starts, offset, o, lse = residuals
     options = dict(select_block=select_block, scale=scale, interpret=interpret)
-    dq, dk, dv = selected_attention_backward(q, k, v, o, do, lse, block_indices, starts, offset, **options)
+    dq, dk, dv, _ = backward(q, k, v, o, do, lse, block_indices, starts, offset, **options)
     return dq, dk, dv, *(None if x is None else _no_gradient(x) for x in (block_indices, starts, offset))
 
 
@@ -200,9 +217,7 @@ def selected_attention(
     interpret: bool = False,
 ) -> Float[Array, "B Tq H Dv"]:
     """Attention of each query to the tokens of its selected blocks; the contract is in the package's docstring."""
-    check_supported(q, k, v, scale)
-    if not 16 <= select_block <= 128:
-        raise NotImplementedError(f"select_block = {select_block}: the Triton kernels take 16 to 128")
+    check_supported(q, k, v, select_block, scale)
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
     block_indices = block_indices.astype(jnp.int32)
     return _selected_attention(q, k, v, block_indices, starts, offset, select_block, float(scale), interpret)

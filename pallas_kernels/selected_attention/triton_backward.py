@@ -21,6 +21,8 @@ from pallas_kernels.tiles import (
     accumulate,
     base2_lse,
     dot_pieces,
+    exp2,
+    finish_query_gradient,
     launch,
     load_rows,
     next_power_of_two,
@@ -84,13 +86,18 @@ def _dq_kernel(
     lse_ref,
     union_ref,
     offset_ref,
-    *rest,
+    starts_ref,
+    gate_ref,
+    dq_before_ref,
+    dq_ref,
+    delta_ref,
+    *,
     num_queries: int,
     padded_group: int,
     select_block: int,
     scale: float,
+    interpret: bool,
 ):
-    *starts_ref, dq_ref, delta_ref = rest
     tile, bk = pl.program_id(0), pl.program_id(1)
     (_, Tq, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G = H // K
@@ -102,7 +109,7 @@ def _dq_kernel(
     head, group_row = jnp.where(g < G, kv_head * G + g, H), jnp.where(g < G, g, G)
     position = offset_ref[0] + t
     first_position = offset_ref[0] + tile * num_queries
-    start = plgpu.load(starts_ref[0].at[b, t], mask=t < Tq, other=0) if starts_ref else None
+    start = None if starts_ref is None else plgpu.load(starts_ref.at[b, t], mask=t < Tq, other=0)
 
     size = union_ref.shape[-1]
     place = jnp.arange(next_power_of_two(size), dtype=jnp.int32)
@@ -137,7 +144,7 @@ def _dq_kernel(
         if num_queries > 1:
             member = (lax.shift_right_logical(jnp.broadcast_to(entry, query.shape), query) & 1) == 1
             reference = jnp.where(member, lse, NEVER)
-        p = jnp.exp2(s * c - reference[:, None])
+        p = exp2(s * c - reference[:, None], interpret)
         if edge:
             p = jnp.where(key_position[None, :] <= position[:, None], p, 0)
         if start is not None:
@@ -148,7 +155,8 @@ def _dq_kernel(
 
     dq = lax.fori_loop(0, num_past, functools.partial(step, edge=False), zeros(row.shape[0], Dk))
     dq = lax.fori_loop(num_past, num_entries, functools.partial(step, edge=True), dq)
-    store_rows(dq_ref, (b,), t, head, Dk, tuple(piece * scale for piece in dq), valid)
+    dq = finish_query_gradient(dq, scale, gate_ref, dq_before_ref, b, t, head, valid)
+    store_rows(dq_ref, (b,), t, head, Dk, dq, valid)
 
 
 def _dkv_kernel(
@@ -164,14 +172,18 @@ def _dkv_kernel(
     count_ref,
     rank_ref,
     offset_ref,
-    *rest,
+    starts_ref,
+    gate_ref,
+    dk_ref,
+    dv_ref,
+    *,
     num_selected: int,
     num_rows: int,
     padded_group: int,
     select_block: int,
     scale: float,
+    interpret: bool,
 ):
-    *starts_ref, dk_ref, dv_ref = rest
     item, bk = pl.program_id(0), pl.program_id(1)
     (_, _, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G = H // K
@@ -203,11 +215,13 @@ def _dkv_kernel(
             lse = plgpu.load(lse_ref.at[bk, t, group_row], mask=valid, other=-jnp.inf)
             delta = plgpu.load(delta_ref.at[bk, t, group_row], mask=valid, other=0)
             s = dot_pieces(k, q)
-            p = jnp.exp2(s * c - base2_lse(lse)[None, :])
+            p = exp2(s * c - base2_lse(lse)[None, :], interpret)
+            if gate_ref is not None:
+                p *= plgpu.load(gate_ref.at[b, t, head], mask=valid, other=0)[None, :]
             if edge:
                 p = jnp.where(key_position[:, None] <= (offset_ref[0] + t)[None, :], p, 0)
-            if starts_ref:
-                start = plgpu.load(starts_ref[0].at[b, t], mask=listed, other=0)
+            if starts_ref is not None:
+                start = plgpu.load(starts_ref.at[b, t], mask=listed, other=0)
                 p = jnp.where(key_position[:, None] >= start[None, :], p, 0)
             dv = accumulate(dv, p, do)
             ds = p * (dot_pieces(v, do) - delta[None, :])
@@ -251,7 +265,9 @@ def _reduce_kernel(block_items_ref, dk_item_ref, dv_item_ref, dk_ref, dv_ref, *,
     store_rows(dv_ref, (b,), key_position, kv_head, Dv, dv, valid)
 
 
-def query_gradient(q, k, v, o, do, lse, union, starts, offset, *, select_block, scale, tile, interpret):
+def query_gradient(
+    q, k, v, o, do, lse, union, starts, offset, gate=None, dq=None, *, select_block, scale, tile, interpret
+):
     """dq over the `block_union` of `tile`, and delta = sum(o * do) [B * K, Tq, G] for the other kernel."""
     (B, Tq, H, _), K = q.shape, k.shape[2]
     G = H // K
@@ -261,6 +277,7 @@ def query_gradient(q, k, v, o, do, lse, union, starts, offset, *, select_block, 
         padded_group=max(next_power_of_two(G), 16 // tile.num_queries),
         select_block=select_block,
         scale=scale,
+        interpret=interpret,
     )
     return launch(
         kernel,
@@ -270,10 +287,12 @@ def query_gradient(q, k, v, o, do, lse, union, starts, offset, *, select_block, 
         num_stages=tile.num_stages,
         interpret=interpret,
         name="selected_attention_dq",
-    )(q, k, v, o, do, lse, union, offset, *(() if starts is None else (starts,)))
+    )(q, k, v, o, do, lse, union, offset, starts, gate, dq)
 
 
-def key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, *, select_block, scale, tile, interpret):
+def key_gradients(
+    q, k, v, do, lse, delta, block_indices, starts, offset, gate=None, *, select_block, scale, tile, interpret
+):
     """dk and dv."""
     (B, Tq, H, Dk), (_, T, K, Dv) = q.shape, v.shape
     G, n = H // K, block_indices.shape[-1]
@@ -287,6 +306,7 @@ def key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, *, sel
         padded_group=padded_group,
         select_block=select_block,
         scale=scale,
+        interpret=interpret,
     )
     items = index.block.shape[1]
     dk_items, dv_items = launch(
@@ -297,7 +317,7 @@ def key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, *, sel
         num_stages=tile.num_stages,
         interpret=interpret,
         name="selected_attention_dkv",
-    )(q, k, v, do, lse, delta, *index[:-1], offset, *(() if starts is None else (starts,)))
+    )(q, k, v, do, lse, delta, *index[:-1], offset, starts, gate)
     return launch(
         functools.partial(_reduce_kernel, select_block=select_block),
         out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -309,15 +329,20 @@ def key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, *, sel
     )(index.block_items, dk_items, dv_items)
 
 
-def selected_attention_backward(q, k, v, o, do, lse, block_indices, starts, offset, *, select_block, scale, interpret):
-    """dq, dk and dv of selected attention."""
+def backward(q, k, v, o, do, lse, block_indices, starts, offset, gate=None, dq=None, *, select_block, scale, interpret):
+    """(dq, dk, dv, delta) of gate * o, where delta = sum(o * do) [B * K, Tq, G] is the gate's own gradient.
+
+    `gate` is float32 [B, Tq, H] (None: 1). `dq`, where given, is added to the gradient of q.
+    """
     sizes = (q.shape[2] // k.shape[2], max(q.shape[-1], v.shape[-1]), q.dtype.itemsize)
     options = dict(select_block=select_block, scale=scale, interpret=interpret)
 
     def attend(union, tile):
-        return query_gradient(q, k, v, o, do, lse, union, starts, offset, tile=tile, **options)
+        return query_gradient(q, k, v, o, do, lse, union, starts, offset, gate, dq, tile=tile, **options)
 
     rows = block_indices.reshape(-1, *block_indices.shape[2:])
     dq, delta = by_overlap(rows, *query_tiles(*sizes), attend, interpret=interpret)
-    dk, dv = key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, tile=block_tile(*sizes), **options)
-    return dq, dk, dv
+    dk, dv = key_gradients(
+        q, k, v, do, lse, delta, block_indices, starts, offset, gate, tile=block_tile(*sizes), **options
+    )
+    return dq, dk, dv, delta

@@ -29,7 +29,7 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
-from pallas_kernels.window_attention.triton_backward import key_band, key_gradients, query_gradient
+from pallas_kernels.window_attention.triton_backward import backward, key_band
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,21 @@ def forward_tile(head_dim: int, itemsize: int) -> ForwardTile:
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, offset_ref, *rest, num_rows: int, num_keys: int, padded_group: int, window: int, scale: float
+    q_ref,
+    k_ref,
+    v_ref,
+    offset_ref,
+    starts_ref,
+    o_ref,
+    lse_ref,
+    *,
+    num_rows: int,
+    num_keys: int,
+    padded_group: int,
+    window: int,
+    scale: float,
+    interpret: bool,
 ):
-    *starts_ref, o_ref, lse_ref = rest
     tile, bk = pl.program_id(0), pl.program_id(1)
     (_, Tq, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G, num_queries = H // K, num_rows // padded_group
@@ -67,9 +79,9 @@ def _forward_kernel(
     position = offset_ref[0] + t
     lowest = jnp.maximum(position - window + 1, 0)
     segment = jnp.int32(0)
-    if starts_ref:
-        lowest = jnp.maximum(lowest, plgpu.load(starts_ref[0].at[b, t], mask=t < Tq, other=0))
-        segment = starts_ref[0][b, tile * num_queries]
+    if starts_ref is not None:
+        lowest = jnp.maximum(lowest, plgpu.load(starts_ref.at[b, t], mask=t < Tq, other=0))
+        segment = starts_ref[b, tile * num_queries]
     first, tiles, inner, outer = key_band(
         offset_ref[0] + tile * num_queries, num_queries, segment, T, window=window, num_keys=num_keys
     )
@@ -83,9 +95,9 @@ def _forward_kernel(
         s = dot_pieces(q, load_rows(k_ref, (b,), key_position, kv_head, Dk, in_bounds))
         if edge:
             s = jnp.where(key_position[None, :] <= position[:, None], s, -jnp.inf)
-        if edge or starts_ref:
+        if edge or starts_ref is not None:
             s = jnp.where(key_position[None, :] >= lowest[:, None], s, -jnp.inf)
-        p, m, total, decay = softmax_step(s, m, total, scale * LOG2_E)
+        p, m, total, decay = softmax_step(s, m, total, scale * LOG2_E, interpret)
         return m, total, accumulate(acc, p, load_rows(v_ref, (b,), key_position, kv_head, Dv, in_bounds), decay)
 
     edge, middle = functools.partial(step, edge=True), functools.partial(step, edge=False)
@@ -98,8 +110,9 @@ def _forward_kernel(
     plgpu.store(lse_ref.at[bk, t, jnp.where(g < G, g, G)], lse, mask=valid)
 
 
-def window_attention_forward(q, k, v, starts, offset, *, window, scale, tile, interpret):
+def forward(q, k, v, starts, offset, *, window, scale, interpret, tile=None):
     """Output [B, Tq, H, Dv] and natural-log lse [B * K, Tq, G] of sliding window attention."""
+    tile = tile or forward_tile(max(q.shape[-1], v.shape[-1]), q.dtype.itemsize)
     (B, Tq, H, _), (_, _, K, Dv) = q.shape, v.shape
     padded_group = next_power_of_two(H // K)
     num_rows = max(tile.num_rows, padded_group)
@@ -110,6 +123,7 @@ def window_attention_forward(q, k, v, starts, offset, *, window, scale, tile, in
         padded_group=padded_group,
         window=window,
         scale=scale,
+        interpret=interpret,
     )
     return launch(
         kernel,
@@ -122,27 +136,23 @@ def window_attention_forward(q, k, v, starts, offset, *, window, scale, tile, in
         num_stages=tile.num_stages,
         interpret=interpret,
         name="window_attention_forward",
-    )(q, k, v, offset, *(() if starts is None else (starts,)))
+    )(q, k, v, offset, starts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _window_attention(q, k, v, starts, offset, window, scale, interpret):
-    return _forward(q, k, v, starts, offset, window, scale, interpret)[0]
+    return forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret)[0]
 
 
 def _forward(q, k, v, starts, offset, window, scale, interpret):
-    tile = forward_tile(max(q.shape[-1], v.shape[-1]), q.dtype.itemsize)
-    o, lse = window_attention_forward(
-        q, k, v, starts, offset, window=window, scale=scale, tile=tile, interpret=interpret
-    )
+    o, lse = forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret)
     return o, (q, k, v, starts, offset, o, lse)
 
 
 def _backward(window, scale, interpret, residuals, do):
     q, k, v, starts, offset, o, lse = residuals
     options = dict(window=window, scale=scale, interpret=interpret)
-    dq, delta = query_gradient(q, k, v, o, do, lse, starts, offset, **options)
-    dk, dv = key_gradients(q, k, v, do, lse, delta, starts, offset, **options)
+    dq, dk, dv, _ = backward(q, k, v, o, do, lse, starts, offset, **options)
     return dq, dk, dv, *(None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (starts, offset))
 
 

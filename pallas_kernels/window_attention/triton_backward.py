@@ -14,6 +14,8 @@ from pallas_kernels.tiles import (
     accumulate,
     base2_lse,
     dot_pieces,
+    exp2,
+    finish_query_gradient,
     launch,
     load_rows,
     next_power_of_two,
@@ -73,14 +75,19 @@ def _dq_kernel(
     do_ref,
     lse_ref,
     offset_ref,
-    *rest,
+    starts_ref,
+    gate_ref,
+    dq_before_ref,
+    dq_ref,
+    delta_ref,
+    *,
     num_rows: int,
     num_keys: int,
     padded_group: int,
     window: int,
     scale: float,
+    interpret: bool,
 ):
-    *starts_ref, dq_ref, delta_ref = rest
     tile, bk = pl.program_id(0), pl.program_id(1)
     (_, Tq, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G, num_queries = H // K, num_rows // padded_group
@@ -93,9 +100,9 @@ def _dq_kernel(
     position = offset_ref[0] + t
     lowest = jnp.maximum(position - window + 1, 0)
     segment = jnp.int32(0)
-    if starts_ref:
-        lowest = jnp.maximum(lowest, plgpu.load(starts_ref[0].at[b, t], mask=t < Tq, other=0))
-        segment = starts_ref[0][b, tile * num_queries]
+    if starts_ref is not None:
+        lowest = jnp.maximum(lowest, plgpu.load(starts_ref.at[b, t], mask=t < Tq, other=0))
+        segment = starts_ref[b, tile * num_queries]
     first, tiles, inner, outer = key_band(
         offset_ref[0] + tile * num_queries, num_queries, segment, T, window=window, num_keys=num_keys
     )
@@ -112,10 +119,10 @@ def _dq_kernel(
         in_bounds = key_position < T if edge else None
         k = load_rows(k_ref, (b,), key_position, kv_head, Dk, in_bounds)
         v = load_rows(v_ref, (b,), key_position, kv_head, Dv, in_bounds)
-        p = jnp.exp2(dot_pieces(q, k) * (scale * LOG2_E) - lse[:, None])
+        p = exp2(dot_pieces(q, k) * (scale * LOG2_E) - lse[:, None], interpret)
         if edge:
             p = jnp.where(key_position[None, :] <= position[:, None], p, 0)
-        if edge or starts_ref:
+        if edge or starts_ref is not None:
             p = jnp.where(key_position[None, :] >= lowest[:, None], p, 0)
         return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
 
@@ -123,7 +130,8 @@ def _dq_kernel(
     dq = lax.fori_loop(0, inner, edge, zeros(num_rows, Dk))
     dq = lax.fori_loop(inner, outer, middle, dq)
     dq = lax.fori_loop(outer, tiles, edge, dq)
-    store_rows(dq_ref, (b,), t, head, Dk, tuple(piece * scale for piece in dq), valid)
+    dq = finish_query_gradient(dq, scale, gate_ref, dq_before_ref, b, t, head, valid)
+    store_rows(dq_ref, (b,), t, head, Dk, dq, valid)
 
 
 def _dkv_kernel(
@@ -134,14 +142,18 @@ def _dkv_kernel(
     lse_ref,
     delta_ref,
     offset_ref,
-    *rest,
+    starts_ref,
+    gate_ref,
+    dk_ref,
+    dv_ref,
+    *,
     num_rows: int,
     num_keys: int,
     padded_group: int,
     window: int,
     scale: float,
+    interpret: bool,
 ):
-    *starts_ref, dk_ref, dv_ref = rest
     tile, bk = pl.program_id(0), pl.program_id(1)
     (_, Tq, H, Dk), (_, T, K, Dv) = q_ref.shape, v_ref.shape
     G, num_queries = H // K, num_rows // padded_group
@@ -172,13 +184,15 @@ def _dkv_kernel(
         do = load_rows(do_ref, (b,), t, head, Dv, valid)
         lse = base2_lse(plgpu.load(lse_ref.at[bk, t, group_row], mask=valid, other=-jnp.inf))
         delta = plgpu.load(delta_ref.at[bk, t, group_row], mask=valid, other=0)
-        p = jnp.exp2(dot_pieces(k, q) * (scale * LOG2_E) - lse[None, :])
+        p = exp2(dot_pieces(k, q) * (scale * LOG2_E) - lse[None, :], interpret)
+        if gate_ref is not None:
+            p *= plgpu.load(gate_ref.at[b, t, head], mask=valid, other=0)[None, :]
         if edge:
             position = (offset + t)[None, :]
             p = jnp.where(key_position[:, None] <= position, p, 0)
             p = jnp.where(key_position[:, None] > position - window, p, 0)
-        if starts_ref:
-            start = plgpu.load(starts_ref[0].at[b, t], mask=t < end, other=0)
+        if starts_ref is not None:
+            start = plgpu.load(starts_ref.at[b, t], mask=t < end, other=0)
             p = jnp.where(key_position[:, None] >= start[None, :], p, 0)
         dv = accumulate(dv, p, do)
         return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
@@ -196,7 +210,7 @@ def _sizes(q, k, v) -> tuple[int, int]:
     return max(q.shape[-1], v.shape[-1]), q.dtype.itemsize
 
 
-def query_gradient(q, k, v, o, do, lse, starts, offset, *, window, scale, interpret, tile=None):
+def query_gradient(q, k, v, o, do, lse, starts, offset, gate=None, dq=None, *, window, scale, interpret, tile=None):
     """dq, and delta = sum(o * do) [B * K, Tq, G] for the other kernel."""
     tile = tile or dq_tile(*_sizes(q, k, v))
     (B, Tq, H, _), K = q.shape, k.shape[2]
@@ -209,6 +223,7 @@ def query_gradient(q, k, v, o, do, lse, starts, offset, *, window, scale, interp
         padded_group=padded_group,
         window=window,
         scale=scale,
+        interpret=interpret,
     )
     return launch(
         kernel,
@@ -218,10 +233,10 @@ def query_gradient(q, k, v, o, do, lse, starts, offset, *, window, scale, interp
         num_stages=tile.num_stages,
         interpret=interpret,
         name="window_attention_dq",
-    )(q, k, v, o, do, lse, offset, *(() if starts is None else (starts,)))
+    )(q, k, v, o, do, lse, offset, starts, gate, dq)
 
 
-def key_gradients(q, k, v, do, lse, delta, starts, offset, *, window, scale, interpret, tile=None):
+def key_gradients(q, k, v, do, lse, delta, starts, offset, gate=None, *, window, scale, interpret, tile=None):
     """dk and dv."""
     tile = tile or dkv_tile(*_sizes(q, k, v))
     (_, _, H, _), (B, T, K, _) = q.shape, v.shape
@@ -233,6 +248,7 @@ def key_gradients(q, k, v, do, lse, delta, starts, offset, *, window, scale, int
         padded_group=padded_group,
         window=window,
         scale=scale,
+        interpret=interpret,
     )
     return launch(
         kernel,
@@ -242,4 +258,15 @@ def key_gradients(q, k, v, do, lse, delta, starts, offset, *, window, scale, int
         num_stages=tile.num_stages,
         interpret=interpret,
         name="window_attention_dkv",
-    )(q, k, v, do, lse, delta, offset, *(() if starts is None else (starts,)))
+    )(q, k, v, do, lse, delta, offset, starts, gate)
+
+
+def backward(q, k, v, o, do, lse, starts, offset, gate=None, dq=None, *, window, scale, interpret):
+    """(dq, dk, dv, delta) of gate * o, where delta = sum(o * do) [B * K, Tq, G] is the gate's own gradient.
+
+    `gate` is float32 [B, Tq, H] (None: 1). `dq`, where given, is added to the gradient of q.
+    """
+    options = dict(window=window, scale=scale, interpret=interpret)
+    dq, delta = query_gradient(q, k, v, o, do, lse, starts, offset, gate, dq, **options)
+    dk, dv = key_gradients(q, k, v, do, lse, delta, starts, offset, gate, **options)
+    return dq, dk, dv, delta

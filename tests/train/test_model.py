@@ -152,3 +152,11 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters_and_gives_float32_l
     assert (hidden.shape, hidden.dtype) == ((2, T, SMALL.embed_dim), jnp.bfloat16)
     scores = jax.eval_shape(lambda params, hidden: logits(params, hidden, model.config), params, hidden)
     assert (scores.shape, scores.dtype) == ((2, T, padded_vocabulary(VOCABULARY)), jnp.float32)
+
+
+def test_a_model_on_kernels_can_be_traced_without_remat():
+    """Flax's scan over layers refuses a kernel that stays in a traced program although its result is not used."""
+    nsa = NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=3, window=16)
+    config = dataclasses.replace(SMALL, attention="nsa", implementation="triton", head_dim=32, nsa=nsa, remat="none")
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    assert jax.eval_shape(Transformer(config, 50).init, jax.random.key(0), tokens)

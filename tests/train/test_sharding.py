@@ -1,12 +1,18 @@
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
+import train.model
+from nsa_jax import NSAConfig, num_compressed
 from train.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from train.sharding import check_divisible, make_mesh, mesh_shape, tree_shardings
+from train.model import Transformer
+from train.optimizer import make_optimizer
+from train.sharding import batch_sharding, check_divisible, make_mesh, mesh_shape, on_mesh, tree_shardings
+from train.step import make_init, make_train_step
 
 
 def test_data_takes_the_devices_that_are_left():
@@ -50,3 +56,34 @@ def test_an_axis_that_is_not_in_the_table_is_refused_by_name():
     boxed = {"kernel": nn.LogicallyPartitioned(jnp.ones((2, 2)), ("embed", "experts"))}
     with pytest.raises(ValueError, match=r"kernel.*'experts'"):
         tree_shardings(jax.eval_shape(lambda: boxed), make_mesh(MeshConfig()))
+
+
+def gathered_heads(T):
+    """Shapes of q, k, v and what is made of them, [.., T or Nc, ..] of four axes or more, that a train step moves."""
+    nsa = NSAConfig(
+        compress_block=16, compress_stride=8, select_block=16, num_selected=3, num_init=1, num_local=1, window=16
+    )
+    sizes = {"embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "mlp_dim": 24, "num_layers": 2}
+    model = Transformer(ModelConfig(**sizes, nsa=nsa, implementation="xla"), 50)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    init = make_init(model, optimizer)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    shardings = tree_shardings(boxed, mesh)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), shardings
+    )
+    dtypes = {"weights": jnp.float32} | dict.fromkeys(("tokens", "targets", "target_bytes", "segment_ids"), jnp.int32)
+    batch = {key: jax.ShapeDtypeStruct((8, T), dtype, sharding=batch_sharding(mesh)) for key, dtype in dtypes.items()}
+    step = jax.jit(make_train_step(model, optimizer, accumulate=1, z_loss=0.0), out_shardings=(shardings, None))
+    program = on_mesh(lambda *arguments: step.lower(*arguments).compile().as_text(), mesh)(state, batch)
+    moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
+    assert moved  # the parameters, which fsdp splits
+    shapes = [tuple(map(int, s.split(","))) for result in moved for s in re.findall(r"\[([\d,]+)\]", result)]
+    return [shape for shape in shapes if len(shape) >= 4 and {T, num_compressed(T, nsa)} & set(shape)]
+
+
+def test_a_train_step_moves_parameters_but_no_heads(monkeypatch):
+    assert gathered_heads(T=80) == []
+    monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ())))
+    assert gathered_heads(T=80)  # what the partitioner does by itself

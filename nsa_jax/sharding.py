@@ -1,0 +1,158 @@
+"""The ops on a mesh: every device attends to its own rows and heads with its own kernels, and sends nothing.
+
+Left to itself, the partitioner gathers a kernel's operands on every device. But the rows of a batch are independent,
+and so are the groups of query heads that share a K/V head: `jax.shard_map` over both needs no communication.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar, cast
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
+
+MeshAxes = str | tuple[str, ...]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# How the array arguments and the results of the ops are split. Query heads go with their K/V head: whole groups.
+_TOKENS = PartitionSpec("batch", None, "heads", None)
+ARGUMENTS = {
+    "q": _TOKENS,
+    "k": _TOKENS,
+    "v": _TOKENS,
+    "kv": _TOKENS,
+    "gates": _TOKENS,
+    "lse": PartitionSpec("batch", "heads", None),
+    "block_indices": PartitionSpec("batch", "heads", None, None),
+    "segment_ids": PartitionSpec("batch", None),
+    "query_offset": PartitionSpec(),
+}
+RESULTS: dict[Callable, Any] = {
+    nsa_attention: _TOKENS,
+    compressed_attention: (_TOKENS, ARGUMENTS["lse"]),
+    select_blocks: ARGUMENTS["block_indices"],
+    selected_attention: _TOKENS,
+    window_attention: _TOKENS,
+}
+
+
+def sharded(
+    op: Callable[Parameters, Result],
+    *,
+    batch_axes: MeshAxes = (),
+    head_axes: MeshAxes = (),
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Callable[Parameters, Result]:
+    """An op with its batch and its K/V heads split over a mesh: the same arguments, results and gradients.
+
+    The H / K query heads of a group stay with their K/V head. Nothing is communicated, forward or backward, where the
+    arrays lie so already: B of each over `batch_axes`, heads over `head_axes`, the rest whole. Arrays that lie
+    otherwise are moved on Auto axes and refused by `jax.shard_map` on Explicit ones. Devices along other axes of the
+    mesh repeat each other's work; if such an axis is Explicit, gradients are also averaged over it.
+
+    Example:
+      >>> import functools, jax
+      >>> from nsa_jax import NSAConfig, nsa_attention
+      >>> from nsa_jax.testing import random_inputs
+      >>> q, kv, gates, *_ = random_inputs(
+      ...     jax.random.key(0), NSAConfig(), B=2, T=100, num_heads=8, num_kv_heads=4, head_dim=16
+      ... )
+      >>> auto = (jax.sharding.AxisType.Auto,) * 2
+      >>> attention = sharded(nsa_attention, batch_axes="data", head_axes="tensor")
+      >>> with jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"), axis_types=auto)):
+      ...     o = jax.jit(functools.partial(attention, config=NSAConfig()))(q, kv, gates)
+      >>> o.sharding.shard_shape(o.shape)
+      (1, 100, 2, 16)
+
+    Args:
+      op: `nsa_attention`, `compressed_attention`, `select_blocks`, `selected_attention` or `window_attention`.
+      batch_axes: the mesh axis, or axes, that split B.
+      head_axes: the mesh axis, or axes, that split the K/V heads, and the query heads with them.
+      mesh: None for the one in context (`jax.set_mesh`) when the result is called.
+
+    Returns:
+      A function with the signature of `op`. It passes over axes that the mesh lacks and axes that a surrounding
+      `jax.shard_map` has split already, and is `op` itself where no axis of more than one device is left.
+
+    Raises:
+      ValueError: `op` is another function or an axis is named twice; on calling the result, B or a number of heads is
+        no multiple of the devices along its axes. What else `op` refuses it describes by one device's part.
+    """
+    if op not in RESULTS:
+        raise ValueError(f"op = {op!r}: expected one of {', '.join(known.__name__ for known in RESULTS)}")
+    axes = {"batch": _as_tuple(batch_axes), "heads": _as_tuple(head_axes)}
+    named = axes["batch"] + axes["heads"]
+    if len(set(named)) < len(named):
+        raise ValueError(f"batch_axes = {batch_axes!r}, head_axes = {head_axes!r}: expected every mesh axis once")
+    signature, run = inspect.signature(op), cast(Callable[..., Result], op)
+
+    @functools.wraps(op)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        around = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+        kinds = dict(zip(around.axis_names, around.axis_types, strict=True))
+        free = [axis for axis, kind in kinds.items() if kind != AxisType.Manual]
+        over = {what: tuple(axis for axis in some if axis in free) for what, some in axes.items()}
+        devices = {what: math.prod(around.shape[axis] for axis in some) for what, some in over.items()}
+        if math.prod(devices.values()) == 1:
+            return op(*args, **kwargs)
+
+        def place(split: PartitionSpec) -> PartitionSpec:
+            return PartitionSpec(*(over.get(what) or None for what in split))
+
+        arrays, options = _separate(signature.bind(*args, **kwargs).arguments)
+        _check_divisible(arrays, axes, devices)
+        split_op = jax.shard_map(
+            lambda arrays: run(**arrays, **options),
+            mesh=mesh,
+            in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
+            out_specs=jax.tree.map(place, RESULTS[op]),
+            # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such
+            # axes to XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have
+            # no sharding.
+            axis_names={axis for axis in free if axis in named or kinds[axis] == AxisType.Explicit},
+            # With it, every `pallas_call` would have to say over which axes its outputs vary: kernels see no mesh.
+            check_vma=False,
+        )
+        return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
+
+    return call
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _separate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays, and all else. A query offset whose value is known is no array: `op` checks it."""
+    arrays, options = {}, {}
+    for name, value in arguments.items():
+        known = name == "query_offset" and not isinstance(value, jax.core.Tracer)
+        if name not in ARGUMENTS or value is None or known:
+            options[name] = jax.device_get(value) if known else value
+        else:
+            arrays[name] = value
+    return arrays, options
+
+
+def _check_divisible(
+    arrays: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]], devices: Mapping[str, int]
+) -> None:
+    """Raises ValueError where the devices along the axes of a dimension do not divide it."""
+    for name, argument in arrays.items():
+        split = ARGUMENTS[name]
+        for path, array in jax.tree_util.tree_leaves_with_path(argument):
+            described = f"{name}{jax.tree_util.keystr(path)}: {array.dtype} {array.shape}"
+            if array.ndim != len(split):
+                raise ValueError(f"{described}: expected {len(split)} axes")
+            for what, size in zip(split, array.shape, strict=True):
+                if what is not None and size % devices[what]:
+                    along = {"batch": "batch_axes", "heads": "head_axes"}[what]
+                    raise ValueError(
+                        f"{described}: expected {what} = {size} to be a multiple of {devices[what]}, the devices along "
+                        f"{along} = {axes[what]}"
+                    )
