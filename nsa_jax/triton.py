@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nsa_jax.config import NSAConfig
 from pallas_kernels import block_selection
 from pallas_kernels import compressed_attention as compressed
+from pallas_kernels import decode_attention as decode
 from pallas_kernels import nsa_attention as nsa
 from pallas_kernels import selected_attention as selected
 from pallas_kernels import window_attention as window
@@ -98,27 +99,28 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
 def decode_attention(
     q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
 ):
-    """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
-
-    To become a call of `pallas_kernels.decode_attention.decode_attention`, in plain arrays and ints:
-
-        decode_attention(
-            q,              # [B, m, H, Dk], m queries of each row, from 1 to about 16
-            cmp_k, cmp_v,   # [P, s / d, K, Dk|Dv], compressed tokens by the page in which they start, keys rotated
-            slc_k, slc_v,   # [P, s, K, Dk|Dv], tokens by page
-            win_k, win_v,   # [B, W, K, Dk|Dv], position p in slot p % W, W >= w + m - 1
-            gates,          # [B, m, H, 3], any float dtype, order (compressed, selected, window)
-            query_offsets,  # int32 [B], position of each row's first query
-            block_tables,   # int32 [B, N], page of each block; only entries 0 .. position // s of a row are pages
-            *, compress_block, compress_stride, select_block, num_selected, num_init, num_local, window,  # ints
-            scale,          # float
-            interpret,      # bool
-        ) -> (o [B, m, H, Dv] in the dtype of q, block_indices int32 [B, K, m, n], ascending, then -1)
-
-    The query at position t of a row sees compressed tokens i with i d + l - 1 <= t, tokens <= t of its blocks, and
-    positions t - w + 1 .. t of the ring. Slots of positions above t, and pages beyond t // s, hold anything finite.
-    """
-    raise NotImplementedError("implementation = 'triton': there is no decode_attention kernel yet")
+    """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n])."""
+    return decode.decode_attention(
+        q,
+        cmp_k,
+        cmp_v,
+        slc_k,
+        slc_v,
+        win_k,
+        win_v,
+        gates,
+        query_offsets,
+        block_tables,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_init=config.num_init,
+        num_local=config.num_local,
+        window=config.window,
+        scale=scale,
+        interpret=_interpret(q),
+    )
 
 
 def _interpret(q: jax.Array) -> bool:
