@@ -258,12 +258,11 @@ def decode_attention(
     """
     if not isinstance(cache, NSACache):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
-    # One page has the axes of one row of keys.
-    _check_attention(q[:1], cache.slc_k[:1], cache.slc_v[:1], config)
+    _check_attention(q, cache.win_k, cache.win_v, config)
     B, m, H, _ = q.shape
-    if cache.lengths.shape != (B,) or cache.slc_k.shape[1] != config.select_block:
+    if cache.lengths.shape != (B,) or cache.slc_k.shape[2] != config.select_block:
         raise ValueError(
-            f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[1]} tokens: expected {B}, the "
+            f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
             f"batch of q, and config.select_block = {config.select_block}"
         )
     if m > step_tokens(cache, config):

@@ -34,10 +34,10 @@ class NSACache(NamedTuple):
     reads z K (Dk + Dv) (Nc + n s + w) per row.
     """
 
-    slc_k: Float[Array, "P s K Dk"]
-    slc_v: Float[Array, "P s K Dv"]
-    cmp_k: Float[Array, "P s/d K Dk"]
-    cmp_v: Float[Array, "P s/d K Dv"]
+    slc_k: Float[Array, "P K s Dk"]
+    slc_v: Float[Array, "P K s Dv"]
+    cmp_k: Float[Array, "P K s/d Dk"]
+    cmp_v: Float[Array, "P K s/d Dv"]
     tail_k: Float[Array, "B R K Dk"]
     tail_v: Float[Array, "B R K Dv"]
     win_k: Float[Array, "B W K Dk"]
@@ -113,13 +113,13 @@ def init_nsa_cache(
         )
     Dk, Dv = head_dim, head_dim if v_head_dim is None else v_head_dim
 
-    def zeros(rows: int, places: int) -> list[Array]:
-        return [jnp.zeros((rows, places, num_kv_heads, D), dtype) for D in (Dk, Dv)]
+    def zeros(*shape: int) -> list[Array]:
+        return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
 
-    slc_k, slc_v = zeros(P, config.select_block)
-    cmp_k, cmp_v = zeros(P, config.select_block // config.compress_stride)
-    tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1)
-    win_k, win_v = zeros(batch_size, config.window + step_tokens - 1)
+    slc_k, slc_v = zeros(P, num_kv_heads, config.select_block)
+    cmp_k, cmp_v = zeros(P, num_kv_heads, config.select_block // config.compress_stride)
+    tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1, num_kv_heads)
+    win_k, win_v = zeros(batch_size, config.window + step_tokens - 1, num_kv_heads)
     lengths = jnp.zeros((batch_size,), jnp.int32)
     # Copied, so that a cache can be donated and its tables kept by whoever made them.
     block_tables = jnp.array(block_tables, copy=True)
@@ -145,7 +145,7 @@ def init_dense_cache(
 def max_length(cache: Cache) -> int:
     """The most tokens a row of this cache can hold."""
     if isinstance(cache, NSACache):
-        return cache.block_tables.shape[1] * cache.slc_k.shape[1]
+        return cache.block_tables.shape[1] * cache.slc_k.shape[2]
     return cache.k.shape[1]
 
 
@@ -206,9 +206,9 @@ def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int
     return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
 
 
-def read_pages(pool: Float[Array, "P slots K D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
+def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
     """Everything in the pages of each row, in order."""
-    pages = pool[jnp.maximum(block_tables, 0)]
+    pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
     return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
 
 
@@ -246,8 +246,10 @@ def write_nsa_tokens(
         page = jnp.take_along_axis(cache.block_tables, jnp.minimum(block, cache.block_tables.shape[1] - 1), axis=1)
         exists = (block < cache.block_tables.shape[1]) & (page >= 0)
         page = jnp.where(written & exists, page, pools[0].shape[0])
-        slot = first % s // (s // pools[0].shape[1])
-        return tuple(p.at[page, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True))
+        slot = first % s // (s // pools[0].shape[2])
+        return tuple(
+            p.at[page, :, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True)
+        )
 
     def to_rings(rings, values):
         return tuple(_write_ring(ring, x, positions, new, lengths) for ring, x in zip(rings, values, strict=True))
@@ -280,7 +282,7 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
     if not isinstance(cache, kind):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.{kind.__name__}")
     B, T = x.shape[:2]
-    k, v = (cache.slc_k, cache.slc_v) if isinstance(cache, NSACache) else (cache.k, cache.v)
+    k, v = (cache.win_k, cache.win_v) if isinstance(cache, NSACache) else (cache.k, cache.v)
     if cache.lengths.shape != (B,):
         raise ValueError(f"cache has {cache.lengths.shape[0]} rows: expected {B}, the batch of x")
     if k.shape[2:] != (K, Dk) or v.shape[2:] != (K, Dv) or k.dtype != x.dtype:

@@ -284,9 +284,9 @@ def _check(cache, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfi
     counts = check_cache(cache, kind, x, num_tokens, **sizes)
     if isinstance(config, NSALayerConfig):
         s, d = config.config.select_block, config.config.compress_stride
-        if (cache.slc_k.shape[1], cache.cmp_k.shape[1]) != (s, s // d):
+        if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
             raise ValueError(
-                f"cache has pages of {cache.slc_k.shape[1]} tokens and {cache.cmp_k.shape[1]} compressed tokens: "
+                f"cache has pages of {cache.slc_k.shape[2]} tokens and {cache.cmp_k.shape[2]} compressed tokens: "
                 f"expected select_block = {s} and select_block / compress_stride = {s // d}"
             )
         if step_tokens(cache, config.config) < 1:

@@ -127,8 +127,8 @@ def decode_attention(
 
 def _attend_to_pages(
     q: Float[Array, "1 m H Dk"],
-    k: Float[Array, "P s K Dk"],
-    v: Float[Array, "P s K Dv"],
+    k: Float[Array, "P K s Dk"],
+    v: Float[Array, "P K s Dv"],
     indices: Int[Array, "K m n"],
     positions: Int[Array, " m"],
     table: Int[Array, " N"],
@@ -136,10 +136,10 @@ def _attend_to_pages(
 ) -> Float[Array, "1 m H Dv"]:
     """Selected attention of one row's queries, its blocks read through its block table."""
     K, m, n = indices.shape
-    s = k.shape[1]
+    s = k.shape[2]
     chosen = jnp.maximum(indices, 0)
     pages, heads = jnp.maximum(table[chosen], 0), jnp.arange(K)[:, None, None]
-    keys, values = (pool[pages, :, heads].reshape(K * m, n * s, 1, -1) for pool in (k, v))
+    keys, values = (pool[pages, heads].reshape(K * m, n * s, 1, -1) for pool in (k, v))
     key = chosen[..., None] * s + jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
     visible = (key <= positions[None, :, None, None]) & (indices >= 0)[..., None]
     rows = jnp.moveaxis(q.reshape(m, K, -1, q.shape[-1]), 0, 1).reshape(K * m, 1, -1, q.shape[-1])

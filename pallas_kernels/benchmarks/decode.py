@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -17,8 +18,9 @@ from pallas_kernels.benchmarks.cases import Shape
 from pallas_kernels.benchmarks.timing import Timing, time_call
 from pallas_kernels.decode_attention import decode_attention
 
-BYTES_PER_CALL = 400e6  # read by the steps of one timed call, so that no cache of the GPU holds them all
-MOST_STEPS = 16
+BYTES = 400e6  # read by the layers that the steps go through, so that no cache of the GPU holds them all
+MOST_LAYERS = 16
+STEPS = 32  # of one timed program, so that the host is always ahead
 
 
 def inputs(shape: Shape, batch: int, seed: int) -> tuple[Array, ...]:
@@ -30,7 +32,7 @@ def inputs(shape: Shape, batch: int, seed: int) -> tuple[Array, ...]:
     def normal(*dims: int) -> Array:
         return jax.random.normal(next(keys), dims, jnp.dtype(shape.dtype))
 
-    pools = [normal(batch * N, size, K, D) for size in (s // shape.compress_stride, s) for D in (Dk, Dv)]
+    pools = [normal(batch * N, K, size, D) for size in (s // shape.compress_stride, s) for D in (Dk, Dv)]
     rings = [normal(batch, shape.window, K, D) for D in (Dk, Dv)]
     gates = jax.nn.sigmoid(jax.random.normal(next(keys), (batch, 1, H, 3)))
     tables = jax.random.permutation(next(keys), batch * N).astype(jnp.int32).reshape(batch, N)
@@ -58,10 +60,10 @@ def sparse_step(shape: Shape) -> Callable[..., Array]:
 
 
 def dense_step(shape: Shape) -> Callable[..., Array]:
-    """CuDNN's attention of one new token of each row to all T, taken from the selected branch's pools."""
+    """CuDNN's attention of one new token of each row to all T, in arrays of the size of the selected branch's pools."""
 
     def step(q: Array, _: Array, __: Array, k: Array, v: Array, *rest: Array) -> Array:
-        k, v = (x.reshape(q.shape[0], shape.T, *x.shape[2:]) for x in (k, v))
+        k, v = (x.reshape(q.shape[0], shape.T, shape.K, x.shape[3]) for x in (k, v))
         return jax.nn.dot_product_attention(q, k, v, scale=shape.Dk**-0.5, implementation="cudnn")
 
     return step
@@ -76,16 +78,18 @@ def bytes_read(shape: Shape, batch: int, *, dense: bool) -> int:
 
 
 def time_step(step: Callable[..., Array], layers: list[tuple[Array, ...]]) -> Timing:
-    """Milliseconds of one step, from a program of one step for each layer, one after the other."""
+    """Milliseconds of one step, from a program of `STEPS` steps, one after the other, through the layers in turn."""
 
-    def run(q: Array, layers: list[tuple[Array, ...]]) -> Array:
-        for layer in layers:
-            q, _ = jax.lax.optimization_barrier((q, step(q, *layer)))
-        return q
+    def run(q: Array, layers: list[tuple[Array, ...]]) -> list[Array]:
+        outputs = []
+        for layer in itertools.islice(itertools.cycle(layers), STEPS):
+            q, o = jax.lax.optimization_barrier((q, step(q, *layer)))  # the next step waits for this one
+            outputs.append(o)
+        return outputs
 
     arguments = (layers[0][0], [layer[1:] for layer in layers])
     timing = time_call(jax.jit(run).lower(*arguments).compile(), arguments)
-    return Timing(*(x / len(layers) for x in dataclasses.astuple(timing)))
+    return Timing(*(x / STEPS for x in dataclasses.astuple(timing)))
 
 
 def measure(shape: Shape, batch: int, peak_bandwidth: float) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def measure(shape: Shape, batch: int, peak_bandwidth: float) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": batch, "T": shape.T}
     for name, step in (("nsa", sparse_step(shape)), ("dense", dense_step(shape))):
         read = bytes_read(shape, batch, dense=name == "dense")
-        count = min(MOST_STEPS, math.ceil(BYTES_PER_CALL / read))
+        count = min(MOST_LAYERS, math.ceil(BYTES / read))
         layers = [inputs(shape, batch, seed) for seed in range(count)]
         timing = time_step(step, layers)
         row[f"{name}_ms"] = dataclasses.asdict(timing)

@@ -2,8 +2,8 @@
 
 Contract of every backend:
 
-    decode_attention(q [B, m, H, Dk], cmp_k [P, s / d, K, Dk], cmp_v [P, s / d, K, Dv], slc_k [P, s, K, Dk],
-                     slc_v [P, s, K, Dv], win_k [B, W, K, Dk], win_v [B, W, K, Dv], gates [B, m, H, 3], query_offsets,
+    decode_attention(q [B, m, H, Dk], cmp_k [P, K, s / d, Dk], cmp_v [P, K, s / d, Dv], slc_k [P, K, s, Dk],
+                     slc_v [P, K, s, Dv], win_k [B, W, K, Dk], win_v [B, W, K, Dv], gates [B, m, H, 3], query_offsets,
                      block_tables, *, compress_block, compress_stride, select_block, num_selected, num_init, num_local,
                      window, scale, interpret=False) -> (o [B, m, H, Dv], block_indices int32 [B, K, m, n])
 

@@ -1,9 +1,10 @@
-"""One decoding step through Pallas Triton, in four kernels that are split along the keys, so that few rows fill a GPU.
+"""One decoding step through Pallas Triton, in five kernels that are split along the keys, so that few rows fill a GPU.
 
 1. Scores and partial sums of the compressed tokens and of the window, a chunk of keys per program.
-2. Importance from these scores, and the best blocks, a query and K/V head per program.
-3. Partial sums of the selected blocks, a tile of keys per program.
-4. The partial sums of each branch joined, and the branches added with their gates.
+2. Importance from these scores, a slab of blocks per program.
+3. The best blocks, a query and K/V head per program.
+4. Partial sums of the selected blocks, a tile of keys per program.
+5. The partial sums of each branch joined, and the branches added with their gates.
 
 A partial sum is (m, total, acc): the largest score of a query head over some keys, the sum of its weights relative to
 that, and the weighted values.
@@ -39,7 +40,7 @@ from pallas_kernels.tiles import (
 
 MOST_BLOCKS = 32768
 LEAST_ROWS = 16  # of a tile that a matrix unit multiplies
-_SCORE_ELEMENTS = 16384  # of one step of the sum over heads
+SLAB = 64  # blocks whose importance a program sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +128,10 @@ def choose_tiling(pairs: int, num_compressed: int, head_dim: int, itemsize: int)
 
 def decode_attention(
     q: Float[Array, "B m H Dk"],
-    cmp_k: Float[Array, "P s/d K Dk"],
-    cmp_v: Float[Array, "P s/d K Dv"],
-    slc_k: Float[Array, "P s K Dk"],
-    slc_v: Float[Array, "P s K Dv"],
+    cmp_k: Float[Array, "P K s/d Dk"],
+    cmp_v: Float[Array, "P K s/d Dv"],
+    slc_k: Float[Array, "P K s Dk"],
+    slc_v: Float[Array, "P K s Dv"],
     win_k: Float[Array, "B W K Dk"],
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
@@ -153,8 +154,8 @@ def decode_attention(
     Raises:
       NotImplementedError: a dtype, head size, group size, scale or number of blocks that the kernels do not take.
     """
-    check_supported(q, slc_k, slc_v, scale)
-    (B, m, H, Dk), (s, K, Dv), N = q.shape, slc_v.shape[1:], block_tables.shape[1]
+    check_supported(q, win_k, win_v, scale)
+    (B, m, H, Dk), (K, s, Dv), N = q.shape, slc_v.shape[1:], block_tables.shape[1]
     if N > MOST_BLOCKS:
         raise NotImplementedError(f"{N} blocks: expected at most {MOST_BLOCKS}")
     step = Step(
@@ -175,11 +176,11 @@ def decode_attention(
         interpret=interpret,
         tiling=tiling or choose_tiling(B * K, N * s // compress_stride, max(Dk, Dv), q.dtype.itemsize),
     )
-    pools = [x.reshape(-1, *x.shape[2:]) for x in (cmp_k, cmp_v, slc_k, slc_v, win_k, win_v)]
     q = q.reshape(B * m * H, Dk)
-    first, scores = _first_partials(q, *pools[:2], *pools[4:], query_offsets, block_tables, step)
+    cmp_k, cmp_v, slc_k, slc_v = (x.reshape(-1, x.shape[3]) for x in (cmp_k, cmp_v, slc_k, slc_v))
+    first, scores = _first_partials(q, cmp_k, cmp_v, win_k, win_v, query_offsets, block_tables, step)
     indices = _choose(first, scores, query_offsets, step)
-    second = _selected_partials(q, *pools[2:4], indices, query_offsets, block_tables, step)
+    second = _selected_partials(q, slc_k, slc_v, indices, query_offsets, block_tables, step)
     o = _join(first, second, gates.reshape(B * m * H, 3), query_offsets, q.dtype, step)
     return o.reshape(B, m, H, Dv), indices.reshape(B, K, m, num_selected)
 
@@ -260,9 +261,9 @@ def _first_kernel(
             exists = index < end
             block, inner = lax.div(index, per_block), lax.rem(index, per_block)
             page = plgpu.load(table_ref.at[b, block], mask=exists, other=0)
-            at = jnp.maximum(page, 0) * step.per_block + inner
-            k = load_rows(cmp_k_ref, (), at, kv_head, Dk, exists)
-            v = load_rows(cmp_v_ref, (), at, kv_head, Dv, exists)
+            at = (jnp.maximum(page, 0) * step.num_kv_heads + kv_head) * step.per_block + inner
+            k = load_rows(cmp_k_ref, (), at, None, Dk, exists)
+            v = load_rows(cmp_v_ref, (), at, None, Dv, exists)
             s = dot_pieces(q, k)
             visible = index[None, :] < seen[:, None]
             column = inner * score_columns + block
@@ -278,9 +279,9 @@ def _first_kernel(
         lowest = offset + first_query - step.window + 1
         at = lowest + (split - step.compressed_splits) * num_keys + key
         exists = (at >= 0) & (at <= last)
-        slot = b * step.ring + lax.rem(jnp.maximum(at, 0), jnp.int32(step.ring))
-        k = load_rows(win_k_ref, (), slot, kv_head, Dk, exists)
-        v = load_rows(win_v_ref, (), slot, kv_head, Dv, exists)
+        slot = lax.rem(jnp.maximum(at, 0), jnp.int32(step.ring))
+        k = load_rows(win_k_ref, (b,), slot, kv_head, Dk, exists)
+        v = load_rows(win_v_ref, (b,), slot, kv_head, Dv, exists)
         visible = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - step.window)
         carry = _attend(_nothing(num_rows, Dv), dot_pieces(q, k), visible & exists[None, :], v, step)
         _store_partials(refs, split, row, valid, *carry)
@@ -308,62 +309,78 @@ def _first_partials(q, cmp_k, cmp_v, win_k, win_v, offsets, tables, step: Step):
     return tuple(partials), scores
 
 
-def _choose_kernel(m_ref, total_ref, score_ref, offset_ref, indices_ref, *, step: Step):
-    query, bk = pl.program_id(0), pl.program_id(1)
+def _importance_kernel(m_ref, total_ref, score_ref, offset_ref, importance_ref, *, step: Step):
+    slab, bk, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     b, kv_head = lax.div(bk, jnp.int32(step.num_kv_heads)), lax.rem(bk, jnp.int32(step.num_kv_heads))
     position = offset_ref[b] + query
     seen = step.visible(position)
     c = step.scale * LOG2_E
-    width = next_power_of_two(step.num_blocks)
-    block = jnp.arange(width, dtype=jnp.int32)
-    split = jnp.arange(next_power_of_two(step.compressed_splits), dtype=jnp.int32)
-    written = split * step.tiling.chunk < seen
-    columns = score_ref.shape[1] // step.per_block
-    overlap = step.compress_block // step.compress_stride
-    heads = min(step.padded_group, max(1, _SCORE_ELEMENTS // width))
 
-    def add(i, importance):
-        row, valid = _rows(b, kv_head, query, i * heads + jnp.arange(heads, dtype=jnp.int32), step)
-        there = written[:, None] & valid[None, :]
+    @pl.when(slab * SLAB <= lax.div(position, jnp.int32(step.select_block)))
+    def _sum():
+        row, valid = _rows(b, kv_head, query, jnp.arange(step.padded_group, dtype=jnp.int32), step)
+        split = jnp.arange(next_power_of_two(step.compressed_splits), dtype=jnp.int32)
+        there = (split * step.tiling.chunk < seen)[:, None] & valid[None, :]
         m = plgpu.load(m_ref.at[split[:, None], row[None, :]], mask=there, other=LEAST)
         total = plgpu.load(total_ref.at[split[:, None], row[None, :]], mask=there, other=0)
         top = jnp.max(m, axis=0)
         total = jnp.sum(total * exp2((m - top[None, :]) * c, step.interpret), axis=0)
         lse = jnp.where(total > 0, top * c + jnp.log(jnp.where(total > 0, total, 1)) * LOG2_E, NEVER)
+        block = slab * SLAB + jnp.arange(SLAB, dtype=jnp.int32)
+        columns = score_ref.shape[1] // step.per_block
+        overlap = step.compress_block // step.compress_stride
+        importance = jnp.zeros((SLAB,), jnp.float32)
         for shift in range(1 - overlap, step.per_block):
             # Compressed token j s/d + shift and block j share this many chunks of d tokens.
             weight = float(min(shift + overlap, step.per_block) - max(shift, 0))
             index = block * step.per_block + shift
-            visible = (index >= 0) & (index < seen)
+            mask = valid[:, None] & ((index >= 0) & (index < seen))[None, :]
             column = (shift % step.per_block) * columns + block + shift // step.per_block
-            mask = valid[:, None] & visible[None, :]
             s = plgpu.load(score_ref.at[row[:, None], column[None, :]], mask=mask, other=-jnp.inf)
             importance += weight * jnp.sum(exp2(s * c - lse[:, None], step.interpret), axis=0)
-        return importance
+        at = jnp.full((SLAB,), bk * step.num_queries + query)
+        plgpu.store(importance_ref.at[at, block], importance)
 
-    importance = lax.fori_loop(0, step.padded_group // heads, add, jnp.zeros((width,), jnp.float32))
+
+def _choose_kernel(importance_ref, offset_ref, indices_ref, *, step: Step):
+    query, bk = pl.program_id(0), pl.program_id(1)
+    row = bk * step.num_queries + query
+    block = jnp.arange(importance_ref.shape[1], dtype=jnp.int32)
+    position = offset_ref[lax.div(bk, jnp.int32(step.num_kv_heads))] + query
     last = jnp.minimum(lax.div(position, jnp.int32(step.select_block)), step.num_blocks - 1)
     forced = (block < step.num_init) | (block > last - step.num_local)
+    at = importance_ref.at[jnp.full(block.shape, row), block]
+    importance = plgpu.load(at, mask=block <= last, other=-jnp.inf)
     importance = jnp.where(block <= last, jnp.where(forced, jnp.inf, importance), -jnp.inf)
     chosen = best_blocks(importance[:, None], jnp.full((1,), last + 1), step.num_selected)
     place = lax.broadcasted_iota(jnp.int32, chosen.shape, 0)
-    at = jnp.full(chosen.shape, bk * step.num_queries + query)
-    plgpu.store(indices_ref.at[at, place], chosen, mask=place < step.num_selected)
+    at = indices_ref.at[jnp.full(chosen.shape, row), place]
+    plgpu.store(at, chosen, mask=place < step.num_selected)
 
 
 def _choose(partials, scores, offsets, step: Step):
     """The selected blocks, int32 [B K m, n]."""
     m, total, _ = partials
     pairs = step.batch * step.num_kv_heads
+    width = max(SLAB, next_power_of_two(step.num_blocks))
+    importance = launch(
+        functools.partial(_importance_kernel, step=step),
+        out_shape=jax.ShapeDtypeStruct((pairs * step.num_queries, width), jnp.float32),
+        grid=(pl.cdiv(step.num_blocks, SLAB), pairs, step.num_queries),
+        num_warps=4,
+        num_stages=1,
+        interpret=step.interpret,
+        name="decode_attention_importance",
+    )(m, total, scores, offsets)
     return launch(
         functools.partial(_choose_kernel, step=step),
         out_shape=jax.ShapeDtypeStruct((pairs * step.num_queries, step.num_selected), jnp.int32),
         grid=(step.num_queries, pairs),
-        num_warps=8,
+        num_warps=min(8, max(1, width // 1024)),  # in one warp the maximum needs no barrier
         num_stages=1,
         interpret=step.interpret,
         name="decode_attention_choose",
-    )(m, total, scores, offsets)
+    )(importance, offsets)
 
 
 def _selected_kernel(q_ref, k_ref, v_ref, indices_ref, offset_ref, table_ref, m_ref, total_ref, acc_ref, *, step: Step):
@@ -380,10 +397,10 @@ def _selected_kernel(q_ref, k_ref, v_ref, indices_ref, offset_ref, table_ref, m_
     block = plgpu.load(at, mask=place < step.num_selected, other=-1)
     visible = (block >= 0) & (inner < s) & (block * s + inner <= position)
     page = plgpu.load(table_ref.at[b, jnp.maximum(block, 0)], mask=visible, other=0)
-    at = jnp.maximum(page, 0) * s + inner
+    at = (jnp.maximum(page, 0) * step.num_kv_heads + kv_head) * s + inner
     q = load_rows(q_ref, (), row, None, Dk, valid)
-    k = load_rows(k_ref, (), at, kv_head, Dk, visible)
-    v = load_rows(v_ref, (), at, kv_head, Dv, visible)
+    k = load_rows(k_ref, (), at, None, Dk, visible)
+    v = load_rows(v_ref, (), at, None, Dv, visible)
     carry = _attend(_nothing(g.shape[0], Dv), dot_pieces(q, k), visible[None, :], v, step)
     _store_partials((m_ref, total_ref, acc_ref), split, row, valid, *carry)
 
@@ -441,7 +458,7 @@ def _join(first, second, gates, offsets, dtype, step: Step):
         functools.partial(_join_kernel, step=step),
         out_shape=jax.ShapeDtypeStruct((rows, Dv), dtype),
         grid=(rows,),
-        num_warps=4,
+        num_warps=2,
         num_stages=1,
         interpret=step.interpret,
         name="decode_attention_join",

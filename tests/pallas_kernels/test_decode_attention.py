@@ -51,7 +51,7 @@ def inputs(case, dtype, seed=0):
     tables = np.full((B, N), -1, np.int32)
     order = rng.permutation(P)
     paged = {
-        name: normal(B, ring, *x.shape[2:]) if "win" in name else normal(P, x.shape[1] // N, *x.shape[2:])
+        name: normal(B, ring, *x.shape[2:]) if "win" in name else normal(P, K, x.shape[1] // N, x.shape[3])
         for name, x in whole.items()
     }
     for b, length in enumerate(lengths):
@@ -60,7 +60,7 @@ def inputs(case, dtype, seed=0):
         for j in range(used):
             for name in ("cmp_k", "cmp_v", "slc_k", "slc_v"):
                 size = whole[name].shape[1] // N
-                paged[name][tables[b, j]] = whole[name][b, j * size : (j + 1) * size]
+                paged[name][tables[b, j]] = whole[name][b, j * size : (j + 1) * size].swapaxes(0, 1)
         for p in range(max(0, length - ring), length):
             for name in ("win_k", "win_v"):
                 paged[name][b, p % ring] = whole[name][b, p]
