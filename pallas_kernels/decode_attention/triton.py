@@ -266,7 +266,7 @@ def _first_kernel(
             v = load_rows(cmp_v_ref, (), at, None, Dv, exists)
             s = dot_pieces(q, k)
             visible = index[None, :] < seen[:, None]
-            column = inner * score_columns + block
+            column = jnp.where(exists, inner * score_columns + block, score_ref.shape[1])
             plgpu.store(score_ref.at[row[:, None], column[None, :]], s, mask=visible & valid[:, None])
             return _attend(carry, s, visible, v, step)
 

@@ -21,6 +21,7 @@ CASES = {
     "one token, ragged": ([1, 7, 8, 64, 65, 150], 1, 4, 2, 32, 32, SMALL),
     "drafts, odd group and heads": ([3, 40, 131], 3, 6, 2, 48, 40, SMALL),
     "one head a group": ([100], 2, 3, 3, 32, 32, {**SMALL, "compress_block": 4}),
+    "few blocks": ([57, 31], 1, 4, 2, 32, 32, {**SMALL, "num_selected": 3}),
     "blocks of no power of two": ([97, 200], 1, 2, 1, 32, 32, ODD),
 }
 GPU_CASES = {
@@ -37,7 +38,7 @@ def inputs(case, dtype, seed=0):
     """Whole sequences (float32 numbers that the dtype holds), and the same in pages that lie anywhere."""
     lengths, m, H, K, Dk, Dv, sizes = case
     B, s, d = len(lengths), sizes["select_block"], sizes["compress_stride"]
-    N = -(-max(lengths) // s) + 1
+    N = -(-max(lengths) // s)
     P, ring = B * N + 3, sizes["window"] + m + 1
     rng = np.random.default_rng(seed)
 
