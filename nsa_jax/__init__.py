@@ -3,25 +3,34 @@
 from nsa_jax.attention import (
     BranchKV,
     compressed_attention,
+    decode_attention,
     nsa_attention,
     select_blocks,
     selected_attention,
     window_attention,
 )
+from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, init_nsa_cache, rollback
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks, num_compressed
 from nsa_jax.linen import FullAttention, NSAttention
 
 __all__ = [
     "BranchKV",
+    "DenseCache",
     "FullAttention",
+    "NSACache",
     "NSAConfig",
     "NSAttention",
+    "cache_bytes",
     "compress",
     "compressed_attention",
+    "decode_attention",
+    "init_dense_cache",
+    "init_nsa_cache",
     "nsa_attention",
     "num_blocks",
     "num_compressed",
+    "rollback",
     "select_blocks",
     "selected_attention",
     "window_attention",

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from nsa_jax.cache import NSACache, step_tokens
 from nsa_jax.config import NSAConfig, num_compressed
-from nsa_jax.visibility import segment_starts
+from nsa_jax.visibility import gated_sum, segment_starts
 
 Implementation = Literal["reference", "xla", "triton", "mosaic"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "triton", "mosaic")
@@ -104,9 +105,7 @@ def nsa_attention(
     block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)))
     o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices)
     o_win = run("window_attention", q, kv.win_k, kv.win_v)
-    g = gates.astype(jnp.promote_types(q.dtype, jnp.float32))
-    o = g[..., 0:1] * o_cmp + g[..., 1:2] * o_slc + g[..., 2:3] * o_win
-    return o.astype(q.dtype)
+    return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
 def compressed_attention(
@@ -225,6 +224,58 @@ def window_attention(
     _check_token_length(q, k, query_offset)
     starts = _query_starts(q, segment_ids, query_offset, k.shape[1])
     return _run("window_attention", implementation, (q, k, v, starts, query_offset), config, _scale(q, scale))
+
+
+def decode_attention(
+    q: Float[Array, "B m H Dk"],
+    cache: NSACache,
+    gates: Float[Array, "B m H 3"],
+    query_offsets: Int[Array, " B"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
+    """`nsa_attention` of the newest few tokens of each row, over a cache that holds them already (equation 5).
+
+    Reads the compressed tokens, the pages of the selected blocks and the window's ring, and nothing else.
+
+    Args:
+      q: queries [B, m, H, Dk] in the dtype of the cache, m at most the cache's `step_tokens`. Those of row b stand at
+        positions query_offsets[b] .. query_offsets[b] + m - 1.
+      cache: with the keys and values at these positions written. Where a row got fewer than m tokens, the results of
+        its other queries are finite and mean nothing.
+      gates: [B, m, H, 3] in the order compressed, selected, window; any float dtype.
+      query_offsets: int32 [B].
+      config, scale, implementation: as of `nsa_attention`.
+
+    Returns:
+      o [B, m, H, Dv] in the dtype of `q`, and the selected blocks, int32 [B, K, m, n] as from `select_blocks`.
+
+    Raises:
+      ValueError: an argument's shape, dtype or value does not fit, named with what was expected.
+      NotImplementedError: the named implementation does not support the arguments.
+    """
+    if not isinstance(cache, NSACache):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
+    _check_attention(q, cache.win_k, cache.win_v, config)
+    B, m, H, _ = q.shape
+    if cache.lengths.shape != (B,) or cache.slc_k.shape[2] != config.select_block:
+        raise ValueError(
+            f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
+            f"batch of q, and config.select_block = {config.select_block}"
+        )
+    if m > step_tokens(cache, config):
+        raise ValueError(
+            f"q: {_describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"
+        )
+    if gates.shape != (B, m, H, 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
+        raise ValueError(f"gates: {_describe(gates)}: expected a float array of shape {(B, m, H, 3)}")
+    if query_offsets.shape != (B,) or query_offsets.dtype != jnp.int32:
+        raise ValueError(f"query_offsets: {_describe(query_offsets)}: expected int32 of shape {(B,)}")
+    arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
+    arguments = (q, *arrays, gates, query_offsets, cache.block_tables)
+    return _run("decode_attention", implementation, arguments, config, _scale(q, scale))
 
 
 def _run(op: str, implementation: Implementation | None, arguments: tuple, config: NSAConfig, scale: float):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax.attention import BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
@@ -146,37 +146,54 @@ def nsa_layer(
     Compressed keys are built from unrotated keys and rotated at the position of their first token. Positions count
     from the start of each segment.
     """
-    x, weights = _cast(x, parameters, config.dtype)
+    x, weights = cast(x, parameters, config.dtype)
     positions = _positions(x, segment_ids)
-
-    def rotate(array, at):
-        return array if config.rope_theta is None else apply_rope(array, at, config.rope_theta)
-
-    q = rotate(_project(x, weights["q_kernel"]), positions)
-    compressed, tokens = {}, {}
-    for branch in BRANCHES:
-        prefix = "" if config.share_kv else f"{branch}_"
-        k = _project(x, weights[f"{prefix}k_kernel"])
-        v = _project(x, weights[f"{prefix}v_kernel"])
-        if branch == "cmp":
-            for name, array in (("k", k), ("v", v)):
-                phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
-                compressed[name] = compress(array, phi, config=config.config, method=config.compression)
-            first = positions[:, :: config.config.compress_stride][:, : compressed["k"].shape[1]]
-            compressed["k"] = rotate(compressed["k"], first)
-        else:
-            tokens[branch] = (rotate(k, positions), v)
-    kv = BranchKV(compressed["k"], compressed["v"], *tokens["slc"], *tokens["win"])
+    q, raw = project_branches(weights, x, positions, config)
+    first = positions[:, :: config.config.compress_stride]
+    cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
     attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
     o = attention(
         q,
-        kv,
-        _gates(x, weights),
+        raw._replace(cmp_k=cmp_k, cmp_v=cmp_v),
+        gates(x, weights),
         config=config.config,
         segment_ids=segment_ids,
         implementation=config.implementation,
     )
-    return _join_heads(o, weights["o_kernel"], x)
+    return join_heads(o, weights["o_kernel"], x)
+
+
+def project_branches(
+    weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: NSALayerConfig
+) -> tuple[Float[Array, "B T H Dk"], BranchKV]:
+    """Queries, and keys and values of the three branches, rotated; `cmp_*` still one per token and not rotated."""
+    q = rotate(_project(x, weights["q_kernel"]), positions, config)
+    kv = {}
+    for branch in BRANCHES:
+        prefix = "" if config.share_kv else f"{branch}_"
+        k = _project(x, weights[f"{prefix}k_kernel"])
+        kv[f"{branch}_k"] = k if branch == "cmp" else rotate(k, positions, config)
+        kv[f"{branch}_v"] = _project(x, weights[f"{prefix}v_kernel"])
+    return q, BranchKV(**kv)
+
+
+def compressed_tokens(
+    weights: Mapping[str, Array],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    first: Int[Array, "B C"],
+    config: NSALayerConfig,
+) -> tuple[Float[Array, "B Nc K Dk"], Float[Array, "B Nc K Dv"]]:
+    """phi of the unrotated keys and the values; the keys rotated at `first`, the positions of the blocks' first tokens.
+
+    `first` may name more blocks than T tokens fill.
+    """
+    compressed = []
+    for name, array in (("k", k), ("v", v)):
+        phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
+        compressed.append(compress(array, phi, config=config.config, method=config.compression))
+    cmp_k, cmp_v = compressed
+    return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
 
 
 def full_layer(
@@ -191,12 +208,33 @@ def full_layer(
 
     With `window`, a query sees the last `window` positions, its own included.
     """
-    x, weights = _cast(x, parameters, config.dtype)
-    positions = _positions(x, segment_ids)
-    q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
-    if config.rope_theta is not None:
-        q, k = (apply_rope(array, positions, config.rope_theta) for array in (q, k))
+    x, weights = cast(x, parameters, config.dtype)
+    q, k, v = project_dense(weights, x, _positions(x, segment_ids), config)
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    o = dense_attention(q, k, v, config, mask=mask, is_causal=True, window=window)
+    return join_heads(o, weights["o_kernel"], x)
+
+
+def project_dense(
+    weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: HeadConfig
+) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]]:
+    """Queries and keys, rotated, and values."""
+    q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
+    return rotate(q, positions, config), rotate(k, positions, config), v
+
+
+def dense_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    config: HeadConfig,
+    *,
+    mask: Bool[Array, "B 1 Tq T"] | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B Tq H Dv"]:
+    """`jax.nn.dot_product_attention`, on cuDNN where it applies; `lengths` says how many keys of each row count."""
     # The binding wants keys and values of one size: zeros change neither scores nor the columns that are kept.
     size = max(config.head_dim, config.value_dim)
     q, k, v = (jnp.pad(array, ((0, 0),) * 3 + ((0, size - array.shape[-1]),)) for array in (q, k, v))
@@ -206,11 +244,12 @@ def full_layer(
         v,
         mask=mask,
         scale=config.head_dim**-0.5,
-        is_causal=True,  # also where a window is given: without it cuDNN would look ahead
+        is_causal=is_causal,  # also where a window is given: without it cuDNN would look ahead
+        key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if mask is None and _cudnn_applies(q) else "xla",
     )
-    return _join_heads(o[..., : config.value_dim], weights["o_kernel"], x)
+    return o[..., : config.value_dim]
 
 
 def _cudnn_applies(q: Array) -> bool:
@@ -226,7 +265,13 @@ def _phi_names(compression: Compression) -> tuple[str, ...]:
     }[compression]
 
 
-def _cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:
+def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
+    """Rotary embedding, where the layer has one."""
+    return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta)
+
+
+def cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:
+    """Input and parameters in the dtype of the computation, after checking the input."""
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
     dtype = x.dtype if dtype is None else dtype
@@ -245,14 +290,15 @@ def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[A
     return jnp.einsum("bte,ehd->bthd", x, kernel)
 
 
-def _join_heads(
+def join_heads(
     o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
 ) -> Float[Array, "B T E"]:
+    """The output projection of a layer whose input is `x`."""
     # Where heads are split over Explicit axes, it has to be said how the sum over them is: as the layer's input.
     return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
 
 
-def _gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
+def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
     """g = sigmoid(MLP(x)), in float32 at least, order (compressed, selected, window)."""
     hidden = jax.nn.silu(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]) + weights["gate_in_bias"][None, None])
     logits = jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]) + weights["gate_out_bias"][None, None]

@@ -8,8 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax.attention import Implementation
+from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.compression import Compression
 from nsa_jax.config import NSAConfig
+from nsa_jax.decoding import (
+    NumTokens,
+    full_layer_cache,
+    full_layer_decode_step,
+    full_layer_prefill,
+    nsa_layer_cache,
+    nsa_layer_decode_step,
+    nsa_layer_prefill,
+)
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
@@ -35,6 +45,13 @@ class NSAttention(nn.Module):
       >>> variables = layer.init(jax.random.key(0), x)
       >>> layer.apply(variables, x).shape
       (1, 100, 64)
+
+    To generate, `init_cache`, `prefill` and `decode_step`:
+      >>> cache = layer.init_cache(batch_size=1, max_length=128)
+      >>> y, cache = layer.apply(variables, x, cache, method="prefill")
+      >>> y, cache = layer.apply(variables, x[:, :1], cache, method="decode_step")
+      >>> y.shape, cache.lengths.tolist()
+      ((1, 1, 64), [101])
 
     Raises:
       ValueError: a field or an input does not fit, named with what was expected.
@@ -63,6 +80,24 @@ class NSAttention(nn.Module):
         parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
         return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
 
+    def init_cache(self, **sizes: Any) -> NSACache:
+        """An empty cache: `batch_size`, `max_length` and more, as `nsa_jax.decoding.nsa_layer_cache` takes them."""
+        return nsa_layer_cache(_layer_config(self, NSALayerConfig), **sizes)
+
+    def prefill(
+        self, x: Float[Array, "B T E"], cache: NSACache, *, num_tokens: NumTokens = None, continuing: bool = False
+    ) -> tuple[Float[Array, "B T E"], NSACache]:
+        """Takes in a prompt or its next chunk: output and new cache; see `nsa_jax.decoding.nsa_layer_prefill`."""
+        options = {"config": _layer_config(self, NSALayerConfig), "num_tokens": num_tokens, "continuing": continuing}
+        return nsa_layer_prefill(_stored(self), x, cache, **options)
+
+    def decode_step(
+        self, x: Float[Array, "B m E"], cache: NSACache, *, num_tokens: NumTokens = None
+    ) -> tuple[Float[Array, "B m E"], NSACache]:
+        """Adds one token, or a few: output and new cache; see `nsa_jax.decoding.nsa_layer_decode_step`."""
+        config = _layer_config(self, NSALayerConfig)
+        return nsa_layer_decode_step(_stored(self), x, cache, config=config, num_tokens=num_tokens)
+
 
 class FullAttention(nn.Module):
     """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
@@ -86,6 +121,25 @@ class FullAttention(nn.Module):
         parameters = _declare(self, projection_parameters(config, x.shape[-1], ("",)))
         return full_layer(parameters, x, config=config, window=self.window, segment_ids=segment_ids)
 
+    def init_cache(self, **sizes: Any) -> DenseCache:
+        """An empty cache: `batch_size`, `max_length` and, if wanted, `dtype`."""
+        return full_layer_cache(_layer_config(self, HeadConfig), **sizes)
+
+    def prefill(
+        self, x: Float[Array, "B T E"], cache: DenseCache, *, num_tokens: NumTokens = None, continuing: bool = False
+    ) -> tuple[Float[Array, "B T E"], DenseCache]:
+        """As `NSAttention.prefill`."""
+        config = _layer_config(self, HeadConfig)
+        options = {"config": config, "window": self.window, "num_tokens": num_tokens, "continuing": continuing}
+        return full_layer_prefill(_stored(self), x, cache, **options)
+
+    def decode_step(
+        self, x: Float[Array, "B m E"], cache: DenseCache, *, num_tokens: NumTokens = None
+    ) -> tuple[Float[Array, "B m E"], DenseCache]:
+        """As `NSAttention.decode_step`."""
+        config = _layer_config(self, HeadConfig)
+        return full_layer_decode_step(_stored(self), x, cache, config=config, window=self.window, num_tokens=num_tokens)
+
 
 def _layer_config(module: nn.Module, kind: type) -> Any:
     return kind(**{field.name: getattr(module, field.name) for field in dataclasses.fields(kind)})
@@ -96,3 +150,8 @@ def _declare(module: nn.Module, parameters: dict[str, Parameter]) -> dict[str, A
         name: module.param(name, nn.with_logical_partitioning(p.init, p.axes), p.shape, module.param_dtype)
         for name, p in parameters.items()
     }
+
+
+def _stored(module: nn.Module) -> dict[str, Any]:
+    """The parameters that `__call__` declared."""
+    return nn.meta.unbox(dict(module.variables["params"]))

@@ -1,9 +1,21 @@
 """Flax NNX twins of the Linen modules: same parameter names, shapes and numbers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax.cache import DenseCache, NSACache
+from nsa_jax.decoding import (
+    NumTokens,
+    full_layer_cache,
+    full_layer_decode_step,
+    full_layer_prefill,
+    nsa_layer_cache,
+    nsa_layer_decode_step,
+    nsa_layer_prefill,
+)
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
@@ -35,6 +47,23 @@ class NSAttention(nnx.Module):
         """Attention output [B, T, E]."""
         return nsa_layer(_values(self), x, config=self.layer_config, segment_ids=segment_ids)
 
+    def init_cache(self, **sizes: Any) -> NSACache:
+        """An empty cache: `batch_size`, `max_length` and more, as `nsa_jax.decoding.nsa_layer_cache` takes them."""
+        return nsa_layer_cache(self.layer_config, **sizes)
+
+    def prefill(
+        self, x: Float[Array, "B T E"], cache: NSACache, *, num_tokens: NumTokens = None, continuing: bool = False
+    ) -> tuple[Float[Array, "B T E"], NSACache]:
+        """Takes in a prompt or its next chunk: output and new cache; see `nsa_jax.decoding.nsa_layer_prefill`."""
+        options: dict[str, Any] = {"num_tokens": num_tokens, "continuing": continuing}
+        return nsa_layer_prefill(_values(self), x, cache, config=self.layer_config, **options)
+
+    def decode_step(
+        self, x: Float[Array, "B m E"], cache: NSACache, *, num_tokens: NumTokens = None
+    ) -> tuple[Float[Array, "B m E"], NSACache]:
+        """Adds one token, or a few: output and new cache; see `nsa_jax.decoding.nsa_layer_decode_step`."""
+        return nsa_layer_decode_step(_values(self), x, cache, config=self.layer_config, num_tokens=num_tokens)
+
 
 class FullAttention(nnx.Module):
     """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above."""
@@ -57,6 +86,25 @@ class FullAttention(nnx.Module):
     ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         return full_layer(_values(self), x, config=self.layer_config, window=self.window, segment_ids=segment_ids)
+
+    def init_cache(self, **sizes: Any) -> DenseCache:
+        """An empty cache: `batch_size`, `max_length` and, if wanted, `dtype`."""
+        return full_layer_cache(self.layer_config, **sizes)
+
+    def prefill(
+        self, x: Float[Array, "B T E"], cache: DenseCache, *, num_tokens: NumTokens = None, continuing: bool = False
+    ) -> tuple[Float[Array, "B T E"], DenseCache]:
+        """As `NSAttention.prefill`."""
+        options: dict[str, Any] = {"window": self.window, "num_tokens": num_tokens, "continuing": continuing}
+        return full_layer_prefill(_values(self), x, cache, config=self.layer_config, **options)
+
+    def decode_step(
+        self, x: Float[Array, "B m E"], cache: DenseCache, *, num_tokens: NumTokens = None
+    ) -> tuple[Float[Array, "B m E"], DenseCache]:
+        """As `NSAttention.decode_step`."""
+        return full_layer_decode_step(
+            _values(self), x, cache, config=self.layer_config, window=self.window, num_tokens=num_tokens
+        )
 
 
 def _declare(module: nnx.Module, parameters: dict[str, Parameter], rngs: nnx.Rngs, dtype: DTypeLike) -> None:

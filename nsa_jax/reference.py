@@ -1,18 +1,22 @@
 """The oracle: every op from its equation, with plain masks, in float32 or float64. Memory is quadratic in T.
 
-Every implementation module (this one, `xla`, `triton`, `mosaic`) has the same four functions with the same arguments:
+Every implementation module (this one, `xla`, `triton`, `mosaic`) has the same five functions with the same arguments:
 `starts` is int32 [B, Tq] (see `nsa_jax.visibility`) or None without segments, `query_offset` an int or int32 scalar.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.visibility import (
     blocks_scored,
     choose_blocks,
     compressed_visible,
+    gated_sum,
     pool_importance,
     starts_or_zeros,
 )
@@ -63,6 +67,29 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
     key = jnp.arange(k.shape[1], dtype=jnp.int32)
     near = key[None, :] > positions[:, None] - config.window
     return masked_attention(q, k, v, (_causal(positions, starts, key) & near[None])[:, None], scale)[0]
+
+
+def decode_attention(
+    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
+):
+    """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
+
+    Copies out everything a row has, as one sequence, and asks the functions above.
+    """
+    positions = jnp.arange(block_tables.shape[1] * config.select_block)
+
+    def one_row(q, win_k, win_v, gates, offset, table):
+        k, v, keys, values = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v, slc_k, slc_v))
+        # Positions that the ring no longer holds, or not yet, are outside the window.
+        recent_keys, recent_values = (ring[None, positions % ring.shape[0]] for ring in (win_k, win_v))
+        sizes: dict[str, Any] = {"config": config, "scale": scale}
+        o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
+        indices = select_blocks(q[None], k, lse, None, offset, **sizes)
+        o_slc = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
+        o_win = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
+        return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
+
+    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)
 
 
 def masked_attention(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nsa_jax.config import NSAConfig
 from pallas_kernels import block_selection
 from pallas_kernels import compressed_attention as compressed
+from pallas_kernels import decode_attention as decode
 from pallas_kernels import nsa_attention as nsa
 from pallas_kernels import selected_attention as selected
 from pallas_kernels import window_attention as window
@@ -92,6 +93,33 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
     """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
     return window.window_attention(
         q, k, v, starts, query_offset, window=config.window, scale=scale, interpret=_interpret(q)
+    )
+
+
+def decode_attention(
+    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
+):
+    """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n])."""
+    return decode.decode_attention(
+        q,
+        cmp_k,
+        cmp_v,
+        slc_k,
+        slc_v,
+        win_k,
+        win_v,
+        gates,
+        query_offsets,
+        block_tables,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_init=config.num_init,
+        num_local=config.num_local,
+        window=config.window,
+        scale=scale,
+        interpret=_interpret(q),
     )
 
 

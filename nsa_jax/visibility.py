@@ -85,3 +85,14 @@ def choose_blocks(
     none = jnp.iinfo(jnp.int32).max
     indices = jnp.sort(jnp.where(best > -jnp.inf, indices.astype(jnp.int32), none), axis=-1)
     return jnp.where(indices == none, -1, indices)
+
+
+def gated_sum(
+    gates: Float[Array, "B T H 3"],
+    o_cmp: Float[Array, "B T H Dv"],
+    o_slc: Float[Array, "B T H Dv"],
+    o_win: Float[Array, "B T H Dv"],
+) -> Float[Array, "B T H Dv"]:
+    """The three branches' outputs added with their gates (equation 5), in float32 at least, in the outputs' dtype."""
+    g = gates.astype(jnp.promote_types(o_cmp.dtype, jnp.float32))
+    return (g[..., 0:1] * o_cmp + g[..., 1:2] * o_slc + g[..., 2:3] * o_win).astype(o_cmp.dtype)

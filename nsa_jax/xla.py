@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.visibility import (
     blocks_scored,
     choose_blocks,
     compressed_visible,
+    gated_sum,
     pool_importance,
     starts_or_zeros,
 )
@@ -97,6 +99,52 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
         return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)[0]
 
     return _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+
+
+def decode_attention(
+    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
+):
+    """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
+
+    Copies out each row's compressed tokens and selected blocks, no other page.
+    """
+
+    def one_row(q, win_k, win_v, gates, offset, table):
+        q, positions = q[None], offset + jnp.arange(q.shape[0], dtype=jnp.int32)
+        k, v = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v))
+        o_cmp, lse = compressed_attention(q, k, v, None, offset, config=config, scale=scale)
+        indices = select_blocks(q, k, lse, None, offset, config=config, scale=scale)
+        o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, table, scale)
+        # The last position written, up to which the ring's slots count backwards, is the last query's.
+        ring, slot = win_k.shape[0], jnp.arange(win_k.shape[0], dtype=jnp.int32)
+        key = positions[-1] - (positions[-1] - slot) % ring
+        near = (key[None, :] > positions[:, None] - config.window) & (key[None, :] <= positions[:, None])
+        o_win = _attend(q, win_k[None], win_v[None], (near & (key >= 0)[None, :])[None, None], scale)[0]
+        return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
+
+    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)
+
+
+def _attend_to_pages(
+    q: Float[Array, "1 m H Dk"],
+    k: Float[Array, "P K s Dk"],
+    v: Float[Array, "P K s Dv"],
+    indices: Int[Array, "K m n"],
+    positions: Int[Array, " m"],
+    table: Int[Array, " N"],
+    scale: float,
+) -> Float[Array, "1 m H Dv"]:
+    """Selected attention of one row's queries, its blocks read through its block table."""
+    K, m, n = indices.shape
+    s = k.shape[2]
+    chosen = jnp.maximum(indices, 0)
+    pages, heads = jnp.maximum(table[chosen], 0), jnp.arange(K)[:, None, None]
+    keys, values = (pool[pages, heads].reshape(K * m, n * s, 1, -1) for pool in (k, v))
+    key = chosen[..., None] * s + jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
+    visible = (key <= positions[None, :, None, None]) & (indices >= 0)[..., None]
+    rows = jnp.moveaxis(q.reshape(m, K, -1, q.shape[-1]), 0, 1).reshape(K * m, 1, -1, q.shape[-1])
+    o = _attend(rows, keys, values, visible.reshape(K * m, 1, 1, n * s), scale)[0].reshape(K, m, -1, v.shape[-1])
+    return jnp.moveaxis(o, 0, 1).reshape(1, m, -1, v.shape[-1])
 
 
 def _map_query_chunks(f: Callable, query_offset, elements_per_query: int, *arrays: Array, chunk: int | None = None):

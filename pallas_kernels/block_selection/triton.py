@@ -389,6 +389,19 @@ def _top_n_kernel(
     candidate = (block >= first[None, :]) & (block <= last[None, :])
     importance = jnp.where(candidate, jnp.where(forced, jnp.inf, importance), -jnp.inf)
 
+    ascending = best_blocks(importance, last - first + 1, n)
+    place = lax.broadcasted_iota(jnp.int32, ascending.shape, 0)
+    where = lax.broadcast_in_dim(row, ascending.shape, (1,))
+    plgpu.store(chosen_ref.at[where, place], ascending, mask=place < n)
+
+
+def best_blocks(importance: jax.Array, candidates: jax.Array, n: int) -> jax.Array:
+    """Blocks of highest `importance` [blocks, queries], ties to the lower: ascending, then -1, in a power of two rows.
+
+    `candidates` [queries] says of how many blocks the importance is above -inf. The sides are powers of two.
+    """
+    queries = importance.shape[1]
+    block = lax.broadcasted_iota(jnp.int32, importance.shape, 0)
     # A place past the last candidate holds a number beyond every block, to be sorted to the end.
     places = (pl.next_power_of_2(n), queries)
     place = lax.broadcasted_iota(jnp.int32, places, 0)
@@ -397,7 +410,7 @@ def _top_n_kernel(
     def take(i: Any, carry: Any) -> Any:
         importance, chosen = carry
         best = jnp.argmax(importance, axis=0).astype(jnp.int32)
-        available = i <= last - first
+        available = i < candidates
         chosen = jnp.where((place == i) & available[None, :], best[None, :], chosen)
         return jnp.where(block == best[None, :], -jnp.inf, importance), chosen
 
@@ -405,6 +418,4 @@ def _top_n_kernel(
     rank = jnp.sum((chosen[:, None, :] < chosen[None, :, :]).astype(jnp.int32), axis=0)
     placed = rank[:, None, :] == lax.broadcasted_iota(jnp.int32, (places[0], places[0], queries), 1)
     ascending = jnp.sum(jnp.where(placed, chosen[:, None, :], 0), axis=0)
-    ascending = jnp.where(ascending >= beyond, -1, ascending)
-    where = lax.broadcast_in_dim(row, places, (1,))
-    plgpu.store(chosen_ref.at[where, place], ascending, mask=place < n)
+    return jnp.where(ascending >= beyond, -1, ascending)

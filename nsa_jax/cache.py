@@ -1,0 +1,331 @@
+"""Caches for decoding: explicit pytrees of fixed shapes, made once, passed in and handed back.
+
+A cache holds one layer's keys and values of B sequences ("rows") of different lengths. Nothing here computes attention;
+`nsa_jax.decoding` does.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from nsa_jax.config import NSAConfig, num_blocks
+
+
+class NSACache(NamedTuple):
+    """What one Native Sparse Attention layer remembers of B sequences.
+
+    Tokens live in *pages*, one selection block (s tokens) each, in a pool of P pages that the rows share. Block j of
+    row b is page `block_tables[b, j]`, and a compressed token lies in the page in which it starts. A contiguous cache
+    is the same with tables that `init_nsa_cache` fills; a paged one has the tables that the caller's allocator gives,
+    as serving engines pass them. Compressed keys are rotated. A table entry is read only once a token lies in its
+    block; until then it may be -1 (no page), where writes are dropped.
+
+    Rings hold the last R positions of each row, position p in slot p mod R: `win_*` the sliding window,
+    R = w + step_tokens - 1, and `tail_*` the raw (unrotated) keys and values from which the next compressed tokens are
+    made, R = l + step_tokens - 1. A step of up to `step_tokens` tokens finds all it needs there, also when the step
+    before it has been taken back (`rollback`).
+
+    Bytes, with z the size of a number: z K (Dk + Dv) (1 + 1/d) per token for the pages, where full attention takes
+    z K (Dk + Dv), and z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row for the rings. In bfloat16 with K = 4,
+    Dk = Dv = 128 and the default sizes that is 2176 bytes per token (full attention: 2048) and 1.1 MB per row. A step
+    reads z K (Dk + Dv) (Nc + n s + w) per row.
+    """
+
+    slc_k: Float[Array, "P K s Dk"]
+    slc_v: Float[Array, "P K s Dv"]
+    cmp_k: Float[Array, "P K s/d Dk"]
+    cmp_v: Float[Array, "P K s/d Dv"]
+    tail_k: Float[Array, "B R K Dk"]
+    tail_v: Float[Array, "B R K Dv"]
+    win_k: Float[Array, "B W K Dk"]
+    win_v: Float[Array, "B W K Dv"]
+    lengths: Int[Array, " B"]  # tokens of each row
+    block_tables: Int[Array, "B N"]  # pages of each row, by block
+
+
+class DenseCache(NamedTuple):
+    """What one full-attention (or sliding-window) layer remembers of B sequences: every key and value, contiguous.
+
+    Bytes: z K (Dk + Dv) per token, with item size z.
+    """
+
+    k: Float[Array, "B T K Dk"]
+    v: Float[Array, "B T K Dv"]
+    lengths: Int[Array, " B"]  # tokens of each row
+
+
+Cache = NSACache | DenseCache
+POOLS = ("slc_k", "slc_v", "cmp_k", "cmp_v")  # what the rows of an NSACache share
+
+
+def init_nsa_cache(
+    config: NSAConfig,
+    *,
+    batch_size: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    step_tokens: int = 1,
+    num_pages: int | None = None,
+    block_tables: Int[Array, "B N"] | None = None,
+) -> NSACache:
+    """An empty cache.
+
+    Args:
+      config: sizes of the branches; s is the page size.
+      batch_size: B, rows.
+      max_length: the most tokens a row can hold; rounded up to whole pages, N = ceil(max_length / s) of them.
+      num_kv_heads, head_dim, v_head_dim: K, Dk, Dv (None: Dk).
+      dtype: of keys and values: that of the layer's computation.
+      step_tokens: the most tokens that one decode step adds, and that `rollback` can take back.
+      num_pages: P, pages in the pool; None: B N.
+      block_tables: int32 [B, N], the page of each block of each row, -1 for none; may be replaced later, as rows grow,
+        by `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
+
+    Raises:
+      ValueError: a size is not positive, or the tables do not fit.
+    """
+    sizes = {"batch_size": batch_size, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    _check_positive(**sizes, step_tokens=step_tokens)
+    N = num_blocks(max_length, config)
+    if block_tables is None:
+        if num_pages is not None and num_pages < batch_size * N:
+            raise ValueError(
+                f"num_pages = {num_pages}: expected at least batch_size * ceil(max_length / s) = {batch_size * N}, "
+                f"or block_tables"
+            )
+        block_tables = jnp.arange(batch_size * N, dtype=jnp.int32).reshape(batch_size, N)
+    P = batch_size * N if num_pages is None else num_pages
+    if block_tables.shape != (batch_size, N) or block_tables.dtype != jnp.int32:
+        raise ValueError(
+            f"block_tables: {block_tables.dtype} {block_tables.shape}: expected int32 of shape (batch_size, "
+            f"ceil(max_length / s)) = {(batch_size, N)}"
+        )
+    if not isinstance(block_tables, jax.core.Tracer) and not (-1 <= np.min(block_tables) <= np.max(block_tables) < P):
+        raise ValueError(
+            f"block_tables holds {np.min(block_tables)} to {np.max(block_tables)}: expected -1 (no page) to "
+            f"num_pages - 1 = {P - 1}"
+        )
+    Dk, Dv = head_dim, head_dim if v_head_dim is None else v_head_dim
+
+    def zeros(*shape: int) -> list[Array]:
+        return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
+
+    slc_k, slc_v = zeros(P, num_kv_heads, config.select_block)
+    cmp_k, cmp_v = zeros(P, num_kv_heads, config.select_block // config.compress_stride)
+    tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1, num_kv_heads)
+    win_k, win_v = zeros(batch_size, config.window + step_tokens - 1, num_kv_heads)
+    lengths = jnp.zeros((batch_size,), jnp.int32)
+    # Copied, so that a cache can be donated and its tables kept by whoever made them.
+    block_tables = jnp.array(block_tables, copy=True)
+    return NSACache(slc_k, slc_v, cmp_k, cmp_v, tail_k, tail_v, win_k, win_v, lengths, block_tables)
+
+
+def init_dense_cache(
+    *,
+    batch_size: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> DenseCache:
+    """An empty cache for full or sliding-window attention; arguments as of `init_nsa_cache`."""
+    _check_positive(batch_size=batch_size, max_length=max_length, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    Dv = head_dim if v_head_dim is None else v_head_dim
+    k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (head_dim, Dv))
+    return DenseCache(k, v, jnp.zeros((batch_size,), jnp.int32))
+
+
+def max_length(cache: Cache) -> int:
+    """The most tokens a row of this cache can hold."""
+    if isinstance(cache, NSACache):
+        return cache.block_tables.shape[1] * cache.slc_k.shape[2]
+    return cache.k.shape[1]
+
+
+def step_tokens(cache: NSACache, config: NSAConfig) -> int:
+    """The most tokens that one decode step may add to this cache."""
+    return cache.win_k.shape[1] - config.window + 1
+
+
+def cache_bytes(caches: Any) -> int:
+    """Bytes of a cache, or of any tree of caches; of shapes too, as `jax.eval_shape` gives them."""
+    return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(caches))
+
+
+def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: NSAConfig) -> NSACache:
+    """Takes back the last tokens of each row: speculative decoding's rejected ones.
+
+    Args:
+      cache: after a decode step.
+      num_rejected: int32 [B] (or one int), 0 to `step_tokens`, of the tokens that the last step added. What they left
+        behind is seen by nobody, and is overwritten.
+      config: of the layer.
+
+    Raises:
+      ValueError: `num_rejected` has another shape or, where it is known, is out of range.
+    """
+    counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
+    most = step_tokens(cache, config)
+    if not isinstance(counts, jax.core.Tracer) and not (0 <= counts.min() <= counts.max() <= most):
+        raise ValueError(f"num_rejected = {counts.tolist()}: expected 0 to {most}, the cache's step_tokens")
+    return cache._replace(lengths=cache.lengths - counts)
+
+
+def take_row(cache: Cache, row: int | Int[Array, ""]) -> Cache:
+    """One row as a cache of its own, which still shares the pool; `put_row` puts it back."""
+    rows = {name: jax.lax.dynamic_slice_in_dim(x, row, 1) for name, x in cache._asdict().items() if name not in POOLS}
+    return cache._replace(**rows)
+
+
+def put_row(cache: Cache, row: int | Int[Array, ""], one: Cache) -> Cache:
+    """The cache with one row, and with it the pool, replaced by what `take_row` gave and was changed since."""
+    new = one._asdict()
+    return cache._replace(
+        **{
+            name: new[name] if name in POOLS else jax.lax.dynamic_update_slice_in_dim(x, new[name], row, axis=0)
+            for name, x in cache._asdict().items()
+        }
+    )
+
+
+def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
+    """The index of the compressed token that is finished next: `num_compressed` of every row."""
+    return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
+
+
+def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:
+    """Positions first .. first + count - 1 of each row; what stands for negative positions is arbitrary."""
+    slots = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]) % ring.shape[1]
+    return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
+
+
+def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
+    """Everything in the pages of each row, in order."""
+    pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
+    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+
+
+def write_nsa_tokens(
+    cache: NSACache,
+    raw: tuple[Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]],
+    compressed: tuple[Float[Array, "B C K Dk"], Float[Array, "B C K Dv"]],
+    selected: tuple[Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]],
+    window: tuple[Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]],
+    num_tokens: Int[Array, " B"],
+    *,
+    config: NSAConfig,
+) -> NSACache:
+    """The cache with the first `num_tokens` of the T new tokens of each row, and the compressed tokens they finish.
+
+    Args:
+      cache: before them.
+      raw, selected, window: the new tokens' keys and values of the three branches; `raw` is the compressed branch's,
+        before phi and rotation.
+      compressed: C compressed tokens from index `next_compressed(cache.lengths)` on. Those that end beyond the new
+        tokens are not written.
+      num_tokens: int32 [B].
+      config: of the layer.
+    """
+    T, C = raw[0].shape[1], compressed[0].shape[1]
+    d, s = config.compress_stride, config.select_block
+    offsets = jnp.arange(T, dtype=jnp.int32)[None, :]
+    positions, new = cache.lengths[:, None] + offsets, offsets < num_tokens[:, None]
+    lengths = cache.lengths + num_tokens
+    index = next_compressed(cache.lengths, config)[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :]
+    finished = index * d + config.compress_block <= lengths[:, None]
+
+    def to_pages(pools, values, first, written):
+        block = first // s
+        page = jnp.take_along_axis(cache.block_tables, jnp.minimum(block, cache.block_tables.shape[1] - 1), axis=1)
+        exists = (block < cache.block_tables.shape[1]) & (page >= 0)
+        page = jnp.where(written & exists, page, pools[0].shape[0])
+        slot = first % s // (s // pools[0].shape[2])
+        return tuple(
+            p.at[page, :, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True)
+        )
+
+    def to_rings(rings, values):
+        return tuple(_write_ring(ring, x, positions, new, lengths) for ring, x in zip(rings, values, strict=True))
+
+    slc_k, slc_v = to_pages((cache.slc_k, cache.slc_v), selected, positions, new)
+    cmp_k, cmp_v = to_pages((cache.cmp_k, cache.cmp_v), compressed, index * d, finished)
+    tail_k, tail_v = to_rings((cache.tail_k, cache.tail_v), raw)
+    win_k, win_v = to_rings((cache.win_k, cache.win_v), window)
+    return NSACache(slc_k, slc_v, cmp_k, cmp_v, tail_k, tail_v, win_k, win_v, lengths, cache.block_tables)
+
+
+def write_dense_tokens(
+    cache: DenseCache, k: Float[Array, "B T K Dk"], v: Float[Array, "B T K Dv"], num_tokens: Int[Array, " B"]
+) -> DenseCache:
+    """The cache with the first `num_tokens` of the T new tokens of each row."""
+    offsets = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1])
+    rows = jnp.arange(k.shape[0])[:, None]
+    k, v = (old.at[rows, slots].set(x.astype(old.dtype), mode="drop") for old, x in ((cache.k, k), (cache.v, v)))
+    return DenseCache(k, v, cache.lengths + num_tokens)
+
+
+def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int) -> Int[Array, " B"]:
+    """`num_tokens` as an array, after checking that T new tokens of `x` fit a layer's cache.
+
+    Raises:
+      ValueError: the cache is of another kind, batch, dtype or head shape; `num_tokens` does not fit; or, where the
+        lengths are known (outside `jit`), a row would grow beyond its cache.
+    """
+    if not isinstance(cache, kind):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.{kind.__name__}")
+    B, T = x.shape[:2]
+    k, v = (cache.win_k, cache.win_v) if isinstance(cache, NSACache) else (cache.k, cache.v)
+    if cache.lengths.shape != (B,):
+        raise ValueError(f"cache has {cache.lengths.shape[0]} rows: expected {B}, the batch of x")
+    if k.shape[2:] != (K, Dk) or v.shape[2:] != (K, Dv) or k.dtype != x.dtype:
+        raise ValueError(
+            f"cache holds {k.dtype} keys {k.shape[2:]} and values {v.shape[2:]} (heads, head size): expected "
+            f"{x.dtype} {(K, Dk)} and {(K, Dv)}"
+        )
+    counts = _counts("num_tokens", T if num_tokens is None else num_tokens, B)
+    if not isinstance(counts, jax.core.Tracer):
+        if not 0 <= counts.min() <= counts.max() <= T:
+            raise ValueError(f"num_tokens = {counts.tolist()}: expected 0 to {T}, the tokens of x")
+        if not isinstance(cache.lengths, jax.core.Tracer) and (cache.lengths + counts).max() > max_length(cache):
+            row = int(jnp.argmax(cache.lengths + counts))
+            raise ValueError(
+                f"cache: row {row} holds {int(cache.lengths[row])} tokens and gets {int(counts[row])} more: expected "
+                f"at most {max_length(cache)}, the length it was made for"
+            )
+    return counts
+
+
+def _write_ring(
+    ring: Float[Array, "B R K D"],
+    x: Float[Array, "B T K D"],
+    positions: Int[Array, "B T"],
+    new: Bool[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B R K D"]:
+    R = ring.shape[1]
+    kept = new & (positions >= lengths[:, None] - R)  # of more than R new tokens, the last
+    slots = jnp.where(kept, positions % R, R)
+    return ring.at[jnp.arange(x.shape[0])[:, None], slots].set(x.astype(ring.dtype), mode="drop")
+
+
+def _counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
+    if jnp.ndim(value) == 0:
+        value = jnp.full((B,), value)
+    value = jnp.asarray(value)
+    if value.shape != (B,) or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name}: {value.dtype} {value.shape}: expected int32 of shape {(B,)}")
+    return value.astype(jnp.int32)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r}: expected a positive integer")

@@ -1,0 +1,297 @@
+"""The attention layers over a cache, as plain functions: what both kinds of Flax modules wrap.
+
+`*_layer_prefill` takes in a prompt, or its next chunk; `*_layer_decode_step` adds one token, or a few. Both return the
+layer's output and a new cache. Rows of the batch may get different numbers of tokens: `num_tokens` of the T tokens
+given count, from the left, and the output of the others is finite and means nothing. Shapes depend on T alone, so that
+under `jax.jit` one program serves a whole generation; donate the cache, and it is updated in place.
+
+Lengths are data, so a row that outgrows its cache can be refused by name only outside `jit`. Inside, what does not fit
+is dropped: count on the host.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from nsa_jax.attention import (
+    BranchKV,
+    compressed_attention,
+    decode_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from nsa_jax.cache import (
+    DenseCache,
+    NSACache,
+    check_cache,
+    init_dense_cache,
+    init_nsa_cache,
+    next_compressed,
+    read_pages,
+    read_ring,
+    step_tokens,
+    write_dense_tokens,
+    write_nsa_tokens,
+)
+from nsa_jax.config import num_blocks
+from nsa_jax.layer import (
+    HeadConfig,
+    NSALayerConfig,
+    cast,
+    compressed_tokens,
+    dense_attention,
+    gates,
+    join_heads,
+    project_branches,
+    project_dense,
+)
+from nsa_jax.visibility import gated_sum
+
+NumTokens = int | Int[Array, " B"] | None
+
+
+def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
+    """An empty cache for a layer.
+
+    Args:
+      config: of the layer.
+      dtype: of the computation, where the layer leaves it to its input; None: the layer's, or else float32.
+      sizes: `batch_size`, `max_length` and what else `nsa_jax.init_nsa_cache` takes.
+    """
+    return init_nsa_cache(config.config, **_heads(config, dtype), **sizes)
+
+
+def full_layer_cache(config: HeadConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
+    """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
+    return init_dense_cache(**_heads(config, dtype), **sizes)
+
+
+def nsa_layer_prefill(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    cache: NSACache,
+    *,
+    config: NSALayerConfig,
+    num_tokens: NumTokens = None,
+    continuing: bool = False,
+) -> tuple[Float[Array, "B T E"], NSACache]:
+    """Takes in T tokens of each row, T of any size.
+
+    Args:
+      parameters: of the layer.
+      x: [B, T, E], padded on the right where rows differ in length.
+      cache: of the layer. Unless `continuing`, what its rows hold is forgotten.
+      config: of the layer.
+      num_tokens: int32 [B] (or one int), how many of the T tokens count; None: all.
+      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
+        takes the rows one after the other, each at its own position.
+
+    Returns:
+      y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
+
+    Raises:
+      ValueError: an argument does not fit, named with what was expected.
+    """
+    x, weights = cast(x, parameters, config.dtype)
+    before = cache if continuing else _emptied(cache)
+    counts = _check(before, NSACache, x, num_tokens, config)
+    q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
+    if continuing:
+        o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
+    else:
+        o = nsa_attention(q, new, gates(x, weights), config=config.config, implementation=config.implementation)
+    return join_heads(o, weights["o_kernel"], x), cache
+
+
+def nsa_layer_decode_step(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B m E"],
+    cache: NSACache,
+    *,
+    config: NSALayerConfig,
+    num_tokens: NumTokens = None,
+) -> tuple[Float[Array, "B m E"], NSACache]:
+    """Adds m tokens to each row, at most the cache's `step_tokens`, reading only what they attend to.
+
+    One token a step is plain decoding; several are drafts to verify, of which `nsa_jax.rollback` takes back the
+    rejected ones. Arguments, result and errors as of `nsa_layer_prefill`; rows with `num_tokens` 0 stay as they are.
+    """
+    x, weights = cast(x, parameters, config.dtype)
+    counts = _check(cache, NSACache, x, num_tokens, config)
+    if x.shape[1] > step_tokens(cache, config.config):
+        raise ValueError(
+            f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
+            f"step_tokens; prefill takes more"
+        )
+    offsets = cache.lengths
+    q, _, cache = _take_in(weights, x, cache, counts, config, continuing=True)
+    o, _ = decode_attention(
+        q, cache, gates(x, weights), offsets, config=config.config, implementation=config.implementation
+    )
+    return join_heads(o, weights["o_kernel"], x), cache
+
+
+def full_layer_prefill(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    cache: DenseCache,
+    *,
+    config: HeadConfig,
+    window: int | None = None,
+    num_tokens: NumTokens = None,
+    continuing: bool = False,
+) -> tuple[Float[Array, "B T E"], DenseCache]:
+    """`nsa_layer_prefill` for `full_layer`."""
+    x, weights = cast(x, parameters, config.dtype)
+    before = cache if continuing else _emptied(cache)
+    counts = _check(before, DenseCache, x, num_tokens, config)
+    q, k, v = project_dense(weights, x, _positions(before, x), config)
+    cache = write_dense_tokens(before, k, v, counts)
+    if continuing:
+        o = _attend_to_dense(q, before, cache, config, window)
+    else:
+        o = dense_attention(q, k, v, config, is_causal=True, window=window)
+    return join_heads(o, weights["o_kernel"], x), cache
+
+
+def full_layer_decode_step(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B m E"],
+    cache: DenseCache,
+    *,
+    config: HeadConfig,
+    window: int | None = None,
+    num_tokens: NumTokens = None,
+) -> tuple[Float[Array, "B m E"], DenseCache]:
+    """`nsa_layer_decode_step` for `full_layer`; reads the whole cache, on cuDNN where that takes one query a row."""
+    x, weights = cast(x, parameters, config.dtype)
+    counts = _check(cache, DenseCache, x, num_tokens, config)
+    before = cache
+    q, k, v = project_dense(weights, x, _positions(before, x), config)
+    cache = write_dense_tokens(before, k, v, counts)
+    if x.shape[1] == 1 and window is None:
+        o = dense_attention(q, cache.k, cache.v, config, lengths=jnp.maximum(cache.lengths, 1))
+    else:
+        o = _attend_to_dense(q, before, cache, config, window)
+    return join_heads(o, weights["o_kernel"], x), cache
+
+
+def _take_in(weights, x, cache: NSACache, num_tokens, config: NSALayerConfig, *, continuing: bool):
+    """Queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
+    l, d, T = config.config.compress_block, config.config.compress_stride, x.shape[1]  # noqa: E741
+    q, raw = project_branches(weights, x, _positions(cache, x), config)
+    raw_k, raw_v = raw.cmp_k, raw.cmp_v
+    most = -(-T // d)  # compressed tokens that T tokens can finish
+    index = next_compressed(cache.lengths, config.config)
+    if continuing:
+        # The tokens from the first one of compressed token `index` on: some are in the ring, at most l - 1 of them.
+        held = cache.lengths - (l - 1)
+        begin = index * d - held
+        take = begin[:, None] + jnp.arange(l + (most - 1) * d, dtype=jnp.int32)[None, :]
+        take = jnp.minimum(take, l - 1 + T - 1)[:, :, None, None]  # what lies beyond finishes no compressed token
+        raw_k, raw_v = (
+            jnp.take_along_axis(jnp.concatenate([read_ring(ring, held, l - 1), new], axis=1), take, axis=1)
+            for ring, new in ((cache.tail_k, raw_k), (cache.tail_v, raw_v))
+        )
+    first = (index[:, None] + jnp.arange(most, dtype=jnp.int32)[None, :]) * d
+    compressed = compressed_tokens(weights, raw_k, raw_v, first, config)
+    cache = write_nsa_tokens(
+        cache,
+        (raw.cmp_k, raw.cmp_v),
+        compressed,
+        (raw.slc_k, raw.slc_v),
+        (raw.win_k, raw.win_v),
+        num_tokens,
+        config=config.config,
+    )
+    return q, raw._replace(cmp_k=compressed[0], cmp_v=compressed[1]), cache
+
+
+def _attend_continuing(
+    q: Float[Array, "B T H Dk"],
+    new: BranchKV,
+    before: NSACache,
+    after: NSACache,
+    gates: Float[Array, "B T H 3"],
+    config: NSALayerConfig,
+) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B K T n"]]:
+    """NSA of a chunk that follows what `before` holds, and the blocks it selects.
+
+    The ops for whole sequences, on each row's pages laid out in order and at that row's `query_offset`.
+    """
+    T, w = q.shape[1], config.config.window
+    options: dict[str, Any] = {"config": config.config, "implementation": config.implementation}
+
+    # The chunk may have overwritten what its first queries see of the ring, hence `before`. Positions below 0 become a
+    # segment of their own, which no query is in.
+    first = before.lengths - (w - 1)
+    keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
+    values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
+    exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
+    o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
+
+    # Padding of the chunk may stand beyond the last page: some page more, for keys that nobody sees.
+    tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
+
+    def one_row(row):
+        q, offset, table = row
+        k, v, keys, values = (
+            read_pages(pool, table[None]) for pool in (after.cmp_k, after.cmp_v, after.slc_k, after.slc_v)
+        )
+        o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
+        block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
+        o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
+        return o_cmp[0], o_slc[0], block_indices[0]
+
+    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, tables))
+    return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
+
+
+def _attend_to_dense(q, before: DenseCache, after: DenseCache, config: HeadConfig, window: int | None):
+    """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
+    position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
+    key = jnp.arange(after.k.shape[1], dtype=jnp.int32)[None, None, None, :]
+    mask = key <= position
+    if window is not None:
+        mask &= key > position - window
+    return dense_attention(q, after.k, after.v, config, mask=mask)
+
+
+def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
+    return {
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "v_head_dim": config.v_head_dim,
+        "dtype": dtype or config.dtype or jnp.float32,
+    }
+
+
+def _emptied(cache):
+    return cache._replace(lengths=jnp.zeros_like(cache.lengths))
+
+
+def _positions(cache, x: Array) -> Int[Array, "B T"]:
+    return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+
+
+def _check(cache, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+    sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
+    counts = check_cache(cache, kind, x, num_tokens, **sizes)
+    if isinstance(config, NSALayerConfig):
+        s, d = config.config.select_block, config.config.compress_stride
+        if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
+            raise ValueError(
+                f"cache has pages of {cache.slc_k.shape[2]} tokens and {cache.cmp_k.shape[2]} compressed tokens: "
+                f"expected select_block = {s} and select_block / compress_stride = {s // d}"
+            )
+        if step_tokens(cache, config.config) < 1:
+            raise ValueError(
+                f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
+                f"{config.config.window}"
+            )
+    return counts

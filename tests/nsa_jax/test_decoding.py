@@ -1,0 +1,303 @@
+"""Caches, prefill and decode steps against the forward pass of the whole sequence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nsa_jax
+import nsa_jax.nnx
+from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
+from nsa_jax.cache import put_row, take_row, write_nsa_tokens
+from nsa_jax.testing import assert_trees_close, random_inputs
+
+CONFIG = NSAConfig(
+    compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
+)
+T, E = 70, 16
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+LAYERS = {
+    "nsa": nsa_jax.NSAttention(**HEADS, config=CONFIG),
+    "nsa, reference, linear phi, Dv 5": nsa_jax.NSAttention(
+        **HEADS, v_head_dim=5, config=CONFIG, compression="linear", implementation="reference"
+    ),
+    "nsa, mean phi, shared keys, no positions": nsa_jax.NSAttention(
+        **HEADS, config=CONFIG, compression="mean", share_kv=True, rope_theta=None
+    ),
+    "nsa, blocks that do not overlap": nsa_jax.NSAttention(**HEADS, config=NSAConfig(4, 4, 4, 3, 1, 1, 7)),
+    "full": nsa_jax.FullAttention(**HEADS),
+    "window": nsa_jax.FullAttention(**HEADS, window=10),
+}
+PROMPTS = np.array([1, 3, 4, 7, 8, 9, 10, 33], np.int32)  # one row each: around l, s and w
+
+
+@functools.cache
+def case(name, dtype=jnp.float32):
+    """A layer, its parameters, the same sequence for every row, and the layer's output for it."""
+    layer = LAYERS[name].clone(dtype=dtype)
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, T, E), dtype), (len(PROMPTS), T, E))
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    return layer, variables, x, jax.jit(layer.apply)(variables, x)
+
+
+def next_tokens(x, lengths, count):
+    """Tokens lengths .. lengths + count - 1 of each row, and how many of them there are."""
+    at = lengths[:, None] + jnp.arange(count)[None, :]
+    return jnp.take_along_axis(x, jnp.minimum(at, T - 1)[..., None], axis=1), jnp.clip(T - lengths, 0, count)
+
+
+def written(y, pieces, starts, counts):
+    """Lays pieces [steps, B, m, E] out at the positions where they start; fails where one position has none."""
+    out = np.full(y.shape, np.nan, np.float32)
+    for piece, start, count in zip(*map(np.asarray, (pieces.astype(jnp.float32), starts, counts)), strict=True):
+        for b in range(out.shape[0]):
+            out[b, start[b] : start[b] + count[b]] = piece[b, : count[b]]
+    return out
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, jnp.float32) for name in LAYERS), ("nsa", jnp.bfloat16)])
+def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_position(name, dtype):
+    layer, variables, x, y = case(name, dtype)
+    cache = layer.init_cache(batch_size=len(PROMPTS), max_length=T, dtype=dtype)
+
+    @jax.jit
+    def generate(variables, x, cache):
+        first, cache = layer.apply(variables, x[:, :40], cache, num_tokens=jnp.asarray(PROMPTS), method="prefill")
+
+        def step(cache, _):
+            tokens, count = next_tokens(x, cache.lengths, 1)
+            piece, new = layer.apply(variables, tokens, cache, num_tokens=count, method="decode_step")
+            return new, (piece, cache.lengths, count)
+
+        cache, steps = jax.lax.scan(step, cache, length=T - 1)
+        return first, steps, cache
+
+    first, (pieces, starts, counts), cache = generate(variables, x, cache)
+    actual = written(y, pieces, starts, counts)
+    for b, prompt in enumerate(PROMPTS):
+        actual[b, :prompt] = np.asarray(first[b, :prompt].astype(jnp.float32))
+    assert (cache.lengths == T).all()
+    assert_trees_close(jnp.asarray(actual), y.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 17])
+@pytest.mark.parametrize("name", ["nsa", "nsa, blocks that do not overlap", "full", "window"])
+def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, chunk):
+    layer, variables, x, y = case(name)
+    x, y = x[:3], y[:3]
+    cache = layer.init_cache(batch_size=3, max_length=T)
+
+    @jax.jit
+    def run(variables, x, cache):
+        def step(cache, _):
+            tokens, count = next_tokens(x, cache.lengths, chunk)
+            count = jnp.minimum(count, chunk - jnp.arange(3))  # none at all for some rows of the smallest
+            count = jnp.maximum(count, jnp.minimum(1, T - cache.lengths))
+            options = {"num_tokens": count, "continuing": True, "method": "prefill"}
+            piece, new = layer.apply(variables, tokens, cache, **options)
+            return new, (piece, cache.lengths, count)
+
+        return jax.lax.scan(step, cache, length=-(-T // max(1, chunk - 2)))
+
+    cache, steps = run(variables, x, cache)
+    assert (cache.lengths == T).all()
+    assert_trees_close(jnp.asarray(written(y, *steps)), y, 1e-5)
+
+
+def filled(kv, raw, lengths, *, step_tokens=1, num_pages=None, tables=None):
+    """A cache of which row b holds the first lengths[b] tokens of the one sequence in kv."""
+    B = len(lengths)
+    cache = init_nsa_cache(
+        CONFIG, batch_size=B, max_length=T, num_kv_heads=2, head_dim=8, step_tokens=step_tokens,
+        num_pages=num_pages, block_tables=tables,
+    )  # fmt: skip
+    rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), (raw, kv[:2], kv[2:4], kv[4:]))
+    return jax.jit(functools.partial(write_nsa_tokens, config=CONFIG))(cache, *rows, jnp.asarray(lengths, jnp.int32))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_decode_attention_at_every_position_has_the_outputs_and_exactly_the_blocks_of_the_whole(implementation, m):
+    inputs = random_inputs(jax.random.key(2), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
+    o = nsa_jax.nsa_attention(inputs.q, inputs.kv, inputs.gates, config=CONFIG, implementation="reference")
+    _, lse = nsa_jax.compressed_attention(inputs.q, *inputs.kv[:2], config=CONFIG, implementation="reference")
+    blocks = nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, lse, config=CONFIG, implementation="reference")
+    offsets = jnp.arange(T - m + 1, dtype=jnp.int32)
+    at = offsets[:, None] + jnp.arange(m)[None, :]
+    cache = filled(inputs.kv, inputs.kv[2:4], offsets + m, step_tokens=m)
+    run = jax.jit(functools.partial(decode_attention, config=CONFIG, implementation=implementation))
+    actual, indices = run(inputs.q[0, at], cache, inputs.gates[0, at], offsets)
+    assert_trees_close(actual, o[0, at], 1e-5)
+    np.testing.assert_array_equal(indices, jnp.moveaxis(blocks[0][:, at], 0, 1))
+
+
+def test_triton_decodes_as_the_reference():
+    config = NSAConfig(8, 4, 16, 3, 1, 1, 20)
+    layer = nsa_jax.NSAttention(4, 2, 32, config=config, implementation="reference")
+    x = jax.random.normal(jax.random.key(0), (2, 60, E))
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    _, cache = layer.apply(
+        variables, x[:, :58], layer.init_cache(batch_size=2, max_length=64), num_tokens=jnp.array([58, 31]),
+        method="prefill",
+    )  # fmt: skip
+    results = [
+        layer.clone(implementation=name).apply(variables, x[:, 58:59], cache, method="decode_step")
+        for name in ("triton", "reference")
+    ]
+    assert_trees_close(results[0], results[1], 1e-5)
+
+
+@settings(max_examples=8)
+@given(st.lists(st.integers(0, 3), min_size=20, max_size=20), st.integers(0, 99))
+def test_drafts_that_are_taken_back_leave_no_trace(accepted, seed):
+    layer, variables, x, y = case("nsa")
+    x, y = x[:1], y[:1]
+    step = _jitted("nsa", "decode_step")
+    _, cache = _jitted("nsa", "prefill")(
+        variables, x[:, :5], layer.init_cache(batch_size=1, max_length=T, step_tokens=3)
+    )
+    rng = np.random.default_rng(seed)
+    for right in accepted:
+        begin = int(cache.lengths[0])
+        if begin + 3 > T:
+            break
+        drafts = np.array(rng.standard_normal((1, 3, E)), np.float32)
+        drafts[:, :right] = x[:, begin : begin + right]
+        out, cache = step(variables, jnp.asarray(drafts), cache)
+        if right:
+            assert_trees_close(out[:, :right], y[:, begin : begin + right], 2e-5)
+        cache = rollback(cache, 3 - right, config=CONFIG)
+    begin = int(cache.lengths[0])
+    if begin < T:
+        out, _ = step(variables, x[:, begin : begin + 1], cache)
+        assert_trees_close(out, y[:, begin : begin + 1], 2e-5)
+
+
+@functools.cache
+def _jitted(name, method):
+    return jax.jit(functools.partial(LAYERS[name].clone(dtype=jnp.float32).apply, method=method))
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 999), st.lists(st.integers(1, T), min_size=3, max_size=3))
+def test_pages_anywhere_equal_contiguous_ones_and_leave_other_pages_alone(seed, lengths):
+    inputs = random_inputs(jax.random.key(seed), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
+    N, P = num_blocks(T, CONFIG), 40
+    rng = np.random.default_rng(seed)
+    tables, order = np.full((3, N), -1, np.int32), rng.permutation(P)
+    for b, length in enumerate(lengths):
+        used = -(-length // CONFIG.select_block)
+        tables[b, :used], order = order[:used], order[used:]
+    paged = filled(inputs.kv, inputs.kv[2:4], lengths, num_pages=P, tables=jnp.asarray(tables))
+    plain = filled(inputs.kv, inputs.kv[2:4], lengths)
+    for name in ("slc_k", "slc_v", "cmp_k", "cmp_v"):
+        assert not np.asarray(getattr(paged, name))[order].any(), name
+    offsets = jnp.asarray(lengths, jnp.int32) - 1
+    q, gates = inputs.q[0, offsets][:, None], inputs.gates[0, offsets][:, None]
+    run = jax.jit(functools.partial(decode_attention, config=CONFIG, implementation="xla"))
+    for a, b in zip(run(q, paged, gates, offsets), run(q, plain, gates, offsets), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_without_tokens_stays_as_it_is_and_a_freed_row_takes_a_new_prompt():
+    layer, variables, x, y = case("nsa")
+    cache = layer.init_cache(batch_size=3, max_length=T)
+    prefill, step = _jitted("nsa", "prefill"), _jitted("nsa", "decode_step")
+    _, cache = prefill(variables, x[:3, :20], cache, num_tokens=jnp.array([20, 12, 7]))
+    before = take_row(cache, 1)
+    _, cache = step(variables, x[:3, 20:21], cache, num_tokens=jnp.array([1, 0, 0]))
+    after = take_row(cache, 1)
+    np.testing.assert_array_equal(cache.lengths, [21, 12, 7])
+    for name in ("tail_k", "tail_v", "win_k", "win_v", "lengths", "block_tables"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    # Row 2 ends; another sequence begins in its place while row 0 goes on.
+    _, one = prefill(variables, x[:1, :33], take_row(cache, 2))
+    cache = put_row(cache, 2, one)
+    tokens = jnp.stack([x[0, 21:22], x[0, 12:13], x[0, 33:34]])
+    out, cache = step(variables, tokens, cache)
+    assert_trees_close(out[:, 0], y[0, jnp.array([21, 12, 33])], 1e-5)
+
+
+def test_linen_and_nnx_decode_alike():
+    layer, variables, x, _ = case("nsa")
+    twin = nsa_jax.nnx.NSAttention(E, **HEADS, config=CONFIG, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(twin)
+    values = nnx.to_pure_dict(state)
+    params = jax.tree.map(lambda p: p, nsa_jax.linen.nn.meta.unbox(variables["params"]))
+    nnx.replace_by_pure_dict(state, {name: params[name] for name in values})
+    twin = nnx.merge(graph, state)
+    caches = [module.init_cache(batch_size=2, max_length=T) for module in (layer, twin)]
+    a, caches[0] = layer.apply(variables, x[:2, :9], caches[0], method="prefill")
+    b, caches[1] = twin.prefill(x[:2, :9], caches[1])
+    assert_trees_close(a, b, 1e-6)
+    a, caches[0] = layer.apply(variables, x[:2, 9:10], caches[0], method="decode_step")
+    b, caches[1] = twin.decode_step(x[:2, 9:10], caches[1])
+    assert_trees_close((a, caches[0]), (b, caches[1]), 1e-6)
+
+
+def test_cache_bytes_are_those_of_the_docstring():
+    config, K, Dk, Dv, B, m = NSAConfig(), 4, 128, 96, 3, 2
+    make = functools.partial(
+        init_nsa_cache, config, batch_size=B, max_length=4096, num_kv_heads=K, head_dim=Dk, v_head_dim=Dv,
+        dtype=jnp.bfloat16, step_tokens=m,
+    )  # fmt: skip
+    per_token = 2 * K * (Dk + Dv) * (1 + 1 / config.compress_stride)
+    per_row = 2 * K * (Dk + Dv) * (config.window + config.compress_block + 2 * m - 2)
+    integers = 4 * B * (1 + 4096 // config.select_block)
+    assert cache_bytes(jax.eval_shape(make)) == B * (4096 * per_token + per_row) + integers
+
+
+def test_inside_jit_what_outgrows_a_cache_is_dropped_and_other_rows_are_unharmed():
+    layer, variables, x, y = case("nsa")
+    cache = layer.init_cache(batch_size=2, max_length=16)
+    _, cache = _jitted("nsa", "prefill")(variables, x[:2, :16], cache, num_tokens=jnp.array([16, 9]))
+    tokens = jnp.stack([x[0, 16:17], x[0, 9:10]])
+    out, cache = _jitted("nsa", "decode_step")(variables, tokens, cache)
+    assert_trees_close(out[1, 0], y[0, 9], 1e-5)
+    assert jnp.isfinite(out).all()
+
+
+def bad_table(value):
+    return jnp.full((2, num_blocks(T, CONFIG)), value, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0: expected a positive integer"),
+        ({"step_tokens": -1}, "step_tokens = -1"),
+        ({"num_pages": 5}, "num_pages = 5: expected at least batch_size"),
+        ({"block_tables": jnp.zeros((2, 3), jnp.int32)}, r"block_tables: int32 \(2, 3\)"),
+        ({"block_tables": bad_table(18)}, "block_tables holds 18 to 18: expected -1"),
+    ],
+)
+def test_impossible_caches_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        LAYERS["nsa"].init_cache(**{"batch_size": 2, "max_length": T, **change})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (5, {}, "step_tokens; prefill takes more"),
+        (1, {"num_tokens": jnp.array([1, 2])}, r"num_tokens = \[1, 2\]: expected 0 to 1"),
+        (1, {"num_tokens": jnp.array([1, 1, 1])}, r"num_tokens: int32 \(3,\): expected int32 of shape \(2,\)"),
+        (1, {"rows": 3}, "cache has 2 rows: expected 3, the batch of x"),
+        (1, {"dtype": jnp.bfloat16}, "cache holds float32 keys"),
+        (1, {"layer": "full"}, "cache = NSACache: expected an nsa_jax.DenseCache"),
+        (1, {"lengths": 72}, "72"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused_by_name(tokens, options, message):
+    options = dict(options)
+    layer, variables, x, _ = case(options.pop("layer", "nsa"))
+    cache: NSACache = LAYERS["nsa"].init_cache(batch_size=2, max_length=T)
+    cache = cache._replace(lengths=jnp.full((2,), options.pop("lengths", 0), jnp.int32))
+    rows, dtype = options.pop("rows", 2), options.pop("dtype", jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        layer.clone(dtype=dtype).apply(variables, x[:rows, :tokens], cache, method="decode_step", **options)
