@@ -20,7 +20,7 @@ import tyro
 from nsa_jax import cache_bytes
 from train.config import ModelConfig
 from train.generate import advance, in_compute_dtype
-from train.model import Transformer, init_cache
+from train.model import Transformer, init_caches
 from train.presets import PRESETS
 from train.sampling import Draw
 
@@ -53,22 +53,24 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
         return jax.random.normal(key, shape.shape, shape.dtype)
 
     params = make(jax.random.key(0))
-    cache = init_cache(config, batch_size=batch, max_length=context)
-    cache = type(cache)(*(
+    leaves, structure = jax.tree.flatten(init_caches(config, batch_size=batch, max_length=context))
+    filled = [
         fill(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(i)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for i, x in enumerate(cache)
-    ))  # fmt: skip
-    size = cache_bytes(cache)
+        for i, x in enumerate(leaves)
+    ]
+    caches = jax.tree.unflatten(structure, filled)
+    del leaves, filled
+    size = cache_bytes(caches)
     draw = Draw(*(jnp.full((batch,), value) for value in (0.8, VOCABULARY, 1.0, 1.0, 0, 0)))
     seen = jnp.zeros((batch, VOCABULARY), bool)
     active, seconds = jnp.ones((batch,), jnp.int32), []
     for _ in range(6):  # the first compiles
-        cache = cache._replace(lengths=jnp.full_like(cache.lengths, context - steps))
+        caches = tuple(x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in caches)
         tokens = jnp.zeros((batch,), jnp.int32)
-        jax.block_until_ready(cache)
+        jax.block_until_ready(caches)
         begin = time.perf_counter()
         for _ in range(steps):
-            tokens, cache, seen = advance(params, cache, seen, tokens, active, draw, model=model)
+            tokens, caches, seen = advance(params, caches, seen, tokens, active, draw, model=model)
         jax.block_until_ready(tokens)
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])

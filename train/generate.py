@@ -14,10 +14,10 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Int
 
-from nsa_jax.cache import Cache, put_row, take_row
+from nsa_jax.cache import put_row, take_row
 from train.checkpoint import Checkpointer
 from train.config import from_json
-from train.model import Transformer, init_cache, logits
+from train.model import Caches, Transformer, extend, init_caches, logits
 from train.sampling import Draw, Sampling, check, sample
 from train.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,7 +83,7 @@ class Generator:
                 raise ValueError(f"{name} = {value}: expected at least {least}")
         self._params = in_compute_dtype(params, model)
         self._model, self._tokenizer, self._chunk, self._max_length = model, tokenizer, chunk, max_length
-        self._cache = init_cache(model.config, batch_size=slots, max_length=max_length)
+        self._caches = init_caches(model.config, batch_size=slots, max_length=max_length)
         self._seen = jnp.zeros((slots, model.vocab_size), bool)
         self._running: list[_Request | None] = [None] * slots
         self._waiting: collections.deque[_Request] = collections.deque()
@@ -146,8 +146,8 @@ class Generator:
         tokens, active = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
         for slot, request in running:
             tokens[slot], active[slot] = request.tokens[-1], 1
-        sampled, self._cache, self._seen = advance(
-            self._params, self._cache, self._seen, tokens, active, self._draw(), model=self._model
+        sampled, self._caches, self._seen = advance(
+            self._params, self._caches, self._seen, tokens, active, self._draw(), model=self._model
         )
         chosen = np.asarray(sampled)
         for slot, request in running:
@@ -191,8 +191,8 @@ class Generator:
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
             padded = np.zeros((1, self._chunk), np.int32)
             padded[0, : len(part)] = part
-            self._cache = _prefill_slot(
-                self._params, self._cache, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
+            self._caches = _prefill_slot(
+                self._params, self._caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
             )
 
     def _draw(self) -> Draw:
@@ -344,40 +344,37 @@ def in_compute_dtype(params: Any, model: Transformer) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "seen"))
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("caches", "seen"))
 def advance(
     params: Any,
-    cache: Cache,
+    caches: Caches,
     seen: Bool[Array, "B V"],
     tokens: Int[Array, " B"],
     active: Int[Array, " B"],
     draw: Draw,
     *,
     model: Transformer,
-) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"]]:
+) -> tuple[Int[Array, " B"], Caches, Bool[Array, "B V"]]:
     """Adds one token to every active row and samples the next."""
     seen |= (tokens[:, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, :]) & (active[:, None] > 0)
-    variables = {"params": params}
-    extended: Any = model.apply(variables, tokens[:, None], cache, num_tokens=active, method="extend")
-    hidden, cache = extended
+    hidden, caches = extend(params, model.config, tokens[:, None], caches, num_tokens=active)
     scores = logits(params, hidden[:, 0], model.config)[:, : model.vocab_size]  # the padded rows stand for no token
-    return sample(scores, seen, draw), cache, seen
+    return sample(scores, seen, draw), caches, seen
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
 def _prefill_slot(
     params: Any,
-    cache: Cache,
+    caches: Caches,
     slot: Int[Array, ""],
     tokens: Int[Array, "1 T"],
     count: Int[Array, " 1"],
     begins: Bool[Array, ""],
     *,
     model: Transformer,
-) -> Cache:
+) -> Caches:
     """Takes a chunk of a prompt into one row."""
-    one = jax.vmap(lambda layer: take_row(layer, slot))(cache)
-    one = one._replace(lengths=jnp.where(begins, 0, one.lengths))
-    extended: Any = model.apply({"params": params}, tokens, one, num_tokens=count, method="extend")
-    _, one = extended
-    return jax.vmap(lambda layer, row: put_row(layer, slot, row))(cache, one)
+    one = tuple(take_row(cache, slot) for cache in caches)
+    one = tuple(cache._replace(lengths=jnp.where(begins, 0, cache.lengths)) for cache in one)
+    _, one = extend(params, model.config, tokens, one, num_tokens=count)
+    return tuple(put_row(cache, slot, row) for cache, row in zip(caches, one, strict=True))

@@ -16,6 +16,8 @@ from train.sharding import RULES
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
 
+Caches = tuple[Cache, ...]  # one for each layer
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -98,16 +100,16 @@ class Block(nn.Module):
         return x, cache
 
 
-def init_cache(config: ModelConfig, *, batch_size: int, max_length: int) -> Cache:
-    """An empty cache for every layer, as one with a leading axis of layers.
+def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
+    """An empty cache for each layer.
 
     Args:
       config: of the model.
       batch_size: rows.
       max_length: the most tokens a row can hold.
     """
-    one = make_attention(config).init_cache(batch_size=batch_size, max_length=max_length)
-    return jax.tree.map(lambda x: jnp.repeat(x[None], config.num_layers, axis=0), one)
+    attention = make_attention(config)
+    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for _ in range(config.num_layers))
 
 
 def make_attention(config: ModelConfig, name: str | None = None) -> Any:
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
@@ -183,16 +185,37 @@ class Transformer(nn.Module):
         x, _ = self.layers(x, None, segment_ids, None)
         return nn.with_logical_constraint(self.final_norm(x), ("batch", None, None))
 
-    def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, num_tokens: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T E"], Cache]:
-        """Final hidden states of T more tokens of each row, and the cache with them.
 
-        T = 1 is a decode step, more is the next chunk of a prompt. `num_tokens` (None: all) of the T tokens of a row
-        count, from the left; the states of the others mean nothing.
-        """
-        extended: tuple[Array, Cache] = self.layers(self.embed(tokens), cache, None, num_tokens)
-        return self.final_norm(extended[0]), extended[1]
+def extend(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    caches: Caches,
+    *,
+    num_tokens: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T E"], Caches]:
+    """Final hidden states of T more tokens of each row, and the caches with them.
+
+    T = 1 is a decode step, more is the next chunk of a prompt. Layer by layer and not under a scan, which would copy
+    what it should update in place.
+
+    Args:
+      params: of the `Transformer`.
+      config: of the model.
+      tokens: int32 [B, T].
+      caches: as `init_caches` makes them.
+      num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
+        mean nothing. None: all.
+    """
+    x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
+    extended = []
+    for layer, cache in enumerate(caches):
+        variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])}
+        out: Any = Block(config).apply(variables, x, cache, None, num_tokens)
+        x = out[0]
+        extended.append(out[1])
+    hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
+    return hidden, tuple(extended)
 
 
 def _parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
