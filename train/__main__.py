@@ -1,4 +1,4 @@
-"""The command line: `python -m train PRESET [--field value ...]`.
+"""The command line: `python -m train PRESET [--field value ...]`, and `python -m train generate --run FOLDER ...`.
 
 Exit codes: 0 the run is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by SIGINT
 or SIGTERM, has saved, and goes on when the same command is given again.
@@ -37,6 +37,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 def main(arguments: Sequence[str]) -> int:
     """Runs a command line and returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if list(arguments[:1]) == ["generate"]:
+        return _generate(arguments[1:])
     try:
         config = parse(arguments)
         # After parsing, because importing JAX takes seconds that --help need not wait for.
@@ -52,6 +54,19 @@ def main(arguments: Sequence[str]) -> int:
         return _complain(f"error: {error}", FAILED)
     except Interrupted as stop:
         return _complain(str(stop), SIGNALLED + stop.signal_number)
+    return 0
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from train.generate import Arguments, continue_prompt
+
+    parsed = tyro.cli(Arguments, prog="python -m train generate", args=list(arguments))
+    try:
+        continue_prompt(parsed)
+    except ValueError as error:
+        return _complain(f"error: {error}", WRONG_SETTING)
+    except CheckpointError as error:
+        return _complain(f"error: {error}", FAILED)
     return 0
 
 

@@ -31,6 +31,7 @@ from train.metrics import MetricsLog, device_peak_flops, train_flops_per_token
 from train.model import Transformer, padded_vocabulary
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.report import plot_curves
+from train.sampling import Sampling
 from train.sharding import check_divisible, make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 from train.tokenizer import Tokenizer, load_tokenizer
@@ -266,7 +267,11 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
     if config.sample_tokens:
         seed = int(np.asarray(state.rng)[-1] % 2**31)
         sample = generate(
-            state.params, prepared.model, prepared.tokenizer, config.sample_prompt, config.sample_tokens, seed=seed
+            state.params,
+            prepared.model,
+            prepared.tokenizer,
+            config.sample_prompt,
+            Sampling(max_tokens=config.sample_tokens, seed=seed),
         )
     files = {
         "curve": config.run_dir / "loss.png",

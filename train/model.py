@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nsa_jax import FullAttention, NSAttention
+from nsa_jax.cache import Cache
 from train.config import ModelConfig
 from train.sharding import RULES
 
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
+
+Caches = tuple[Cache, ...]  # one for each layer
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -73,18 +76,43 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"] | None) -> tuple[Array, None]:
-        """The residual stream after the block, and None for the scan's outputs."""
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache | None,
+        segment_ids: Int[Array, "B T"] | None,
+        num_tokens: Int[Array, " B"] | None,
+    ) -> tuple[Array, Cache | None]:
+        """The residual stream after the block and the cache, if there is one, with `num_tokens` of each row added."""
         config = self.config
         # Rows stay where they are: without this, parameters that are split over "fsdp" can pull activations along.
         x = nn.with_logical_constraint(x, ("batch", None, None))
         attention = make_attention(config, name="attention")
-        x = x + attention(RMSNorm(config.norm_eps, name="attention_norm")(x), segment_ids=segment_ids)
+        normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
+        if cache is None:
+            attended = attention(normalised, segment_ids=segment_ids)
+        elif x.shape[1] == 1:
+            attended, cache = attention.decode_step(normalised, cache, num_tokens=num_tokens)
+        else:
+            attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
+        x = x + attended
         x = x + SwiGLU(config, name="mlp")(RMSNorm(config.norm_eps, name="mlp_norm")(x))
-        return x, None
+        return x, cache
 
 
-def make_attention(config: ModelConfig, name: str | None = None) -> nn.Module:
+def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
+    """An empty cache for each layer.
+
+    Args:
+      config: of the model.
+      batch_size: rows.
+      max_length: the most tokens a row can hold.
+    """
+    attention = make_attention(config)
+    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for _ in range(config.num_layers))
+
+
+def make_attention(config: ModelConfig, name: str | None = None) -> Any:
     """The attention layer that `config.attention` names; nothing else in the model depends on it."""
     heads: dict[str, Any] = {
         "num_heads": config.num_heads,
@@ -134,7 +162,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
@@ -154,8 +182,40 @@ class Transformer(nn.Module):
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T E"]:
         """Final hidden states from embeddings."""
-        x, _ = self.layers(x, segment_ids)
+        x, _ = self.layers(x, None, segment_ids, None)
         return nn.with_logical_constraint(self.final_norm(x), ("batch", None, None))
+
+
+def extend(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    caches: Caches,
+    *,
+    num_tokens: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T E"], Caches]:
+    """Final hidden states of T more tokens of each row, and the caches with them.
+
+    T = 1 is a decode step, more is the next chunk of a prompt. Layer by layer and not under a scan, which would copy
+    what it should update in place.
+
+    Args:
+      params: of the `Transformer`.
+      config: of the model.
+      tokens: int32 [B, T].
+      caches: as `init_caches` makes them.
+      num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
+        mean nothing. None: all.
+    """
+    x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
+    extended = []
+    for layer, cache in enumerate(caches):
+        variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])}
+        out: Any = Block(config).apply(variables, x, cache, None, num_tokens)
+        x = out[0]
+        extended.append(out[1])
+    hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
+    return hidden, tuple(extended)
 
 
 def _parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

@@ -95,3 +95,18 @@ def test_the_merged_config_is_printed(capsys, tmp_path):
     assert printed == dataclasses.replace(
         tiny(), seed=5, run_dir=tmp_path / "run", data=dataclasses.replace(tiny().data, path="absent")
     )
+
+
+def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
+    run = ["tiny", "--run-dir", str(tmp_path / "run"), "--steps", "1", "--eval-batches", "1", "--sample-tokens", "0"]
+    small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--optimizer.warmup-steps", "0"]
+    assert main([*run, *small, "--model.num-layers", "1"]) == 0
+    capsys.readouterr()
+    command = ["generate", "--run", str(tmp_path / "run"), "--prompt", "def ", "--max-tokens", "4", "--num-samples=2"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out
+    assert lines.count("def ") >= 2
+    assert main(["generate", "--run", str(tmp_path / "none")]) == 2
+    assert "expected the folder of a run" in capsys.readouterr().err
+    assert main([*command, "--top-p", "3"]) == 2
+    assert "top_p = 3.0" in capsys.readouterr().err
