@@ -1,5 +1,6 @@
 """Which device holds what: the mesh, and one table from logical axes to mesh axes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import MeshConfig, TrainConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Every logical axis of every parameter and activation. A group of query heads goes with its key/value head.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
+    ("sequence", "context"),
     ("embed", "fsdp"),
+    ("expert", "expert"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -29,8 +33,8 @@ RULES = (
 )
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Devices along (data, fsdp, tensor), with data = -1 worked out.
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Devices along `MESH_AXES`, with data = -1 worked out.
 
     Raises:
       ValueError: a size is neither positive nor, for data, -1, or the sizes do not multiply to `num_devices`.
@@ -40,22 +44,26 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         if size < 1 and not (name == "data" and size == -1):
             expected = "at least 1, or -1 for the devices that are left" if name == "data" else "at least 1"
             raise ValueError(f"mesh.{name} = {size}: expected {expected}")
-    rest = config.fsdp * config.tensor
-    data = num_devices // rest if config.data == -1 else config.data
-    if data * rest != num_devices:
-        raise ValueError(
-            f"mesh = (data {config.data}, fsdp {config.fsdp}, tensor {config.tensor}): "
-            f"expected a product of {num_devices}, the number of devices"
-        )
-    return data, config.fsdp, config.tensor
+    others = [getattr(config, name) for name in MESH_AXES[1:]]
+    data = num_devices // math.prod(others) if config.data == -1 else config.data
+    if data * math.prod(others) != num_devices:
+        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in MESH_AXES)
+        raise ValueError(f"mesh = ({sizes}): expected a product of {num_devices}, the number of devices")
+    return data, *others
 
 
 def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
     """Raises ValueError where a mesh axis does not divide what is split along it."""
-    data, fsdp, tensor = mesh_shape(config.mesh, num_devices)
+    sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     rows = config.data.batch_size // config.optimizer.accumulate
     for what, size, along, devices in (
-        ("data.batch_size / optimizer.accumulate", rows, "mesh.data * mesh.fsdp", data * fsdp),
+        (
+            "data.batch_size / optimizer.accumulate",
+            rows,
+            "mesh.data * mesh.fsdp * mesh.expert",
+            math.prod(sizes[name] for name in BATCH_AXES),
+        ),
         ("model.embed_dim", config.model.embed_dim, "mesh.fsdp", fsdp),
         ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
@@ -88,8 +96,8 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows over `BATCH_AXES`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

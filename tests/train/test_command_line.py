@@ -70,7 +70,7 @@ def test_unknown_settings_and_values_of_the_wrong_type_are_refused_by_name(capsy
         (["--optimizer.warmup-steps", "9", "--steps", "9"], "optimizer.warmup_steps = 9: expected fewer than"),
         (["--data.sequence-length", "100"], "data.sequence_length = 100: expected a multiple of model.nsa"),
         (["--optimizer.accumulate", "3"], "optimizer.accumulate = 3"),
-        (["--mesh.data", "3"], "mesh = (data 3, fsdp 1, tensor 1): expected a product of 8"),
+        (["--mesh.data", "3"], "mesh = (data 3, fsdp 1, expert 1, context 1, tensor 1): expected a product of 8"),
         (["--model.nsa.compress-stride", "7"], "compress_stride = 7"),
         (["--data.tokenizer", "absent.json"], "absent.json"),
         (["--data.path", "absent"], "data.path: absent does not exist"),

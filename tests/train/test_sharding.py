@@ -16,16 +16,16 @@ from train.step import make_init, make_train_step
 
 
 def test_data_takes_the_devices_that_are_left():
-    assert mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2)
-    assert make_mesh(MeshConfig()).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 1, 1, 2)
+    assert make_mesh(MeshConfig()).shape == {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(data=3), r"mesh = \(data 3, fsdp 1, tensor 1\): expected a product of 8"),
-        (MeshConfig(fsdp=3), r"mesh = \(data -1, fsdp 3, tensor 1\): expected a product of 8"),
-        (MeshConfig(fsdp=16), r"mesh = \(data -1, fsdp 16, tensor 1\): expected a product of 8"),
+        (MeshConfig(data=3), r"mesh = \(data 3, fsdp 1, expert 1, context 1, tensor 1\): expected a product of 8"),
+        (MeshConfig(fsdp=3), r"mesh = \(data -1, fsdp 3, expert 1, context 1, tensor 1\): expected a product of 8"),
+        (MeshConfig(fsdp=16), r"mesh = \(data -1, fsdp 16, expert 1, context 1, tensor 1\): expected a product of 8"),
         (MeshConfig(tensor=0), r"mesh.tensor = 0: expected at least 1"),
         (MeshConfig(data=-2), r"mesh.data = -2: expected at least 1, or -1"),
     ],
@@ -42,7 +42,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(mesh, 
         ({"mesh": MeshConfig(fsdp=4, tensor=2)}, r"model.embed_dim = 30: .* multiple of mesh.fsdp = 4"),
         (
             {"optimizer": OptimizerConfig(accumulate=2)},
-            r"data.batch_size / optimizer.accumulate = 4: .* multiple of mesh.data \* mesh.fsdp = 8",
+            r"data.batch_size / optimizer.accumulate = 4: .* multiple of mesh.data \* mesh.fsdp \* mesh.expert = 8",
         ),
     ],
 )
