@@ -50,6 +50,7 @@ from nsa_jax.layer import (
     project_branches,
     project_dense,
 )
+from nsa_jax.sharding import devices_along
 from nsa_jax.visibility import gated_sum
 
 NumTokens = int | Int[Array, " B"] | None
@@ -280,6 +281,8 @@ def _positions(cache, x: Array) -> Int[Array, "B T"]:
 
 
 def _check(cache, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+    if devices_along(config.context_axes) > 1:
+        raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
     counts = check_cache(cache, kind, x, num_tokens, **sizes)
     if isinstance(config, NSALayerConfig):
