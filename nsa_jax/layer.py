@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax.attention import BranchKV, Implementation, nsa_attention, window_attention
@@ -18,7 +19,7 @@ from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.context import zigzag_order
 from nsa_jax.rope import apply_rope
-from nsa_jax.sharding import MeshAxes, devices_along, sharded
+from nsa_jax.sharding import MeshAxes, devices_along, place, sharded
 from nsa_jax.visibility import segment_positions
 
 BRANCHES = ("cmp", "slc", "win")
@@ -154,7 +155,7 @@ def nsa_layer(
     Compressed keys are built from unrotated keys and rotated at the position of their first token. Positions count
     from the start of each segment.
     """
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     positions = _positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
     B, T, _ = x.shape
@@ -221,7 +222,7 @@ def full_layer(
     With `window`, a query sees the last `window` positions, its own included. Where tokens are split over devices, it
     is our own window attention, with a window as long as the sequence if there is none.
     """
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     q, k, v = project_dense(weights, x, _positions(x, segment_ids, config), config)
     if devices_along(config.context_axes) > 1:
         sizes = NSAConfig(window=x.shape[1] if window is None else window)
@@ -287,12 +288,29 @@ def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config:
     return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta)
 
 
-def cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:
-    """Input and parameters in the dtype of the computation, after checking the input."""
+def layer_inputs(
+    x: Float[Array, "B T E"], parameters: Mapping[str, Array], config: HeadConfig
+) -> tuple[Array, dict[str, Array]]:
+    """Input and parameters in the dtype of the computation, after checking the input.
+
+    On a mesh whose axes the layer knows, parameters are used whole but for the heads that `head_axes` split: what else
+    is split, such as the embedding for fully sharded data parallelism, is gathered.
+    """
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
-    dtype = x.dtype if dtype is None else dtype
-    return x.astype(dtype), {name: value.astype(dtype) for name, value in parameters.items()}
+    dtype = x.dtype if config.dtype is None else config.dtype
+    weights = {name: value.astype(dtype) for name, value in parameters.items()}
+    if any(config.mesh_axes.values()):
+        if isinstance(config, NSALayerConfig):
+            declared = nsa_parameters(config, x.shape[-1])
+        else:
+            declared = projection_parameters(config, x.shape[-1], ("",))
+        split = {"heads": config.head_axes or None, "kv_heads": config.head_axes or None}
+        weights = {
+            name: place(value, PartitionSpec(*(split.get(axis) for axis in declared[name].axes)))
+            for name, value in weights.items()
+        }
+    return x.astype(dtype), weights
 
 
 def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[Array, "B T"]:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array
 
 from nsa_jax import context
 from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
@@ -153,6 +154,34 @@ def sharded(
         return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
 
     return call
+
+
+def place(x: Array, split: PartitionSpec) -> Array:
+    """An array, split over the mesh in context as told: moved there on Explicit axes, constrained to on Auto ones.
+
+    Axes that the mesh lacks, and those that a surrounding `jax.shard_map` has split already, are passed over.
+    """
+    split, kinds = _free(split)
+    if AxisType.Explicit in kinds:
+        return jax.sharding.reshard(x, split)
+    return jax.lax.with_sharding_constraint(x, split) if kinds else x
+
+
+def take_rows(table: Array, indices: Array, split: PartitionSpec) -> Array:
+    """table[indices], split over the mesh in context as told; `table` may be split too."""
+    out, kinds = _free(split)
+    # On Explicit axes JAX asks where the result of a gather shall lie; on others it does not want to be told.
+    rows = table.at[indices].get(out_sharding=out if AxisType.Explicit in kinds else None)
+    return place(rows, split)
+
+
+def _free(split: PartitionSpec) -> tuple[PartitionSpec, set[AxisType]]:
+    """The split without axes that are not there to be used, and the types of all that are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = {axis: kind for axis, kind in kinds.items() if kind != AxisType.Manual}
+    usable = [tuple(axis for axis in _as_tuple(axes or ()) if axis in free) or None for axes in split]
+    return PartitionSpec(*usable), set(free.values())
 
 
 def devices_along(axes: MeshAxes) -> int:
