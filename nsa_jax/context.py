@@ -109,9 +109,7 @@ def nsa_attention(
         indices.append(attention.select_blocks(part, cmp_k, lse, **place))
 
     def attend(part, k, v, block_indices, begin):
-        return attention.selected_attention(
-            part, k, v, block_indices, segment_ids=ids, query_offset=begin, **options
-        )
+        return attention.selected_attention(part, k, v, block_indices, segment_ids=ids, query_offset=begin, **options)
 
     o_slc = _by_kv_head(attend, q, kv.slc_k, kv.slc_v, begins, axes, jnp.concatenate(indices, axis=2))
     o_win = window_attention(q, kv.win_k, kv.win_v, axes=axes, segment_ids=segment_ids, **options)
@@ -237,7 +235,9 @@ def _by_kv_head(
         q, k, v, indices = arrays
         k, v = (_whole(x, axes)[:, :, None] for x in (k, v))
         parts = (None, None) if indices is None else jnp.split(indices[:, None], 2, axis=2)
-        outputs = [attend(*chunk, begin) for *chunk, begin in zip(_chunks(q), (k, k), (v, v), parts, begins, strict=True)]
+        outputs = [
+            attend(*chunk, begin) for *chunk, begin in zip(_chunks(q), (k, k), (v, v), parts, begins, strict=True)
+        ]
         return jnp.concatenate(outputs, axis=1)
 
     heads = (

@@ -158,10 +158,9 @@ def nsa_layer(
     x, weights = layer_inputs(x, parameters, config)
     positions = _positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
-    B, T, _ = x.shape
-    strides = T // config.config.compress_stride
+    (B, T, _), d = x.shape, config.config.compress_stride
     # Cut into strides rather than stepped over: so a sequence that is split over devices stays where it is.
-    first = positions[:, : strides * config.config.compress_stride].reshape(B, strides, -1)[:, :, 0]
+    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
     o = sharded(nsa_attention, **config.mesh_axes)(
         q,

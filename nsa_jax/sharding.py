@@ -188,7 +188,9 @@ def devices_along(axes: MeshAxes) -> int:
     """Devices along some axes of the mesh in context, without those that a surrounding `jax.shard_map` has split."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(axes) if kinds.get(axis, AxisType.Manual) != AxisType.Manual)
+    return math.prod(
+        mesh.shape[axis] for axis in _as_tuple(axes) if kinds.get(axis, AxisType.Manual) != AxisType.Manual
+    )
 
 
 def _over_context(op: Callable, axes: tuple[str, ...], options: dict[str, Any], arrays: Mapping[str, Any]) -> Callable:

@@ -86,7 +86,9 @@ class MeshConfig:
     expert: int = 1  # devices that share the routed experts, and split the batch too
     context: int = 1  # devices that split the sequence
     tensor: int = 1  # devices that split K/V heads (with their groups), MLP and vocabulary
-    explicit: bool = False  # axes of JAX's Explicit type, where every move is in the program; else Auto, where XLA adds it
+    explicit: bool = (
+        False  # axes of JAX's Explicit type, where every move is in the program; else Auto, where XLA adds it
+    )
 
 
 @dataclasses.dataclass(frozen=True)

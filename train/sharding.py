@@ -75,6 +75,14 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
+    nsa, length, context = config.model.nsa, config.data.sequence_length, sizes["context"]
+    chunk = padded_length(length, context, nsa.compress_stride) // (2 * context)
+    needed = nsa.compress_block - nsa.compress_stride
+    if context > 1 and config.model.attention == "nsa" and chunk < needed:
+        raise ValueError(
+            f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} tokens "
+            f"are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
+        )
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -131,12 +139,17 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str
     """
     sharding, context = batch_sharding(mesh), mesh.shape["context"]
     if context > 1:
-        missing = -next(iter(batch.values())).shape[1] % (2 * context * stride)
-        batch = {key: to_zigzag(_padded(key, value, missing), context) for key, value in batch.items()}
+        batch = {key: to_zigzag(_padded(key, value, context, stride), context) for key, value in batch.items()}
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
-def _padded(key: str, value: np.ndarray, missing: int) -> np.ndarray:
+def padded_length(length: int, context: int, stride: int) -> int:
+    """Tokens of a row once `put_batch` has padded it."""
+    return length if context == 1 else length + -length % (2 * context * stride)
+
+
+def _padded(key: str, value: np.ndarray, context: int, stride: int) -> np.ndarray:
+    missing = padded_length(value.shape[1], context, stride) - value.shape[1]
     # Padding belongs to the document before it, which cannot see it.
     return np.pad(value, ((0, 0), (0, missing)), mode="edge" if key == "segment_ids" else "constant")
 

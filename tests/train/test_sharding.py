@@ -85,5 +85,5 @@ def gathered_heads(T):
 
 def test_a_train_step_moves_parameters_but_no_heads(monkeypatch):
     assert gathered_heads(T=80) == []
-    monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ())))
+    monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ()), ("sequence", ())))
     assert gathered_heads(T=80)  # what the partitioner does by itself
