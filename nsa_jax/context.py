@@ -260,8 +260,8 @@ def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunk
         chunks = _chunks_before((early, late), axes)
         before.insert(0, chunks)
         missing -= chunks[0].shape[1]
-    early, late = zip(*before, own, strict=True)
-    return jnp.concatenate(early, axis=1), jnp.concatenate(late, axis=1)
+    early_parts, late_parts = zip(*before, own, strict=True)
+    return jnp.concatenate(early_parts, axis=1), jnp.concatenate(late_parts, axis=1)
 
 
 def _chunks_before(chunks: Chunks, axes: Axes) -> Chunks:

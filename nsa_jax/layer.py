@@ -6,6 +6,7 @@ initialiser and logical axes, and `*_layer(parameters, x, ...)` computes.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class HeadConfig:
             raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
 
     @property
-    def mesh_axes(self) -> dict[str, MeshAxes]:
+    def mesh_axes(self) -> dict[str, Any]:
         """How the layer's ops are split, as `nsa_jax.sharding.sharded` takes it."""
         return {"batch_axes": self.batch_axes, "head_axes": self.head_axes, "context_axes": self.context_axes}
 

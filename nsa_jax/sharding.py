@@ -239,6 +239,6 @@ def _check_divisible(
                 if size % (2 * devices[what] if twice else devices[what]):
                     along = {"batch": "batch_axes", "heads": "head_axes", "context": "context_axes"}[what]
                     raise ValueError(
-                        f"{described}: expected {what} = {size} to be a multiple of {twice}{devices[what]}, the devices "
-                        f"along {along} = {axes[what]}"
+                        f"{described}: expected {what} = {size} to be a multiple of {twice}{devices[what]}, "
+                        f"the devices along {along} = {axes[what]}"
                     )

@@ -173,7 +173,7 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
     ):
         name = path[-1].key
         names = [axis for axis in box.names if axis != "embed"]
-        split = math.prod(sizes[rules[axis]] for axis in names if rules[axis] is not None)
+        split = math.prod([sizes[rules[axis]] for axis in names if rules[axis] is not None])
         size = math.prod(box.value.shape) / split * (4 if name == "scale" else z)
         if "embed" in box.names:
             total["parameters"] += _others(F) * size * (passes if "layers" in names else 1)

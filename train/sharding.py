@@ -18,7 +18,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Every logical axis of every parameter and activation. A group of query heads goes with its key/value head.
-RULES = (
+RULES: tuple[tuple[str, Any], ...] = (
     ("batch", BATCH_AXES),
     ("sequence", "context"),
     ("embed", "fsdp"),
@@ -80,8 +80,8 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
     needed = nsa.compress_block - nsa.compress_stride
     if context > 1 and config.model.attention == "nsa" and chunk < needed:
         raise ValueError(
-            f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} tokens "
-            f"are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
+            f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} "
+            f"tokens are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
         )
 
 
