@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import nsa_jax
+import nsa_jax.triton
 from nsa_jax import NSAConfig, compress, nsa_attention, window_attention
 from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
 from nsa_jax.sharding import sharded
@@ -107,9 +107,15 @@ def test_values_and_gradients_are_those_of_one_device_and_the_same_bits_every_ti
     assert_trees_close(run_split(sizes, 128, num_segments, kind)[1], expected(128, num_segments), 1e-5)
 
 
-def test_kernels_run_on_each_devices_tokens():
-    actual = run_split({"context": 2}, 64, 2, implementation="triton")[1]
-    assert_trees_close(actual, expected(64, 2), 1e-5)
+@pytest.mark.parametrize("device_kind", ["NVIDIA H100", "NVIDIA A100"])
+def test_kernels_lower_for_a_mesh_of_gpus_that_splits_the_tokens(device_kind, monkeypatch):
+    monkeypatch.setattr(nsa_jax.triton, "_interpret", lambda q: False)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), problem(128, 3))
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((4,), ("context",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(attend("triton", **AXES)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") > 8
 
 
 def test_devices_receive_what_the_formula_says_and_whole_keys_of_one_head_at_a_time():
@@ -153,12 +159,10 @@ def test_what_cannot_be_split_is_refused_by_name():
             sharded(window_attention, **over)(q[:, :120], kv.win_k, kv.win_v, **options)
         with pytest.raises(ValueError, match=r"x: chunks of 6 tokens, two for each of 8 devices: .*stride = 8"):
             sharded(compress, **over)(q[:, :96], phi, config=CONFIG)
-        layer = nsa_jax.NSAttention(**LAYER, config=CONFIG, context_axes="context")
+        layer, x = nsa_jax.NSAttention(**LAYER, config=CONFIG, context_axes="context"), jnp.zeros((1, 128, 24))
+        variables, cache = layer.init(jax.random.key(0), x), layer.init_cache(batch_size=1, max_length=128)
         with pytest.raises(ValueError, match=r"context_axes = 'context': a cache's tokens are not split"):
-            x = jnp.zeros((1, 1, 24))
-            layer.init_with_output(
-                jax.random.key(0), x, layer.init_cache(batch_size=1, max_length=64), method="prefill"
-            )
+            layer.apply(variables, x, cache, method="prefill")
     with pytest.raises(ValueError, match=r"T = 12: expected a multiple of 2 \* devices = 8"):
         zigzag_order(12, 4)
 
