@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from nsa_jax.context import received_bytes as received_bytes_over_context
 from train.config import TrainConfig
 from train.model import Transformer
-from train.sharding import BATCH_AXES, RULES, padded_length
+from train.sharding import BATCH_AXES, RULES, SHARE_AXES, padded_length
 
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -139,11 +139,12 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
 
     With z the size of a number of the compute dtype, and passes = 1 forward and, under remat, 1 more:
 
-    * "parameters": what "fsdp" splits is gathered for use, (F - 1) / F of it: in every pass, and for the backward pass
-      of the layers it is the last gather that is used. Norms in float32, the rest rounded before.
+    * "parameters": what the F devices along "fsdp" and "context" share is gathered for use, (F - 1) / F of it, in every
+      pass of the layers; the backward pass uses what the last of them gathered. Norms in float32, the rest rounded
+      before.
     * "gradients": of every parameter, all-reduced over the devices that hold other tokens ("data", "fsdp", "expert" and
       "context"; routed experts: not over "expert"). On GPUs and TPUs the compiler turns the all-reduce and the slice
-      that "fsdp" takes of it into a reduce-scatter, which is half of it.
+      that each of the F takes of it into a reduce-scatter, which is half of it.
     * "tensor": all-reduces of [rows, tokens, embed_dim]: in every forward pass behind attention and (but for the last
       of two passes) the MLP, in the backward pass one for each projection that reads the residual stream; of the
       embeddings, and of the loss's gradient; of phi's and the gates' gradients, whose heads are split.
@@ -157,7 +158,8 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
       vocab_size: of the tokenizer.
       sizes: devices along `train.sharding.MESH_AXES`.
     """
-    model, F, R, C = config.model, sizes["fsdp"], sizes["tensor"], sizes["context"]
+    model, R, C = config.model, sizes["tensor"], sizes["context"]
+    F = math.prod(sizes[name] for name in SHARE_AXES)
     shards = math.prod(sizes[name] for name in BATCH_AXES)
     z = jnp.dtype(model.dtype).itemsize
     passes = 1 if model.remat == "none" else 2

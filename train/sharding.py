@@ -16,12 +16,14 @@ from train.config import MeshConfig, TrainConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+SHARE_AXES = ("fsdp", "context")
 
-# Every logical axis of every parameter and activation. A group of query heads goes with its key/value head.
+# Every logical axis of every parameter and activation. A group of query heads goes with its key/value head. Devices
+# that hold parts of the same sequences share the parameters too, like those along "fsdp".
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", BATCH_AXES),
     ("sequence", "context"),
-    ("embed", "fsdp"),
+    ("embed", SHARE_AXES),
     ("expert", "expert"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -59,7 +61,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
     """Raises ValueError where a mesh axis does not divide what is split along it."""
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    tensor = sizes["tensor"]
     rows = config.data.batch_size // config.optimizer.accumulate
     for what, size, along, devices in (
         (
@@ -68,7 +70,12 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
             "mesh.data * mesh.fsdp * mesh.expert",
             math.prod(sizes[name] for name in BATCH_AXES),
         ),
-        ("model.embed_dim", config.model.embed_dim, "mesh.fsdp", fsdp),
+        (
+            "model.embed_dim",
+            config.model.embed_dim,
+            "mesh.fsdp * mesh.context",
+            math.prod(sizes[name] for name in SHARE_AXES),
+        ),
         ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
         ("rows of the embedding", vocab_rows, "mesh.tensor", tensor),
@@ -121,7 +128,7 @@ def logical(*names: str | None) -> PartitionSpec:
 def weight(parameter: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
     """A parameter as the model uses it: in the compute dtype, and whole but for what "tensor" splits.
 
-    What "fsdp" splits is gathered, after rounding.
+    What `SHARE_AXES` split is gathered, after rounding.
     """
     return activation(parameter.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
