@@ -42,14 +42,15 @@ from nsa_jax.config import num_blocks
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
-    cast,
     compressed_tokens,
     dense_attention,
     gates,
     join_heads,
+    layer_inputs,
     project_branches,
     project_dense,
 )
+from nsa_jax.sharding import devices_along
 from nsa_jax.visibility import gated_sum
 
 NumTokens = int | Int[Array, " B"] | None
@@ -97,7 +98,7 @@ def nsa_layer_prefill(
     Raises:
       ValueError: an argument does not fit, named with what was expected.
     """
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
     counts = _check(before, NSACache, x, num_tokens, config)
     q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
@@ -121,7 +122,7 @@ def nsa_layer_decode_step(
     One token a step is plain decoding; several are drafts to verify, of which `nsa_jax.rollback` takes back the
     rejected ones. Arguments, result and errors as of `nsa_layer_prefill`; rows with `num_tokens` 0 stay as they are.
     """
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     counts = _check(cache, NSACache, x, num_tokens, config)
     if x.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
@@ -147,7 +148,7 @@ def full_layer_prefill(
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], DenseCache]:
     """`nsa_layer_prefill` for `full_layer`."""
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
     counts = _check(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
@@ -169,7 +170,7 @@ def full_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`; reads the whole cache, on cuDNN where that takes one query a row."""
-    x, weights = cast(x, parameters, config.dtype)
+    x, weights = layer_inputs(x, parameters, config)
     counts = _check(cache, DenseCache, x, num_tokens, config)
     before = cache
     q, k, v = project_dense(weights, x, _positions(before, x), config)
@@ -280,6 +281,8 @@ def _positions(cache, x: Array) -> Int[Array, "B T"]:
 
 
 def _check(cache, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+    if devices_along(config.context_axes) > 1:
+        raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
     counts = check_cache(cache, kind, x, num_tokens, **sizes)
     if isinstance(config, NSALayerConfig):

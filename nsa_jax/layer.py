@@ -6,18 +6,22 @@ initialiser and logical axes, and `*_layer(parameters, x, ...)` computes.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from nsa_jax.attention import BranchKV, Implementation, nsa_attention
+from nsa_jax.attention import BranchKV, Implementation, nsa_attention, window_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
+from nsa_jax.context import zigzag_order
 from nsa_jax.rope import apply_rope
-from nsa_jax.sharding import MeshAxes, sharded
-from nsa_jax.visibility import segment_starts
+from nsa_jax.sharding import MeshAxes, devices_along, place, sharded
+from nsa_jax.visibility import segment_positions
 
 BRANCHES = ("cmp", "slc", "win")
 
@@ -45,6 +49,9 @@ class HeadConfig:
     v_head_dim: int | None = None  # Dv; None: Dk
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
+    context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"):
@@ -55,6 +62,11 @@ class HeadConfig:
             raise ValueError(f"num_kv_heads = {self.num_kv_heads}: expected a divisor of num_heads = {self.num_heads}")
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
+
+    @property
+    def mesh_axes(self) -> dict[str, Any]:
+        """How the layer's ops are split, as `nsa_jax.sharding.sharded` takes it."""
+        return {"batch_axes": self.batch_axes, "head_axes": self.head_axes, "context_axes": self.context_axes}
 
     @property
     def value_dim(self) -> int:
@@ -72,8 +84,6 @@ class NSALayerConfig(HeadConfig):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     implementation: Implementation | None = None  # of the attention
-    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
-    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,13 +156,14 @@ def nsa_layer(
     Compressed keys are built from unrotated keys and rotated at the position of their first token. Positions count
     from the start of each segment.
     """
-    x, weights = cast(x, parameters, config.dtype)
-    positions = _positions(x, segment_ids)
+    x, weights = layer_inputs(x, parameters, config)
+    positions = _positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
-    first = positions[:, :: config.config.compress_stride]
+    (B, T, _), d = x.shape, config.config.compress_stride
+    # Cut into strides rather than stepped over: so a sequence that is split over devices stays where it is.
+    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
-    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
-    o = attention(
+    o = sharded(nsa_attention, **config.mesh_axes)(
         q,
         raw._replace(cmp_k=cmp_k, cmp_v=cmp_v),
         gates(x, weights),
@@ -189,9 +200,11 @@ def compressed_tokens(
     `first` may name more blocks than T tokens fill.
     """
     compressed = []
+    # Split by hand only where tokens are: else phi of each row and head is the partitioner's.
+    phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
     for name, array in (("k", k), ("v", v)):
         phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
-        compressed.append(compress(array, phi, config=config.config, method=config.compression))
+        compressed.append(phi_of(array, phi, config=config.config, method=config.compression))
     cmp_k, cmp_v = compressed
     return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
 
@@ -206,12 +219,17 @@ def full_layer(
 ) -> Float[Array, "B T E"]:
     """Causal grouped-query attention through `jax.nn.dot_product_attention`: the dense baseline.
 
-    With `window`, a query sees the last `window` positions, its own included.
+    With `window`, a query sees the last `window` positions, its own included. Where tokens are split over devices, it
+    is our own window attention, with a window as long as the sequence if there is none.
     """
-    x, weights = cast(x, parameters, config.dtype)
-    q, k, v = project_dense(weights, x, _positions(x, segment_ids), config)
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    o = dense_attention(q, k, v, config, mask=mask, is_causal=True, window=window)
+    x, weights = layer_inputs(x, parameters, config)
+    q, k, v = project_dense(weights, x, _positions(x, segment_ids, config), config)
+    if devices_along(config.context_axes) > 1:
+        sizes = NSAConfig(window=x.shape[1] if window is None else window)
+        o = sharded(window_attention, **config.mesh_axes)(q, k, v, config=sizes, segment_ids=segment_ids)
+    else:
+        mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        o = dense_attention(q, k, v, config, mask=mask, is_causal=True, window=window)
     return join_heads(o, weights["o_kernel"], x)
 
 
@@ -270,20 +288,39 @@ def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config:
     return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta)
 
 
-def cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:
-    """Input and parameters in the dtype of the computation, after checking the input."""
+def layer_inputs(
+    x: Float[Array, "B T E"], parameters: Mapping[str, Array], config: HeadConfig
+) -> tuple[Array, dict[str, Array]]:
+    """Input and parameters in the dtype of the computation, after checking the input.
+
+    On a mesh whose axes the layer knows, parameters are used whole but for the heads that `head_axes` split: what else
+    is split, such as the embedding for fully sharded data parallelism, is gathered.
+    """
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
-    dtype = x.dtype if dtype is None else dtype
-    return x.astype(dtype), {name: value.astype(dtype) for name, value in parameters.items()}
+    dtype = x.dtype if config.dtype is None else config.dtype
+    weights = {name: value.astype(dtype) for name, value in parameters.items()}
+    if any(config.mesh_axes.values()):
+        if isinstance(config, NSALayerConfig):
+            declared = nsa_parameters(config, x.shape[-1])
+        else:
+            declared = projection_parameters(config, x.shape[-1], ("",))
+        split = {"heads": config.head_axes or None, "kv_heads": config.head_axes or None}
+        weights = {
+            name: place(value, PartitionSpec(*(split.get(axis) for axis in declared[name].axes)))
+            for name, value in weights.items()
+        }
+    return x.astype(dtype), weights
 
 
-def _positions(x: Array, segment_ids: Array | None) -> Int[Array, "B T"]:
+def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[Array, "B T"]:
     B, T, _ = x.shape
-    if segment_ids is not None and segment_ids.shape != (B, T):
+    if segment_ids is None:
+        order = zigzag_order(T, devices) if (devices := devices_along(config.context_axes)) > 1 else np.arange(T)
+        return jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None, :], (B, T))
+    if segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
-    return positions if segment_ids is None else positions - segment_starts(segment_ids)
+    return sharded(segment_positions, batch_axes=config.batch_axes, context_axes=config.context_axes)(segment_ids)
 
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:

@@ -70,6 +70,7 @@ class NSAttention(nn.Module):
     implementation: Implementation | None = None  # of the attention; None: the fastest
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
+    context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
@@ -111,6 +112,9 @@ class FullAttention(nn.Module):
     v_head_dim: int | None = None  # Dv; None: head_dim
     window: int | None = None  # positions a query sees, its own included; None: all before it
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
+    head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
+    context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 

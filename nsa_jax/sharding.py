@@ -1,7 +1,8 @@
-"""The ops on a mesh: every device attends to its own rows and heads with its own kernels, and sends nothing.
+"""The ops on a mesh: every device attends to its own rows, heads and tokens with its own kernels.
 
 Left to itself, the partitioner gathers a kernel's operands on every device. But the rows of a batch are independent,
-and so are the groups of query heads that share a K/V head: `jax.shard_map` over both needs no communication.
+and so are the groups of query heads that share a K/V head: `jax.shard_map` over both needs no communication. Where the
+tokens of a sequence are split too, devices exchange just what `nsa_jax.context` says.
 """
 
 import functools
@@ -12,24 +13,30 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array
 
+from nsa_jax import context
 from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
+from nsa_jax.compression import compress
+from nsa_jax.visibility import segment_positions
 
 MeshAxes = str | tuple[str, ...]
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 # How the array arguments and the results of the ops are split. Query heads go with their K/V head: whole groups.
-_TOKENS = PartitionSpec("batch", None, "heads", None)
+_TOKENS = PartitionSpec("batch", "context", "heads", None)
 ARGUMENTS = {
     "q": _TOKENS,
     "k": _TOKENS,
     "v": _TOKENS,
     "kv": _TOKENS,
     "gates": _TOKENS,
-    "lse": PartitionSpec("batch", "heads", None),
-    "block_indices": PartitionSpec("batch", "heads", None, None),
-    "segment_ids": PartitionSpec("batch", None),
+    "x": _TOKENS,
+    "lse": PartitionSpec("batch", "heads", "context"),
+    "block_indices": PartitionSpec("batch", "heads", "context", None),
+    "segment_ids": PartitionSpec("batch", "context"),
+    "parameters": PartitionSpec(),
     "query_offset": PartitionSpec(),
 }
 RESULTS: dict[Callable, Any] = {
@@ -38,6 +45,15 @@ RESULTS: dict[Callable, Any] = {
     select_blocks: ARGUMENTS["block_indices"],
     selected_attention: _TOKENS,
     window_attention: _TOKENS,
+    compress: _TOKENS,
+    segment_positions: ARGUMENTS["segment_ids"],
+}
+# The ops whose tokens can be split, and what a device then runs.
+OVER_CONTEXT: dict[Callable, Callable] = {
+    nsa_attention: context.nsa_attention,
+    window_attention: context.window_attention,
+    compress: context.compress,
+    segment_positions: context.segment_positions,
 }
 
 
@@ -46,14 +62,21 @@ def sharded(
     *,
     batch_axes: MeshAxes = (),
     head_axes: MeshAxes = (),
+    context_axes: MeshAxes = (),
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Callable[Parameters, Result]:
-    """An op with its batch and its K/V heads split over a mesh: the same arguments, results and gradients.
+    """An op with its batch, its K/V heads and its tokens split over a mesh: the same arguments, results and gradients.
 
-    The H / K query heads of a group stay with their K/V head. Nothing is communicated, forward or backward, where the
-    arrays lie so already: B of each over `batch_axes`, heads over `head_axes`, the rest whole. Arrays that lie
-    otherwise are moved on Auto axes and refused by `jax.shard_map` on Explicit ones. Devices along other axes of the
-    mesh repeat each other's work; if such an axis is Explicit, gradients are also averaged over it.
+    The H / K query heads of a group stay with their K/V head. Arrays lie, or are brought, as the op wants them: B of
+    each over `batch_axes`, heads over `head_axes`, tokens over `context_axes`, the rest whole. Arrays that lie
+    otherwise are moved on Auto axes and refused by `jax.shard_map` on Explicit ones. Nothing else is communicated
+    where only batch and heads are split, forward or backward. Devices along other axes of the mesh repeat each other's
+    work; if such an axis is Explicit, gradients are also averaged over it.
+
+    With `context_axes` the tokens of all arguments and results are in the order of `nsa_jax.context.zigzag_order`, by
+    which every device gets as much work, T is a multiple of 2 C d on C devices, and compressed tokens are those of
+    `compress`, so split: [B, T / d, K, D], one for every stride, of which the last few stand for tokens beyond the end
+    and are seen by nobody. What is sent, and how much of it, is said in `nsa_jax.context`.
 
     Example:
       >>> import functools, jax
@@ -70,9 +93,12 @@ def sharded(
       (1, 100, 2, 16)
 
     Args:
-      op: `nsa_attention`, `compressed_attention`, `select_blocks`, `selected_attention` or `window_attention`.
+      op: `nsa_attention`, `compressed_attention`, `select_blocks`, `selected_attention`, `window_attention`,
+        `compress` or `visibility.segment_positions`.
       batch_axes: the mesh axis, or axes, that split B.
       head_axes: the mesh axis, or axes, that split the K/V heads, and the query heads with them.
+      context_axes: the mesh axis, or axes, that split T; for `nsa_attention`, `window_attention`, `compress` and
+        `segment_positions`, without a query offset.
       mesh: None for the one in context (`jax.set_mesh`) when the result is called.
 
     Returns:
@@ -80,16 +106,20 @@ def sharded(
       `jax.shard_map` has split already, and is `op` itself where no axis of more than one device is left.
 
     Raises:
-      ValueError: `op` is another function or an axis is named twice; on calling the result, B or a number of heads is
-        no multiple of the devices along its axes. What else `op` refuses it describes by one device's part.
+      ValueError: `op` is another function or an axis is named twice; on calling the result, B, T or a number of heads
+        does not fit the devices along its axes, or there is a query offset where T is split. What else `op` refuses it
+        describes by one device's part.
     """
     if op not in RESULTS:
         raise ValueError(f"op = {op!r}: expected one of {', '.join(known.__name__ for known in RESULTS)}")
-    axes = {"batch": _as_tuple(batch_axes), "heads": _as_tuple(head_axes)}
-    named = axes["batch"] + axes["heads"]
+    axes = {"batch": _as_tuple(batch_axes), "heads": _as_tuple(head_axes), "context": _as_tuple(context_axes)}
+    named = sum(axes.values(), ())
     if len(set(named)) < len(named):
-        raise ValueError(f"batch_axes = {batch_axes!r}, head_axes = {head_axes!r}: expected every mesh axis once")
-    signature, run = inspect.signature(op), cast(Callable[..., Result], op)
+        raise ValueError(
+            f"batch_axes = {batch_axes!r}, head_axes = {head_axes!r}, context_axes = {context_axes!r}: expected every "
+            "mesh axis once"
+        )
+    signature = inspect.signature(op)
 
     @functools.wraps(op)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -106,6 +136,9 @@ def sharded(
 
         arrays, options = _separate(signature.bind(*args, **kwargs).arguments)
         _check_divisible(arrays, axes, devices)
+        run = cast(Callable[..., Result], op)
+        if devices["context"] > 1:
+            run = _over_context(op, over["context"], options, arrays)
         split_op = jax.shard_map(
             lambda arrays: run(**arrays, **options),
             mesh=mesh,
@@ -121,6 +154,54 @@ def sharded(
         return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
 
     return call
+
+
+def place(x: Array, split: PartitionSpec) -> Array:
+    """An array, split over the mesh in context as told: moved there on Explicit axes, constrained to on Auto ones.
+
+    Axes that the mesh lacks, and those that a surrounding `jax.shard_map` has split already, are passed over.
+    """
+    split, kinds = _free(split)
+    if AxisType.Explicit in kinds:
+        return jax.sharding.reshard(x, split)
+    return jax.lax.with_sharding_constraint(x, split) if kinds else x
+
+
+def take_rows(table: Array, indices: Array, split: PartitionSpec) -> Array:
+    """table[indices], split over the mesh in context as told; `table` may be split too."""
+    out, kinds = _free(split)
+    # On Explicit axes JAX asks where the result of a gather shall lie; on others it does not want to be told.
+    rows = table.at[indices].get(out_sharding=out if AxisType.Explicit in kinds else None)
+    return place(rows, split)
+
+
+def _free(split: PartitionSpec) -> tuple[PartitionSpec, set[AxisType]]:
+    """The split without axes that are not there to be used, and the types of all that are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = {axis: kind for axis, kind in kinds.items() if kind != AxisType.Manual}
+    usable = [tuple(axis for axis in _as_tuple(axes or ()) if axis in free) or None for axes in split]
+    return PartitionSpec(*usable), set(free.values())
+
+
+def devices_along(axes: MeshAxes) -> int:
+    """Devices along some axes of the mesh in context, without those that a surrounding `jax.shard_map` has split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return math.prod(
+        mesh.shape[axis] for axis in _as_tuple(axes) if kinds.get(axis, AxisType.Manual) != AxisType.Manual
+    )
+
+
+def _over_context(op: Callable, axes: tuple[str, ...], options: dict[str, Any], arrays: Mapping[str, Any]) -> Callable:
+    """What a device runs where T is split; takes the offset, which must be 0, out of the options."""
+    if op not in OVER_CONTEXT:
+        raise ValueError(
+            f"context_axes = {axes}: {op.__name__} is not split so, but {', '.join(o.__name__ for o in OVER_CONTEXT)}"
+        )
+    if "query_offset" in arrays or options.pop("query_offset", 0) != 0:
+        raise ValueError(f"query_offset: expected 0 where context_axes = {axes} split the tokens")
+    return functools.partial(OVER_CONTEXT[op], axes=axes)
 
 
 def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
@@ -147,12 +228,17 @@ def _check_divisible(
         split = ARGUMENTS[name]
         for path, array in jax.tree_util.tree_leaves_with_path(argument):
             described = f"{name}{jax.tree_util.keystr(path)}: {array.dtype} {array.shape}"
+            if not split:
+                continue
             if array.ndim != len(split):
                 raise ValueError(f"{described}: expected {len(split)} axes")
             for what, size in zip(split, array.shape, strict=True):
-                if what is not None and size % devices[what]:
-                    along = {"batch": "batch_axes", "heads": "head_axes"}[what]
+                if what is None or devices[what] == 1:
+                    continue
+                twice = "twice " if what == "context" else ""
+                if size % (2 * devices[what] if twice else devices[what]):
+                    along = {"batch": "batch_axes", "heads": "head_axes", "context": "context_axes"}[what]
                     raise ValueError(
-                        f"{described}: expected {what} = {size} to be a multiple of {devices[what]}, the devices along "
-                        f"{along} = {axes[what]}"
+                        f"{described}: expected {what} = {size} to be a multiple of {twice}{devices[what]}, "
+                        f"the devices along {along} = {axes[what]}"
                     )

@@ -18,6 +18,11 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token within its segment, int32."""
+    return jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :] - segment_starts(segment_ids)
+
+
 def starts_or_zeros(starts: Int[Array, "B T"] | None, q: Float[Array, "B T H D"]) -> Int[Array, "B T"]:
     """Without segments, every query's segment starts at 0."""
     return jnp.zeros(q.shape[:2], jnp.int32) if starts is None else starts

@@ -84,8 +84,11 @@ class MeshConfig:
     data: int = -1  # copies of the model, each on its part of the batch; -1: the devices that are left
     fsdp: int = 1  # devices that share one copy's parameters, and split the batch too
     expert: int = 1  # devices that share the routed experts, and split the batch too
-    context: int = 1  # devices that split the sequence
+    context: int = 1  # devices that split the sequence, and share the parameters too
     tensor: int = 1  # devices that split K/V heads (with their groups), MLP and vocabulary
+    explicit: bool = (
+        False  # axes of JAX's Explicit type, where every move is in the program; else Auto, where XLA adds it
+    )
 
 
 @dataclasses.dataclass(frozen=True)

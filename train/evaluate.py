@@ -16,6 +16,7 @@ def evaluate(
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
+    stride: int,
 ) -> dict[str, float]:
     """Held-out figures over all batches, each token counted once.
 
@@ -24,11 +25,12 @@ def evaluate(
       params: of the model.
       batches: this host's rows of each batch.
       mesh: of the run.
+      stride: as of `put_batch`.
 
     Returns:
       "held_out_loss" in nats per token and "held_out_bits_per_byte".
     """
-    sums = [eval_step(params, put_batch(batch, mesh)) for batch in batches]
+    sums = [eval_step(params, put_batch(batch, mesh, stride)) for batch in batches]
     # Added in float64: a float32 total would lose the last digits of a long evaluation.
     nll, _, weight, num_bytes = np.sum([np.asarray(batch, np.float64) for batch in jax.device_get(sums)], axis=0)
     return {"held_out_loss": float(nll / weight), "held_out_bits_per_byte": bits_per_byte(float(nll), float(num_bytes))}

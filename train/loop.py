@@ -149,7 +149,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Worked out beforehand: a device asked for one in the loop would answer only when the step in flight is done.
     learning_rates = np.asarray(learning_rate_schedule(config.optimizer, config.steps)(np.arange(config.steps)))
-    batches = prepared.train_batches
+    batches, stride = prepared.train_batches, config.model.nsa.compress_stride
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
@@ -215,7 +215,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
             return values
 
         for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, put_batch(next(batches), mesh))
+            state, metrics = train_step(state, put_batch(next(batches), mesh, stride))
             # The step before is looked at only now, so that the device never waits for the host.
             if pending is not None:
                 log.write(pending[0], finish(*pending))
@@ -229,7 +229,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
             pending = None
             evaluated = {}
             if evaluating:
-                evaluated = held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh)
+                evaluated = held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
                 console.evaluated(step, evaluated)
             log.write(step, values | evaluated)
             if saving:
@@ -240,7 +240,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
             last_time = time.perf_counter()  # evaluating and saving are not training
         checkpointer.wait()
         if not held_out_values:  # there was no step left to make
-            held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh)
+            held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
     return _report(prepared, state, held_out_values, console)
 
 

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nsa_jax.sharding import devices_along
+from train.sharding import RULES, activation
+
 # Float32 logits that exist at once. Larger ones are computed chunk by chunk, and again in the backward pass.
 CHUNK_ELEMENTS = 1 << 26
 
@@ -31,19 +34,23 @@ def cross_entropy(
 ) -> LossSums:
     """Sums of the cross-entropy of logits `hidden @ kernel` against `targets`.
 
-    Where B T V exceeds `chunk_elements`, T is cut into chunks that are scanned over and rematerialised, so that
-    float32 [B, T, V] never exists, forward or backward. Chunks run along T, so that a batch that is split over
-    devices stays so.
+    Where a device would hold more than `chunk_elements` logits, its tokens are cut into chunks that are scanned over
+    and rematerialised, so that float32 [B, T, V] never exists, forward or backward. Each device cuts up its own rows
+    and tokens.
     """
     B, T, _ = hidden.shape
-    chunk = min(T, max(1, chunk_elements // (B * kernel.shape[1])))
-    if chunk == T:
+    rules = dict(RULES)
+    over = {name: devices_along(rules[name]) for name in ("batch", "sequence", "vocab")}
+    rows, tokens = B // over["batch"], T // over["sequence"]  # of a device
+    chunk = min(tokens, max(1, chunk_elements * over["vocab"] // (max(rows, 1) * kernel.shape[1])))
+    if chunk == tokens:
         return _sums(hidden, kernel, targets, weights, target_bytes)
-    steps = -(-T // chunk)
+    steps = -(-tokens // chunk)
 
-    def split(x: Array) -> Array:  # [B, T, ...] to [steps, B, chunk, ...]; padding has weight 0
-        x = jnp.pad(x, ((0, 0), (0, steps * chunk - T), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(B, steps, chunk, *x.shape[2:]), 1, 0)
+    def split(x: Array) -> Array:  # [B, T, ...] to [steps, B, devices, chunk, ...]; padding has weight 0
+        x = _on_devices(x.reshape(B, over["sequence"], tokens, *x.shape[2:]))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * chunk - tokens), *((0, 0),) * (x.ndim - 3)))
+        return jnp.moveaxis(x.reshape(B, over["sequence"], steps, chunk, *x.shape[3:]), 2, 0)
 
     @jax.checkpoint
     def add(total: LossSums, inputs: tuple[Array, ...]) -> tuple[LossSums, None]:
@@ -60,10 +67,16 @@ def bits_per_byte(nll: float, num_bytes: float) -> float:
     return nll / math.log(2) / num_bytes if num_bytes else math.nan
 
 
+def _on_devices(x: Array) -> Array:
+    return activation(x, "batch", "sequence", *[None] * (x.ndim - 2))
+
+
 def _sums(hidden, kernel, targets, weights, target_bytes) -> LossSums:
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A sum and not a gather, so that a device needs only its own part of the vocabulary.
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return LossSums(
         nll=jnp.sum(weights * (log_normaliser - target_logits)),
         z=jnp.sum(weights * jnp.square(log_normaliser)),

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from nsa_jax import FullAttention, NSAttention
 from nsa_jax.cache import Cache
+from nsa_jax.sharding import take_rows
 from train.config import ModelConfig
-from train.sharding import RULES
+from train.sharding import RULES, activation, logical, weight
 
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -31,8 +32,9 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 def output_kernel(params: Any, config: ModelConfig) -> Float[Array, "E V"]:
     """The matrix from final hidden states to logits, in the compute dtype."""
-    kernel = params["embedding"].T if config.tie_embeddings else params["output_kernel"]
-    return kernel.astype(config.dtype)
+    if config.tie_embeddings:
+        return weight(params["embedding"], ("vocab", "embed"), config.dtype).T
+    return weight(params["output_kernel"], ("embed", "vocab"), config.dtype)
 
 
 def logits(params: Any, hidden: Float[Array, "*B E"], config: ModelConfig) -> Float[Array, "*B V"]:
@@ -48,7 +50,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Normalised x, in the dtype of x."""
-        scale = _parameter(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",))
+        scale = _weight(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",), jnp.float32)
         x_float = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
         return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None, :]).astype(x.dtype)
@@ -64,10 +66,12 @@ class SwiGLU(nn.Module):
         """The feed-forward part of a block."""
         E, M = self.config.embed_dim, self.config.mlp_dim
         init = nn.initializers.lecun_normal()
-        gate = _parameter(self, "gate_kernel", init, (E, M), ("embed", "mlp")).astype(x.dtype)
-        up = _parameter(self, "up_kernel", init, (E, M), ("embed", "mlp")).astype(x.dtype)
-        down = _parameter(self, "down_kernel", init, (M, E), ("mlp", "embed")).astype(x.dtype)
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        down = _weight(self, "down_kernel", init, (M, E), ("mlp", "embed"), x.dtype)
+        hidden = jax.nn.silu(x @ gate) * (x @ up)
+        # On Explicit axes it has to be said how the sum over the split hidden width is: as the input.
+        return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
 
 
 class Block(nn.Module):
@@ -85,8 +89,8 @@ class Block(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """The residual stream after the block and the cache, if there is one, with `num_tokens` of each row added."""
         config = self.config
-        # Rows stay where they are: without this, parameters that are split over "fsdp" can pull activations along.
-        x = nn.with_logical_constraint(x, ("batch", None, None))
+        # Tokens stay where they are: without this, parameters that are split over "fsdp" can pull activations along.
+        x = activation(x, "batch", "sequence", None)
         attention = make_attention(config, name="attention")
         normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
         if cache is None:
@@ -114,6 +118,7 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
 
 def make_attention(config: ModelConfig, name: str | None = None) -> Any:
     """The attention layer that `config.attention` names; nothing else in the model depends on it."""
+    mesh_axes = dict(RULES)
     heads: dict[str, Any] = {
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
@@ -121,18 +126,18 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         "v_head_dim": config.v_head_dim,
         "rope_theta": config.rope_theta,
         "dtype": jnp.dtype(config.dtype),
+        "batch_axes": mesh_axes["batch"],
+        "head_axes": mesh_axes["kv_heads"],
+        "context_axes": mesh_axes["sequence"],
         "name": name,
     }
     if config.attention == "nsa":
-        mesh_axes: dict[str, Any] = dict(RULES)
         return NSAttention(
             **heads,
             config=config.nsa,
             compression=config.compression,
             share_kv=config.share_kv,
             implementation=config.implementation,
-            batch_axes=mesh_axes["batch"],
-            head_axes=mesh_axes["kv_heads"],
         )
     return FullAttention(**heads, window=config.nsa.window if config.attention == "window" else None)
 
@@ -176,14 +181,15 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, in the compute dtype."""
-        return jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
+        table = weight(self.embedding, ("vocab", "embed"), self.config.dtype)
+        return take_rows(table, tokens, logical("batch", "sequence", None))
 
     def decode(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T E"]:
         """Final hidden states from embeddings."""
         x, _ = self.layers(x, None, segment_ids, None)
-        return nn.with_logical_constraint(self.final_norm(x), ("batch", None, None))
+        return activation(self.final_norm(x), "batch", "sequence", None)
 
 
 def extend(
@@ -216,6 +222,11 @@ def extend(
         extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(extended)
+
+
+def _weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any):
+    """Declares a parameter and returns it as the model uses it."""
+    return weight(_parameter(module, name, init, shape, axes), axes, dtype)
 
 
 def _parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

@@ -6,18 +6,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import DTypeLike
 
+from nsa_jax.context import to_zigzag
+from nsa_jax.sharding import place
 from train.config import MeshConfig, TrainConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+SHARE_AXES = ("fsdp", "context")
 
-# Every logical axis of every parameter and activation. A group of query heads goes with its key/value head.
-RULES = (
+# Every logical axis of every parameter and activation. A group of query heads goes with its key/value head. Devices
+# that hold parts of the same sequences share the parameters too, like those along "fsdp".
+RULES: tuple[tuple[str, Any], ...] = (
     ("batch", BATCH_AXES),
     ("sequence", "context"),
-    ("embed", "fsdp"),
+    ("embed", SHARE_AXES),
     ("expert", "expert"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -55,7 +61,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
     """Raises ValueError where a mesh axis does not divide what is split along it."""
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    tensor = sizes["tensor"]
     rows = config.data.batch_size // config.optimizer.accumulate
     for what, size, along, devices in (
         (
@@ -64,20 +70,33 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
             "mesh.data * mesh.fsdp * mesh.expert",
             math.prod(sizes[name] for name in BATCH_AXES),
         ),
-        ("model.embed_dim", config.model.embed_dim, "mesh.fsdp", fsdp),
+        (
+            "model.embed_dim",
+            config.model.embed_dim,
+            "mesh.fsdp * mesh.context",
+            math.prod(sizes[name] for name in SHARE_AXES),
+        ),
         ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
         ("rows of the embedding", vocab_rows, "mesh.tensor", tensor),
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
+    nsa, length, context = config.model.nsa, config.data.sequence_length, sizes["context"]
+    chunk = padded_length(length, context, nsa.compress_stride) // (2 * context)
+    needed = nsa.compress_block - nsa.compress_stride
+    if context > 1 and config.model.attention == "nsa" and chunk < needed:
+        raise ValueError(
+            f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} "
+            f"tokens are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
+        )
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices."""
     shape = mesh_shape(config, jax.device_count())
-    # Auto: XLA places intermediate results by itself. make_mesh's own default is Explicit.
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+    kind = AxisType.Explicit if config.explicit else AxisType.Auto
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(kind,) * len(MESH_AXES))
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -95,22 +114,58 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
+def activation(x: jax.Array, *names: str | None) -> jax.Array:
+    """An array of the model, split by `RULES` with these names of its axes."""
+    return place(x, logical(*names))
+
+
+def logical(*names: str | None) -> PartitionSpec:
+    """The mesh axes of logical axes."""
+    rules = dict(RULES)
+    return PartitionSpec(*(name and rules[name] for name in names))
+
+
+def weight(parameter: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    """A parameter as the model uses it: in the compute dtype, and whole but for what "tensor" splits.
+
+    What `SHARE_AXES` split is gathered, after rounding.
+    """
+    return activation(parameter.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `BATCH_AXES`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """Rows over `BATCH_AXES`, tokens over context."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch as arrays over the whole mesh."""
-    sharding = batch_sharding(mesh)
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str, jax.Array]:
+    """This host's rows of a batch as arrays over the whole mesh.
+
+    Where "context" splits the tokens, they are brought into zigzag order (`nsa_jax.context`), behind padding of
+    weight 0 up to a multiple of 2 * context * `stride`, the model's compress_stride.
+    """
+    sharding, context = batch_sharding(mesh), mesh.shape["context"]
+    if context > 1:
+        batch = {key: to_zigzag(_padded(key, value, context, stride), context) for key, value in batch.items()}
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def padded_length(length: int, context: int, stride: int) -> int:
+    """Tokens of a row once `put_batch` has padded it."""
+    return length if context == 1 else length + -length % (2 * context * stride)
+
+
+def _padded(key: str, value: np.ndarray, context: int, stride: int) -> np.ndarray:
+    missing = padded_length(value.shape[1], context, stride) - value.shape[1]
+    # Padding belongs to the document before it, which cannot see it.
+    return np.pad(value, ((0, 0), (0, missing)), mode="edge" if key == "segment_ids" else "constant")
+
+
 def on_mesh(jitted: Callable, mesh: Mesh) -> Callable:
-    """A jitted function that is traced and run with the mesh and `RULES` in force."""
+    """A jitted function that is traced and run with the mesh in context."""
 
     def call(*arguments: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        with jax.set_mesh(mesh):
             return jitted(*arguments)
 
     return call

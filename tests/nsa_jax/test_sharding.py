@@ -245,7 +245,9 @@ def test_what_does_not_fit_is_refused_by_name():
         run(options={"segment_ids": jnp.zeros((4, 64, 1), jnp.int32)}, batch_axes="data")
     with pytest.raises(ValueError, match=r"query_offset = 1 with 64 queries"):
         run(options={"query_offset": jnp.int32(1)}, batch_axes="data")
-    with pytest.raises(ValueError, match=r"batch_axes = 'data', head_axes = \('tensor', 'data'\): expected every"):
+    with pytest.raises(
+        ValueError, match=r"batch_axes = 'data', head_axes = \('tensor', 'data'\), context_axes = \(\): expected every"
+    ):
         run(batch_axes="data", head_axes=("tensor", "data"))
     with pytest.raises(ValueError, match=r"op = .*dot_product_attention.*: expected one of nsa_attention"):
         run(attention=jax.nn.dot_product_attention)

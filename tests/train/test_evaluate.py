@@ -23,7 +23,7 @@ def test_tokens_and_bytes_count_once_however_they_lie_in_batches():
     draw = np.random.default_rng(0)
     whole = {name: draw.random((24, 4)).astype(np.float32) for name in ("nll", "bytes", "weights")}
     batches = [{name: value[begin : begin + 8] for name, value in whole.items()} for begin in (0, 8, 16)]
-    values = evaluate(eval_step, jnp.float32(2.0), batches, make_mesh(MeshConfig()))
+    values = evaluate(eval_step, jnp.float32(2.0), batches, make_mesh(MeshConfig()), 1)
     nll = 2 * (whole["weights"] * whole["nll"]).sum()
     assert values["held_out_loss"] == pytest.approx(nll / whole["weights"].sum(), rel=1e-6)
     num_bytes = (whole["weights"] * whole["bytes"]).sum()

@@ -93,12 +93,12 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     calls = 0
     put_batch = loop.put_batch
 
-    def put_batch_and_stop(batch, mesh):
+    def put_batch_and_stop(*arguments):
         nonlocal calls
         calls += 1
         if calls == 3:
             os.kill(os.getpid(), number)
-        return put_batch(batch, mesh)
+        return put_batch(*arguments)
 
     before = signal.getsignal(number)
     monkeypatch.setattr(loop, "put_batch", put_batch_and_stop)

@@ -39,7 +39,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(mesh, 
     ("changes", "message"),
     [
         ({"mesh": MeshConfig(data=1, tensor=8)}, r"model.num_kv_heads = 2: .* multiple of mesh.tensor = 8"),
-        ({"mesh": MeshConfig(fsdp=4, tensor=2)}, r"model.embed_dim = 30: .* multiple of mesh.fsdp = 4"),
+        ({"mesh": MeshConfig(fsdp=4, tensor=2)}, r"model.embed_dim = 30: .* multiple of mesh.fsdp \* mesh.context = 4"),
         (
             {"optimizer": OptimizerConfig(accumulate=2)},
             r"data.batch_size / optimizer.accumulate = 4: .* multiple of mesh.data \* mesh.fsdp \* mesh.expert = 8",
@@ -85,5 +85,5 @@ def gathered_heads(T):
 
 def test_a_train_step_moves_parameters_but_no_heads(monkeypatch):
     assert gathered_heads(T=80) == []
-    monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ())))
+    monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ()), ("sequence", ())))
     assert gathered_heads(T=80)  # what the partitioner does by itself

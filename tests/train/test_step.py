@@ -52,7 +52,7 @@ def one_step(attention="full", accumulate=1, mesh=None):
         return jax.jit(step)(state, jax.tree.map(jnp.asarray, batch()))
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
-    return on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)(state, put_batch(batch(), mesh))
+    return on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)(state, put_batch(batch(), mesh, 2))
 
 
 def assert_close(actual, expected, tolerance):

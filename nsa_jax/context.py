@@ -1,0 +1,282 @@
+"""Context parallelism: the ops for a sequence whose tokens lie on several devices, to be run inside `jax.shard_map`.
+
+`nsa_jax.sharding.sharded` with `context_axes` calls these; see there for how to use them.
+
+*Layout.* With C devices the sequence is cut into 2 C chunks, and device r holds chunks r and 2 C - 1 - r, one after the
+other (zigzag), so that every device has as many visible keys. `to_zigzag` brings tokens into that order, once and for
+everything: whatever else a model does is done to each token alone.
+
+*What a device receives* of one layer's Native Sparse Attention, for each row of its batch, in numbers of the size of a
+key's, with the device's own K key/value heads and D = Dk + Dv:
+
+    compressed keys and values    (C - 1) / C * T / d * K D    all-gather, for all heads at once
+    selected keys and values      (C - 1) / C * T * K D        all-gather, one K/V head after the other
+    window                        2 w K D                      from the devices that hold the chunks before
+    phi (`compress`)              2 (l - d) K D                from the devices that hold the chunks after
+
+and (C - 1) / C * T int32 segment ids, where there are any, as often as they are asked for. Of full keys and values a
+device holds those of one head at a time. The backward pass receives the selected keys and values once more, because
+they are not kept, and then the gradients of all of the above on the way back: reduce-scatters instead of all-gathers.
+`received_bytes` adds this up.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nsa_jax import attention, compression, visibility
+from nsa_jax.attention import BranchKV, Implementation
+from nsa_jax.compression import Compression
+from nsa_jax.config import NSAConfig, num_compressed
+
+Axes = tuple[str, ...]
+Chunks = tuple[Array, Array]  # a device's early chunk and its late one
+
+
+def zigzag_order(T: int, devices: int) -> np.ndarray:
+    """The position of the token at each place of a sequence of T tokens laid out over `devices`: int32 [T].
+
+    Example:
+      >>> zigzag_order(8, 2).tolist()
+      [0, 1, 6, 7, 2, 3, 4, 5]
+
+    Raises:
+      ValueError: T is no multiple of 2 * `devices`.
+    """
+    if devices < 1 or T % (2 * devices):
+        raise ValueError(f"T = {T}: expected a multiple of 2 * devices = {2 * devices}, two chunks for each device")
+    chunks = np.arange(T, dtype=np.int32).reshape(2 * devices, -1)
+    return np.stack([chunks[:devices], chunks[devices:][::-1]], axis=1).reshape(T)
+
+
+def to_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
+    """An array, of NumPy or JAX, with the tokens along `axis` brought from the order of their positions into zigzag."""
+    return x.take(zigzag_order(x.shape[axis], devices), axis=axis)
+
+
+def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
+    """The inverse of `to_zigzag`."""
+    return x.take(np.argsort(zigzag_order(x.shape[axis], devices)), axis=axis)
+
+
+def received_bytes(
+    config: NSAConfig, *, T: int, devices: int, num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int
+) -> int:
+    """Bytes that a device receives for one layer's forward pass of one row without segments (see the module).
+
+    Args:
+      config: sizes of the branches.
+      T: tokens of the sequence.
+      devices: C, along the context axes.
+      num_kv_heads: K of a device.
+      head_dim, v_head_dim: Dk and Dv.
+      itemsize: bytes of a number.
+    """
+    if devices == 1:
+        return 0
+    others = (devices - 1) * (T // devices)  # tokens on other devices
+    halos = 2 * (config.window + config.compress_block - config.compress_stride)
+    tokens = others + others // config.compress_stride + halos
+    return tokens * num_kv_heads * (head_dim + v_head_dim) * itemsize
+
+
+def nsa_attention(
+    q: Float[Array, "B S H Dk"],
+    kv: BranchKV,
+    gates: Float[Array, "B S H 3"],
+    *,
+    axes: Axes,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B S H Dv"]:
+    """`nsa_jax.nsa_attention` of a device's S = T / C tokens, with what `compress` below made of them."""
+    begins, ids = chunk_begins(q.shape[1], axes), _whole_ids(segment_ids, axes)
+    Nc = num_compressed(q.shape[1] * jax.lax.axis_size(axes), config)
+    cmp_k, cmp_v = (_whole(x, axes)[:, :Nc] for x in (kv.cmp_k, kv.cmp_v))
+    options: dict[str, Any] = {"config": config, "scale": scale, "implementation": implementation}
+
+    compressed, indices = [], []
+    for begin, part in zip(begins, _chunks(q), strict=True):
+        place = {"segment_ids": ids, "query_offset": begin, **options}
+        o, lse = attention.compressed_attention(part, cmp_k, cmp_v, **place)
+        compressed.append(o)
+        indices.append(attention.select_blocks(part, cmp_k, lse, **place))
+
+    def attend(part, k, v, block_indices, begin):
+        return attention.selected_attention(part, k, v, block_indices, segment_ids=ids, query_offset=begin, **options)
+
+    o_slc = _by_kv_head(attend, q, kv.slc_k, kv.slc_v, begins, axes, jnp.concatenate(indices, axis=2))
+    o_win = window_attention(q, kv.win_k, kv.win_v, axes=axes, segment_ids=segment_ids, **options)
+    return visibility.gated_sum(gates, jnp.concatenate(compressed, axis=1), o_slc, o_win)
+
+
+def window_attention(
+    q: Float[Array, "B S H Dk"],
+    k: Float[Array, "B S K Dk"],
+    v: Float[Array, "B S K Dv"],
+    *,
+    axes: Axes,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B S H Dv"]:
+    """`nsa_jax.window_attention` of a device's S = T / C tokens.
+
+    Receives the w tokens before each chunk, or, where the window reaches further than all but the own chunk, every key
+    and value, one head after the other: that is causal attention.
+    """
+    T, chunk = q.shape[1] * jax.lax.axis_size(axes), q.shape[1] // 2
+    begins, ids = chunk_begins(q.shape[1], axes), _whole_ids(segment_ids, axes)
+    options: dict[str, Any] = {"config": config, "scale": scale, "implementation": implementation}
+    if config.window > T - chunk:
+
+        def attend(part, k, v, _, begin):
+            return attention.window_attention(part, k, v, segment_ids=ids, query_offset=begin, **options)
+
+        return _by_kv_head(attend, q, k, v, begins, axes)
+
+    w, out = config.window, []
+    if ids is None:
+        ids = jnp.zeros((q.shape[0], T), jnp.int32)
+    # Positions before the sequence are a segment of their own, which no query is in.
+    ids = jnp.pad(ids, ((0, 0), (w, 0)), constant_values=jnp.iinfo(jnp.int32).min)
+    keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
+    for begin, part, k_part, v_part in zip(begins, _chunks(q), keys, values, strict=True):
+        near = jax.lax.dynamic_slice_in_dim(ids, begin, w + chunk, axis=1)
+        out.append(attention.window_attention(part, k_part, v_part, segment_ids=near, query_offset=w, **options))
+    return jnp.concatenate(out, axis=1)
+
+
+def compress(
+    x: Float[Array, "B S K D"],
+    parameters: Mapping[str, Array],
+    *,
+    axes: Axes,
+    config: NSAConfig,
+    method: Compression = "mlp",
+) -> Float[Array, "B S/d K D"]:
+    """`nsa_jax.compress` of a device's S = T / C tokens: the compressed tokens that begin among them.
+
+    Receives the first l - d tokens of the chunk after each of the device's own. Unlike `nsa_jax.compress` it returns a
+    token for every stride: the last l / d - 1 of the sequence stand for tokens beyond its end, and nobody sees them.
+
+    Raises:
+      ValueError: a chunk is no multiple of d, or shorter than l - d.
+    """
+    l, d, chunk = config.compress_block, config.compress_stride, x.shape[1] // 2  # noqa: E741
+    if chunk % d or chunk < l - d:
+        raise ValueError(
+            f"x: chunks of {chunk} tokens, two for each of {jax.lax.axis_size(axes)} devices: expected a multiple of "
+            f"config.compress_stride = {d}, and at least config.compress_block - config.compress_stride = {l - d}"
+        )
+    early, late = _chunks(x)
+    after = _chunks_after((early[:, : l - d], late[:, : l - d]), axes)
+    blocks = jnp.concatenate([jnp.concatenate([early, after[0]], axis=1), jnp.concatenate([late, after[1]], axis=1)])
+    compressed = compression.compress(blocks, parameters, config=config, method=method)
+    return jnp.concatenate(jnp.split(compressed, 2), axis=1)
+
+
+def segment_positions(segment_ids: Int[Array, "B S"], *, axes: Axes) -> Int[Array, "B S"]:
+    """`nsa_jax.visibility.segment_positions` of a device's S = T / C tokens."""
+    positions = visibility.segment_positions(_whole(segment_ids, axes))
+    chunk = segment_ids.shape[1] // 2
+    begins = chunk_begins(segment_ids.shape[1], axes)
+    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(positions, begin, chunk, axis=1) for begin in begins], axis=1)
+
+
+def chunk_begins(S: int, axes: Axes) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Positions of the first tokens of the two chunks of this device, which holds S tokens."""
+    index, last = jax.lax.axis_index(axes), 2 * jax.lax.axis_size(axes) - 1
+    return index * (S // 2), (last - index) * (S // 2)
+
+
+def _chunks(x: Array) -> Chunks:
+    return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+
+
+def _whole(x: Float[Array, "B S ..."], axes: Axes) -> Float[Array, "B T ..."]:
+    """The whole sequence, in the order of positions."""
+    B, S, *rest = x.shape
+    devices = jax.lax.axis_size(axes)
+    gathered = jax.lax.all_gather(x.reshape(B, 2, S // 2, *rest), axes, axis=1)  # [B, C, 2, S / 2, ...]
+    chunks = jnp.concatenate([gathered[:, :, 0], gathered[:, ::-1, 1]], axis=1)
+    return chunks.reshape(B, devices * S, *rest)
+
+
+def _whole_ids(segment_ids: Int[Array, "B S"] | None, axes: Axes) -> Int[Array, "B T"] | None:
+    return None if segment_ids is None else _whole(segment_ids, axes)
+
+
+def _by_kv_head(
+    attend: Callable,
+    q: Float[Array, "B S H Dk"],
+    k: Float[Array, "B S K Dk"],
+    v: Float[Array, "B S K Dv"],
+    begins: tuple[Array, Array],
+    axes: Axes,
+    block_indices: Int[Array, "B K S n"] | None = None,
+) -> Float[Array, "B S H Dv"]:
+    """attend(q, k, v, block_indices, begin) of each chunk, with the whole sequence of one K/V head at a time.
+
+    The backward pass gathers a head's keys and values again, and what is computed from them.
+    """
+    B, S, H, Dk = q.shape
+    K = k.shape[2]
+
+    @jax.checkpoint
+    def one_head(arrays):
+        q, k, v, indices = arrays
+        k, v = (_whole(x, axes)[:, :, None] for x in (k, v))
+        parts = (None, None) if indices is None else jnp.split(indices[:, None], 2, axis=2)
+        outputs = [
+            attend(*chunk, begin) for *chunk, begin in zip(_chunks(q), (k, k), (v, v), parts, begins, strict=True)
+        ]
+        return jnp.concatenate(outputs, axis=1)
+
+    heads = (
+        jnp.moveaxis(q.reshape(B, S, K, H // K, Dk), 2, 0),
+        jnp.moveaxis(k, 2, 0),
+        jnp.moveaxis(v, 2, 0),
+        None if block_indices is None else jnp.moveaxis(block_indices, 1, 0),
+    )
+    o = jax.lax.map(one_head, heads)
+    return jnp.moveaxis(o, 0, 2).reshape(B, S, H, -1)
+
+
+def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunks:
+    """Each chunk with the w tokens before it, which the devices that hold the chunks before it send."""
+    own = chunks = _chunks(x)
+    before: list[Chunks] = []
+    missing = w
+    while missing > 0:  # once, unless chunks are shorter than the window
+        early, late = (part[:, -missing:] for part in chunks)
+        chunks = _chunks_before((early, late), axes)
+        before.insert(0, chunks)
+        missing -= chunks[0].shape[1]
+    early_parts, late_parts = zip(*before, own, strict=True)
+    return jnp.concatenate(early_parts, axis=1), jnp.concatenate(late_parts, axis=1)
+
+
+def _chunks_before(chunks: Chunks, axes: Axes) -> Chunks:
+    """What the holders of the chunks before the own two have; zeros before the first."""
+    early, late = chunks
+    devices, index = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    from_left = jax.lax.ppermute(early, axes, [(i, i + 1) for i in range(devices - 1)])
+    from_right = jax.lax.ppermute(late, axes, [(i + 1, i) for i in range(devices - 1)])
+    return from_left, jnp.where(index == devices - 1, early, from_right)
+
+
+def _chunks_after(chunks: Chunks, axes: Axes) -> Chunks:
+    """What the holders of the chunks after the own two have; zeros after the last."""
+    early, late = chunks
+    devices, index = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    from_right = jax.lax.ppermute(early, axes, [(i + 1, i) for i in range(devices - 1)])
+    from_left = jax.lax.ppermute(late, axes, [(i, i + 1) for i in range(devices - 1)])
+    return jnp.where(index == devices - 1, late, from_right), from_left

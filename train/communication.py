@@ -1,0 +1,209 @@
+"""What the devices of a mesh send one another in a step: counted in the compiled program, and by formula."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.context import received_bytes as received_bytes_over_context
+from train.config import TrainConfig
+from train.model import Transformer
+from train.sharding import BATCH_AXES, RULES, SHARE_AXES, padded_length
+
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One collective operation of a compiled program."""
+
+    kind: str  # of `KINDS`
+    devices: int  # that take part in one group
+    result_bytes: int  # on one device
+    times: int  # that a run of the program executes it
+    source: str  # where in the traced program it comes from
+
+    @property
+    def received_bytes(self) -> float:
+        """What a device receives in one run, by the algorithms that send least (rings)."""
+        others = (self.devices - 1) / self.devices
+        factor = {"all-reduce": 2 * others, "reduce-scatter": self.devices - 1, "collective-permute": 1}
+        return self.times * self.result_bytes * factor.get(self.kind, others)
+
+
+def collectives(program: str) -> list[Collective]:
+    """Every collective of a compiled program's text (`compiled.as_text()`), with the trips of the loops around it.
+
+    Raises:
+      ValueError: a loop that communicates does not say how often it runs.
+    """
+    computations = _computations(program)
+    times = collections.Counter({entry: 1 for entry, (is_entry, _) in computations.items() if is_entry})
+    found = []
+    for name in _callers_first(computations):
+        for line in computations[name][1]:
+            for callee, trips in _calls(line):
+                times[callee] += times[name] * trips
+            match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
+            if match is None:
+                continue
+            result, kind = match.groups()
+            if times[name] < 0:
+                raise ValueError(f"a loop of unknown length communicates: {line.strip()[:200]}")
+            source = re.search(r'op_name="([^"]*)"', line)
+            found.append(
+                Collective(kind, _group_size(line), _bytes(result), times[name], source.group(1) if source else "")
+            )
+    return found
+
+
+def received_bytes(found: list[Collective]) -> dict[str, float]:
+    """Bytes that a device receives in one run, by the kind of collective."""
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for collective in found:
+        total[collective.kind] += collective.received_bytes
+    return {kind: size for kind, size in total.items() if size}
+
+
+def _computations(program: str) -> dict[str, tuple[bool, list[str]]]:
+    """Lines of every computation by its name, and whether it is the entry."""
+    computations: dict[str, tuple[bool, list[str]]] = {}
+    lines: list[str] = []
+    for line in program.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = []
+            computations[match.group(2)] = match.group(1) is not None, lines
+        else:
+            lines.append(line)
+    return computations
+
+
+def _calls(line: str) -> Iterator[tuple[str, int]]:
+    """Computations that an instruction runs, and how often; a large negative number where it does not say."""
+    trips = 1
+    if " while(" in line:
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        trips = int(known.group(1)) if known else -(10**9)
+    for callee in re.findall(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
+        yield callee, trips
+    for callees in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        for callee in callees.split(","):
+            yield callee.strip().lstrip("%"), 1
+
+
+def _callers_first(computations: dict[str, tuple[bool, list[str]]]) -> list[str]:
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name in seen or name not in computations:
+            return
+        seen.add(name)
+        for line in computations[name][1]:
+            for callee, _ in _calls(line):
+                visit(callee)
+        order.append(name)
+
+    for name in computations:
+        visit(name)
+    return order[::-1]
+
+
+def _group_size(line: str) -> int:
+    """Devices in one replica group, of which HLO has three spellings."""
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match.group(2))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return match.group(1).count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match.group(2)))
+    return 2  # a permutation: pairs
+
+
+def _bytes(shapes: str) -> int:
+    """Of a result's type; of asynchronous ones, which pair operand and result, half is counted by the caller's kind."""
+    return sum(
+        ITEM_BYTES.get(kind, 4) * math.prod(map(int, filter(None, sizes.split(","))))
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    )
+
+
+def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes that a device receives in one step, by purpose, as the design has it.
+
+    With z the size of a number of the compute dtype, and passes = 1 forward and, under remat, 1 more:
+
+    * "parameters": what the F devices along "fsdp" and "context" share is gathered for use, (F - 1) / F of it, in every
+      pass of the layers; the backward pass uses what the last of them gathered. Norms in float32, the rest rounded
+      before.
+    * "gradients": of every parameter, all-reduced over the devices that hold other tokens ("data", "fsdp", "expert" and
+      "context"; routed experts: not over "expert"). On GPUs and TPUs the compiler turns the all-reduce and the slice
+      that each of the F takes of it into a reduce-scatter, which is half of it.
+    * "tensor": all-reduces of [rows, tokens, embed_dim]: in every forward pass behind attention and (but for the last
+      of two passes) the MLP, in the backward pass one for each projection that reads the residual stream; of the
+      embeddings, and of the loss's gradient; of phi's and the gates' gradients, whose heads are split.
+    * "context": `nsa_jax.context.received_bytes`, again in every pass, the selected keys and values once more in the
+      backward pass, and gradients on the way back. Full attention: keys and values, likewise.
+
+    Left out are scalars and single numbers per token.
+
+    Args:
+      config: of the run.
+      vocab_size: of the tokenizer.
+      sizes: devices along `train.sharding.MESH_AXES`.
+    """
+    model, R, C = config.model, sizes["tensor"], sizes["context"]
+    F = math.prod(sizes[name] for name in SHARE_AXES)
+    shards = math.prod(sizes[name] for name in BATCH_AXES)
+    z = jnp.dtype(model.dtype).itemsize
+    passes = 1 if model.remat == "none" else 2
+    batch = config.data.batch_size // config.optimizer.accumulate
+    T = padded_length(config.data.sequence_length, C, model.nsa.compress_stride)
+    rows, tokens = batch // shards, T // C
+    total = dict.fromkeys(("parameters", "gradients", "tensor", "context"), 0.0)
+
+    boxed = jax.eval_shape(Transformer(model, vocab_size).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    rules = dict(RULES)
+    for path, box in jax.tree_util.tree_leaves_with_path(
+        boxed["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    ):
+        name = path[-1].key
+        names = [axis for axis in box.names if axis != "embed"]
+        split = math.prod([sizes[rules[axis]] for axis in names if rules[axis] is not None])
+        size = math.prod(box.value.shape) / split * (4 if name == "scale" else z)
+        if "embed" in box.names:
+            total["parameters"] += _others(F) * size * (passes if "layers" in names else 1)
+        over_rows = shards // (sizes["expert"] if "expert" in names else 1)
+        if not name.startswith("phi_"):
+            total["gradients"] += 2 * (_others(over_rows) + _others(C)) * size
+        elif C > 1:  # summed by hand, over everything at once
+            total["gradients"] += 2 * _others(over_rows * C * R) * size
+        else:
+            total["gradients"] += 2 * (_others(over_rows) + _others(R)) * size
+
+    layers, residual = model.num_layers, rows * tokens * model.embed_dim * z
+    nsa = model.attention == "nsa"
+    branches = 3 if nsa and not model.share_kv else 1
+    gate_hidden = rows * tokens * max(1, model.embed_dim // 4) * z if nsa else 0
+    times = layers * (passes + 1 + 1 + 2 * branches + 2) + 2
+    total["tensor"] += 2 * _others(R) * (times * residual + layers * gate_hidden)
+
+    heads, Dk = model.num_kv_heads // R, model.head_dim
+    Dv = Dk if model.v_head_dim is None else model.v_head_dim
+    once = whole = _others(C) * T * heads * (Dk + Dv) * z
+    if nsa:
+        once = received_bytes_over_context(
+            model.nsa, T=T, devices=C, num_kv_heads=heads, head_dim=Dk, v_head_dim=Dv, itemsize=z
+        )
+    total["context"] += layers * rows * ((passes + 1) * once + whole)
+    return total
+
+
+def _others(devices: int) -> float:
+    return (devices - 1) / devices
