@@ -19,6 +19,7 @@ RULES = (
     ("sequence", "context"),
     ("embed", "fsdp"),
     ("expert", "expert"),
+    ("router", None),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -56,6 +57,7 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
     """Raises ValueError where a mesh axis does not divide what is split along it."""
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    moe = config.model.moe
     rows = config.data.batch_size // config.optimizer.accumulate
     for what, size, along, devices in (
         (
@@ -68,6 +70,8 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
         ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
         ("rows of the embedding", vocab_rows, "mesh.tensor", tensor),
+        ("model.moe.num_routed", moe.num_routed, "mesh.expert", sizes["expert"]),
+        ("model.moe.expert_dim", moe.expert_dim if moe.num_routed else 0, "mesh.tensor", tensor),
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
