@@ -220,19 +220,12 @@ def _local_layer(
     if axes.expert:
         routed = jax.tree.map(lambda array: jax.lax.all_gather(array, axes.expert, tiled=True), routed)
     first = jax.lax.axis_index(axes.expert) * weights["gate_kernel"].shape[0] if axes.expert else 0
-    y = _routed_experts(
-        routed[0],
-        routed[1] - first,
-        routed[2],
-        weights["gate_kernel"],
-        weights["up_kernel"],
-        weights["down_kernel"],
-    )
+    own = [weights[f"{name}_kernel"] for name in ("gate", "up", "down")]
+    y = _routed_experts(routed[0], routed[1] - first, routed[2], *own)
     if axes.expert:
         y = jax.lax.psum_scatter(y, axes.expert, tiled=True)
     if config.moe.num_shared:
-        gate, up, down = (weights[f"shared_{name}_kernel"] for name in ("gate", "up", "down"))
-        y += _swiglu(tokens, gate, up, down, jnp.dot)
+        y += _swiglu(jnp.dot, tokens, *(weights[f"shared_{name}_kernel"] for name in ("gate", "up", "down")))
     if axes.mlp:
         y = _sum_over(y, axes.mlp)
     return y.reshape(x.shape), routing
@@ -271,12 +264,12 @@ def _routed_experts(
     # x, and on the way out.
     in_group = jnp.arange(num_tokens * k, dtype=jnp.int32)[:, None] < jnp.sum(sizes)
     rows = jnp.where(in_group, _to_rows(x, order, inverse, k), 0)
-    rows = _swiglu(rows, gate, up, down, functools.partial(jax.lax.ragged_dot, group_sizes=sizes))
+    rows = _swiglu(functools.partial(jax.lax.ragged_dot, group_sizes=sizes), rows, gate, up, down)
     parts = _from_rows(jnp.where(in_group, rows, 0), order, inverse).reshape(num_tokens, k, -1)
     return jnp.sum(parts.astype(mix.dtype) * mix[:, :, None], axis=1).astype(x.dtype)
 
 
-def _swiglu(x: Array, gate: Array, up: Array, down: Array, dot: Callable[[Array, Array], Array]) -> Array:
+def _swiglu(dot: Callable[[Array, Array], Array], x: Array, gate: Array, up: Array, down: Array) -> Array:
     return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
 
