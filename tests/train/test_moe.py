@@ -16,7 +16,7 @@ from train.config import ModelConfig, MoEConfig
 from train.moe import Routing, auxiliary_loss, moe_layer, moe_parameters, rebalanced, route, router_metrics
 from train.sharding import RULES
 
-B, T, E, M, N, K = 8, 6, 16, 12, 8, 3
+B, T, E, M, N, K = 8, 6, 16, 12, 4, 2
 CONFIG = ModelConfig(embed_dim=E, moe=MoEConfig(num_routed=N, num_shared=2, top_k=K, expert_dim=M))
 SIGMOID = {"score": "sigmoid", "normalise": True, "routed_scaling": 2.5}
 
@@ -97,7 +97,7 @@ def best(config, parameters, x):
     return np.argsort(-(scores + parameters["balance_bias"]), axis=-1, kind="stable")[..., : config.moe.top_k]
 
 
-SAME = [9.0, 0, 9.0, 0, 0, 0, 9.0, 0]  # every token chooses experts 0, 2 and 6
+SAME = [9.0, 0.0, 9.0, 0.0]  # every token chooses experts 0 and 2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts_and_no_token_is_dropped
     assignments = np.asarray(actual[0][1].assignments)
     assert assignments.sum() == arguments[2].sum() * config.moe.top_k
     if bias is not None:
-        assert np.all(assignments[[0, 2, 6]] == arguments[2].sum())
+        assert np.all(assignments[[0, 2]] == arguments[2].sum())
     assert np.any(actual[1][0]["router_kernel"] != 0)
     assert np.all(actual[1][0]["balance_bias"] == 0)
 
