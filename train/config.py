@@ -13,6 +13,22 @@ from nsa_jax.config import NSAConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the SwiGLU (arXiv 2401.06066)."""
+
+    num_routed: int = 0  # experts of which every token chooses `top_k`; 0: no experts, every layer is dense
+    num_shared: int = 0  # experts that every token uses
+    top_k: int = 2  # routed experts that a token uses
+    expert_dim: int = 128  # hidden width of one expert's SwiGLU
+    first_dense: int = 0  # layers at the start that keep the dense SwiGLU of mlp_dim
+    score: Literal["softmax", "sigmoid"] = "softmax"  # from router logits to scores
+    normalise: bool = False  # the weights of the chosen experts are divided by their sum
+    routed_scaling: float = 1.0  # factor on those weights
+    aux_loss: float = 0.0  # weight of the balancing loss in each layer; 0: off
+    bias_speed: float = 1e-3  # by which the balancing bias moves in a step (arXiv 2408.15664); 0: off
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder-only transformer."""
 
@@ -23,6 +39,7 @@ class ModelConfig:
     head_dim: int = 32  # size of a query/key head
     v_head_dim: int | None = None  # size of a value head; None: head_dim
     mlp_dim: int = 768  # hidden width of the SwiGLU
+    moe: MoEConfig = MoEConfig()  # experts in its place
     # The one flag that comparisons change; also --attention.
     attention: Annotated[Literal["nsa", "full", "window"], tyro.conf.arg(aliases=("--attention",))] = "nsa"
     implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None  # of the attention; None: the fastest
@@ -121,6 +138,13 @@ def check(config: TrainConfig) -> None:
         ("model.num_kv_heads", model.num_kv_heads, 1),
         ("model.head_dim", model.head_dim, 1),
         ("model.mlp_dim", model.mlp_dim, 1),
+        ("model.moe.num_routed", model.moe.num_routed, 0),
+        ("model.moe.num_shared", model.moe.num_shared, 0),
+        ("model.moe.top_k", model.moe.top_k, 1),
+        ("model.moe.expert_dim", model.moe.expert_dim, 1),
+        ("model.moe.first_dense", model.moe.first_dense, 0),
+        ("model.moe.aux_loss", model.moe.aux_loss, 0),
+        ("model.moe.bias_speed", model.moe.bias_speed, 0),
         ("data.sequence_length", data.sequence_length, 1),
         ("data.batch_size", data.batch_size, 1),
         ("optimizer.accumulate", optimizer.accumulate, 1),
@@ -138,6 +162,7 @@ def check(config: TrainConfig) -> None:
     for name, positive in (
         ("model.rope_theta", model.rope_theta),
         ("model.norm_eps", model.norm_eps),
+        ("model.moe.routed_scaling", model.moe.routed_scaling),
         ("optimizer.learning_rate", optimizer.learning_rate),
         ("optimizer.clip_norm", optimizer.clip_norm),
     ):
@@ -149,6 +174,22 @@ def check(config: TrainConfig) -> None:
         )
     if model.head_dim % 2:
         raise ValueError(f"model.head_dim = {model.head_dim}: expected an even number, for the rotary embedding")
+    moe = model.moe
+    if moe.num_routed and moe.top_k > moe.num_routed:
+        raise ValueError(
+            f"model.moe.top_k = {moe.top_k}: expected at most model.moe.num_routed = {moe.num_routed}, the experts to "
+            "choose from"
+        )
+    if moe.num_routed and moe.first_dense >= model.num_layers:
+        raise ValueError(
+            f"model.moe.first_dense = {moe.first_dense}: expected fewer than model.num_layers = {model.num_layers}, so "
+            "that a layer has experts"
+        )
+    if not moe.num_routed and (moe.num_shared or moe.first_dense):
+        raise ValueError(
+            f"model.moe.num_routed = 0 with model.moe.num_shared = {moe.num_shared} and model.moe.first_dense = "
+            f"{moe.first_dense}: expected routed experts too, or none of these"
+        )
     if data.isolate_documents and data.sequence_length % model.nsa.select_block:
         raise ValueError(
             f"data.sequence_length = {data.sequence_length}: expected a multiple of model.nsa.select_block = "

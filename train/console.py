@@ -81,6 +81,8 @@ class Console:
 
     def _describe(self, step: int, values: dict[str, float]) -> str:
         parts = [f"loss {values['loss']:.4f}", f"{values['bits_per_byte']:.3f} bits/byte"]
+        if "router_load_max" in values:
+            parts.append(f"load {values['router_load_max']:.2f}")
         if self._tokens_per_second is not None:
             parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
         if "model_flop_utilisation" in values:

@@ -338,9 +338,10 @@ def _beginning_of(stops: tuple[str, ...], text: str) -> int:
 
 
 def in_compute_dtype(params: Any, model: Transformer) -> Any:
-    """Parameters as the model uses them, so that a step reads them as such: norms keep float32."""
+    """Parameters as the model uses them, so that a step reads them as such: norms and routers keep float32."""
+    kept = ("scale", "router_kernel", "balance_bias")
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key == "scale" else x.astype(model.config.dtype), params
+        lambda path, x: x if path[-1].key in kept else x.astype(model.config.dtype), params
     )
 
 

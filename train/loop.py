@@ -27,7 +27,7 @@ from train.data import Batch, held_out_batches, train_batches
 from train.evaluate import evaluate
 from train.generate import generate
 from train.loss import bits_per_byte
-from train.metrics import MetricsLog, device_peak_flops, train_flops_per_token
+from train.metrics import MetricsLog, active_parameters, device_peak_flops, total_parameters, train_flops_per_token
 from train.model import Transformer, padded_vocabulary
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.report import plot_curves
@@ -190,7 +190,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
         def finish(step: int, metrics: StepMetrics) -> dict[str, float]:
             """Waits for a step, checks it and returns what is logged of it."""
             nonlocal last_time
-            sums, grad_norm = jax.device_get(metrics)
+            sums, grad_norm, router = jax.device_get(metrics)
             loss = float(sums.nll) / max(float(sums.weight), 1.0)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 checkpointer.wait()
@@ -209,6 +209,8 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
                 "learning_rate": float(learning_rates[step - 1]),
                 "tokens_per_second": speed,
             }
+            if router is not None:
+                values |= {name: float(value) for name, value in router._asdict().items()}
             if peak is not None:
                 values["model_flop_utilisation"] = speed * flops_per_token / peak
             console.update(step, values)
@@ -253,9 +255,15 @@ def _introduce(prepared: Prepared, console: Console) -> None:
     )
     for where, reason in corpus.skipped[:5]:
         console.print(f"  skipped {where}: {reason}")
-    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(prepared.abstract_state.params))
+    total = total_parameters(prepared.abstract_state.params)
+    active = active_parameters(total, config.model)
+    flops = train_flops_per_token(config.model, config.data.sequence_length, prepared.model.vocab_size)
     console.print(
-        f"{num_params / 1e6:.2f}M parameters, attention = {config.model.attention}, "
+        f"{total / 1e6:.2f}M parameters{'' if active == total else f', {active / 1e6:.2f}M of them active per token'}, "
+        f"{flops / 1e6:.2f} MFLOPs per token of training"
+    )
+    console.print(
+        f"attention = {config.model.attention}, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(prepared.mesh.shape)}"
     )
 

@@ -1,6 +1,7 @@
 """What is logged and where: JSON lines always, TensorBoard and Weights & Biases on request; FLOPs and utilisation."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -35,13 +36,28 @@ def device_peak_flops() -> float | None:
     return None if peak is None else peak * jax.device_count()
 
 
+def total_parameters(params: Any) -> int:
+    """Entries of a tree of arrays or of their shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def active_parameters(total: int, config: ModelConfig) -> int:
+    """Of `total` parameters, those that one token uses: all but the routed experts that it does not choose."""
+    moe = config.moe
+    if not moe.num_routed:
+        return total
+    idle = moe.num_routed - moe.top_k
+    return total - (config.num_layers - moe.first_dense) * idle * 3 * config.embed_dim * moe.expert_dim
+
+
 def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size: int) -> float:
     """Model FLOPs that training on one token of one full sequence takes, averaged over the T positions.
 
     Multiplications and additions of matrix products, 2 per multiply-add, times 3 for forward and backward. Attention
     counts the keys that a query really reads: all up to its own, its window, or the visible compressed tokens, the
-    tokens of its selected blocks and its window. Left out are what has no matrix product, what is done twice (remat,
-    and scoring blocks with the compressed branch's own logits), and document boundaries.
+    tokens of its selected blocks and its window. Of the routed experts, those that a token chooses count. Left out are
+    what has no matrix product, what is done twice (remat, and scoring blocks with the compressed branch's own logits),
+    and document boundaries.
     """
     E, H, K = config.embed_dim, config.num_heads, config.num_kv_heads
     Dk = config.head_dim
@@ -70,8 +86,12 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size:
         extra += phi * K * compressed[-1] / sequence_length
     projections = E * H * Dk + H * Dv * E + branches * E * K * (Dk + Dv)
     attention = H * (Dk + Dv) * float(keys.mean())
-    layer = projections + attention + extra + 3 * E * config.mlp_dim
-    return 3 * 2 * (config.num_layers * layer + E * padded_vocabulary(vocab_size))
+    moe = config.moe
+    num_dense = moe.first_dense if moe.num_routed else config.num_layers
+    experts = E * moe.num_routed + 3 * E * moe.expert_dim * (moe.top_k + moe.num_shared)
+    mlps = num_dense * 3 * E * config.mlp_dim + (config.num_layers - num_dense) * experts
+    layers = config.num_layers * (projections + attention + extra) + mlps
+    return 3 * 2 * (layers + E * padded_vocabulary(vocab_size))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,17 +1,19 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, layers under one scan."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import FullAttention, NSAttention
 from nsa_jax.cache import Cache
 from nsa_jax.sharding import take_rows
-from train.config import ModelConfig
+from train.config import ModelConfig, MoEConfig
+from train.moe import COLLECTION, MoE
 from train.sharding import RULES, activation, logical, weight
 
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
@@ -75,7 +77,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each on the normalised residual stream and added to it."""
+    """Attention, then SwiGLU or a mixture of experts, each on the normalised residual stream and added to it."""
 
     config: ModelConfig
 
@@ -86,6 +88,7 @@ class Block(nn.Module):
         cache: Cache | None,
         segment_ids: Int[Array, "B T"] | None,
         num_tokens: Int[Array, " B"] | None,
+        counted: Bool[Array, "B T"] | None,
     ) -> tuple[Array, Cache | None]:
         """The residual stream after the block and the cache, if there is one, with `num_tokens` of each row added."""
         config = self.config
@@ -100,8 +103,17 @@ class Block(nn.Module):
         else:
             attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
         x = x + attended
-        x = x + SwiGLU(config, name="mlp")(RMSNorm(config.norm_eps, name="mlp_norm")(x))
-        return x, cache
+        normalised = RMSNorm(config.norm_eps, name="mlp_norm")(x)
+        if config.moe.num_routed:
+            return x + MoE(config, name="mlp")(normalised, counted), cache
+        return x + SwiGLU(config, name="mlp")(normalised), cache
+
+
+def layer_stacks(config: ModelConfig) -> dict[str, tuple[ModelConfig, int]]:
+    """The stacks of equal layers in their order, by the name of their parameters: config of a layer, and how many."""
+    dense = config.moe.first_dense if config.moe.num_routed else 0
+    stacks = {"dense_layers": (dataclasses.replace(config, moe=MoEConfig()), dense)} if dense else {}
+    return {**stacks, "layers": (config, config.num_layers - dense)}
 
 
 def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
@@ -163,21 +175,27 @@ class Transformer(nn.Module):
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config)
+        for name, (layer_config, length) in layer_stacks(config).items():
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, COLLECTION: 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 4,
+                length=length,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            setattr(self, name, stack(layer_config))
         self.final_norm = RMSNorm(config.norm_eps)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        counted: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """Final hidden states, in the compute dtype."""
-        return self.decode(self.embed(tokens), segment_ids=segment_ids)
+        """Final hidden states, in the compute dtype; `counted` as in `MoE`."""
+        return self.decode(self.embed(tokens), segment_ids=segment_ids, counted=counted)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, in the compute dtype."""
@@ -185,10 +203,15 @@ class Transformer(nn.Module):
         return take_rows(table, tokens, logical("batch", "sequence", None))
 
     def decode(
-        self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        counted: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
         """Final hidden states from embeddings."""
-        x, _ = self.layers(x, None, segment_ids, None)
+        for name in layer_stacks(self.config):
+            x, _ = getattr(self, name)(x, None, segment_ids, None, counted)
         return activation(self.final_norm(x), "batch", "sequence", None)
 
 
@@ -214,12 +237,13 @@ def extend(
         mean nothing. None: all.
     """
     x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
-    extended = []
-    for layer, cache in enumerate(caches):
-        variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])}
-        out: Any = Block(config).apply(variables, x, cache, None, num_tokens)
-        x = out[0]
-        extended.append(out[1])
+    extended: list[Cache] = []
+    for name, (layer_config, length) in layer_stacks(config).items():
+        for layer in range(length):
+            variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params[name])}
+            out: Any = Block(layer_config).apply(variables, x, caches[len(extended)], None, num_tokens, None)
+            x = out[0]
+            extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(extended)
 

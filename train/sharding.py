@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("sequence", "context"),
     ("embed", SHARE_AXES),
     ("expert", "expert"),
+    ("router", None),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -61,7 +62,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
     """Raises ValueError where a mesh axis does not divide what is split along it."""
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
-    tensor = sizes["tensor"]
+    tensor, moe = sizes["tensor"], config.model.moe
     rows = config.data.batch_size // config.optimizer.accumulate
     for what, size, along, devices in (
         (
@@ -79,6 +80,8 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
         ("model.num_kv_heads", config.model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", config.model.mlp_dim, "mesh.tensor", tensor),
         ("rows of the embedding", vocab_rows, "mesh.tensor", tensor),
+        ("model.moe.num_routed", moe.num_routed, "mesh.expert", sizes["expert"]),
+        ("model.moe.expert_dim", moe.expert_dim if moe.num_routed else 0, "mesh.tensor", tensor),
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from train.loss import LossSums, cross_entropy
 from train.model import Transformer, output_kernel
+from train.moe import COLLECTION, RouterMetrics, Routing, auxiliary_loss, rebalanced, router_metrics
 
 
 class TrainState(NamedTuple):
@@ -26,6 +27,7 @@ class StepMetrics(NamedTuple):
 
     sums: LossSums
     grad_norm: Array  # before clipping
+    router: RouterMetrics | None  # of a model with experts
 
 
 def make_init(model: Transformer, optimizer: optax.GradientTransformation) -> Callable[[Array], TrainState]:
@@ -42,9 +44,22 @@ def make_init(model: Transformer, optimizer: optax.GradientTransformation) -> Ca
 
 def loss_sums(model: Transformer, params: Any, batch: dict[str, Array]) -> LossSums:
     """The loss of a batch, as sums."""
-    hidden: Any = model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"))
+    return _forward(model, params, batch)[0]
+
+
+def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[LossSums, Routing | None]:
+    """The loss of a batch, and where its tokens went if there are experts; tokens of weight 0 count in neither."""
+    out: Any = model.apply(
+        {"params": params},
+        batch["tokens"],
+        segment_ids=batch.get("segment_ids"),
+        counted=batch["weights"] > 0,
+        mutable=[COLLECTION],
+    )
+    hidden, left = out
     kernel = output_kernel(params, model.config)
-    return cross_entropy(hidden, kernel, batch["targets"], batch["weights"], batch["target_bytes"])
+    sums = cross_entropy(hidden, kernel, batch["targets"], batch["weights"], batch["target_bytes"])
+    return sums, left[COLLECTION]["layers"]["mlp"]["sums"] if left else None
 
 
 def make_train_step(
@@ -53,32 +68,52 @@ def make_train_step(
     """One update, from a batch that is cut into `accumulate` microbatches along its rows.
 
     The gradient is that of the sum of all tokens' losses over the sum of all weights, however many tokens count in
-    each microbatch.
+    each microbatch. The auxiliary loss of experts is that of each microbatch by itself, weighted by the tokens that
+    count in it. Their balancing bias moves once, by the loads of the whole batch.
     """
+    moe = model.config.moe
 
-    def objective(params: Any, batch: dict[str, Array], total_weight: Array) -> tuple[Array, LossSums]:
-        sums = loss_sums(model, params, batch)
-        return (sums.nll + z_loss * sums.z) / total_weight, sums
+    def objective(
+        params: Any, batch: dict[str, Array], total_weight: Array, total_tokens: Array
+    ) -> tuple[Array, tuple[LossSums, Routing | None]]:
+        sums, routing = _forward(model, params, batch)
+        loss = (sums.nll + z_loss * sums.z) / total_weight
+        if routing is not None and moe.aux_loss:
+            loss += moe.aux_loss * jnp.sum(auxiliary_loss(routing, moe) * routing.tokens) / total_tokens
+        return loss, (sums, routing)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepMetrics]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        total_tokens = jnp.maximum(jnp.sum(batch["weights"] > 0, dtype=jnp.float32), 1.0)
+
+        def parts(batch: dict[str, Array]) -> Any:
+            (_, sums), grads = gradient(state.params, batch, total_weight, total_tokens)
+            return sums, grads
+
         if accumulate == 1:
-            (_, sums), grads = gradient(state.params, batch, total_weight)
+            (sums, routing), grads = parts(batch)
         else:
             # Every accumulate-th row, not neighbouring ones: then each device's rows stay on it.
             split = {key: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
 
             def add(total: Any, microbatch: dict[str, Array]) -> tuple[Any, None]:
-                (_, sums), grads = gradient(state.params, microbatch, total_weight)
-                return jax.tree.map(jnp.add, total, (sums, grads)), None
+                return jax.tree.map(jnp.add, total, parts(microbatch)), None
 
-            zero = (LossSums(*[jnp.zeros((), jnp.float32)] * 4), jax.tree.map(jnp.zeros_like, state.params))
-            (sums, grads), _ = jax.lax.scan(add, zero, split)
+            shapes = jax.eval_shape(parts, {key: x[0] for key, x in split.items()})
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((sums, routing), grads), _ = jax.lax.scan(add, zero, split)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        router = None
+        if routing is not None:
+            router = router_metrics(routing, moe)
+            mlp = params["layers"]["mlp"]
+            # The optimiser leaves it alone: its gradient is zero, and biases do not decay.
+            bias = rebalanced(mlp["balance_bias"], routing.assignments, moe.bias_speed)
+            params = {**params, "layers": {**params["layers"], "mlp": {**mlp, "balance_bias": bias}}}
         rng = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(state.rng), 1)[0])
-        return TrainState(state.step + 1, params, opt_state, rng), StepMetrics(sums, optax.tree.norm(grads))
+        return TrainState(state.step + 1, params, opt_state, rng), StepMetrics(sums, optax.tree.norm(grads), router)
 
     return step

@@ -39,6 +39,11 @@ def test_help_lists_every_preset_and_every_field_with_its_comment(capsys, monkey
 
 def test_a_preset_is_changed_by_its_flags_and_nothing_else():
     assert parse(["tiny"]) == tiny()
+    experts = dataclasses.replace(
+        tiny().model, moe=dataclasses.replace(tiny().model.moe, num_routed=6, score="sigmoid")
+    )
+    flags = ["--model.moe.num-routed", "6", "--model.moe.score", "sigmoid"]
+    assert parse(["tiny", *flags]) == dataclasses.replace(tiny(), model=experts)
     expected = dataclasses.replace(
         tiny(), steps=7, model=dataclasses.replace(tiny().model, attention="full", num_layers=3)
     )

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from train.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     TrainConfig,
     check,
@@ -49,6 +51,15 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
             {"model": ModelConfig(nsa=NSAConfig(select_block=48)), "data": DataConfig(sequence_length=64)},
             r"data.sequence_length = 64: .*model.nsa.select_block = 48.*data.isolate_documents",
         ),
+        ({"model": ModelConfig(moe=MoEConfig(num_routed=4, top_k=5))}, r"model.moe.top_k = 5: .*num_routed = 4"),
+        ({"model": ModelConfig(moe=MoEConfig(num_routed=4, top_k=0))}, r"model.moe.top_k = 0: expected at least 1"),
+        (
+            {"model": ModelConfig(num_layers=3, moe=MoEConfig(num_routed=4, first_dense=3))},
+            r"model.moe.first_dense = 3: .*model.num_layers = 3",
+        ),
+        ({"model": ModelConfig(moe=MoEConfig(num_shared=1))}, r"num_routed = 0 with .*num_shared = 1"),
+        ({"model": ModelConfig(moe=MoEConfig(bias_speed=-1.0))}, r"model.moe.bias_speed = -1.0: expected at least 0"),
+        ({"model": ModelConfig(moe=MoEConfig(routed_scaling=0.0))}, r"model.moe.routed_scaling = 0.0: .*positive"),
         ({"optimizer": OptimizerConfig(warmup_steps=300)}, r"optimizer.warmup_steps = 300: .*steps = 300"),
         ({"optimizer": OptimizerConfig(accumulate=3)}, r"data.batch_size = 8: .*optimizer.accumulate = 3"),
         ({"optimizer": OptimizerConfig(learning_rate=0.0)}, r"optimizer.learning_rate = 0.0: .*positive"),
@@ -59,6 +70,13 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
 def test_contradictions_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         check(dataclasses.replace(TrainConfig(), **changes))
+
+
+def test_a_config_saved_before_there_were_experts_loads_without_any():
+    saved = json.loads(to_json(TrainConfig()))
+    del saved["model"]["moe"]
+    assert from_json(json.dumps(saved)) == TrainConfig()
+    assert TrainConfig().model.moe.num_routed == 0
 
 
 def test_a_sequence_of_any_length_is_allowed_where_documents_run_into_each_other():

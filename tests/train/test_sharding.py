@@ -8,7 +8,7 @@ import pytest
 
 import train.model
 from nsa_jax import NSAConfig, num_compressed
-from train.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from train.model import Transformer
 from train.optimizer import make_optimizer
 from train.sharding import batch_sharding, check_divisible, make_mesh, mesh_shape, on_mesh, tree_shardings
@@ -35,11 +35,16 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(mesh, 
         mesh_shape(mesh, 8)
 
 
+EXPERTS = ModelConfig(embed_dim=32, num_kv_heads=2, moe=MoEConfig(num_routed=6, expert_dim=9))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mesh": MeshConfig(data=1, tensor=8)}, r"model.num_kv_heads = 2: .* multiple of mesh.tensor = 8"),
         ({"mesh": MeshConfig(fsdp=4, tensor=2)}, r"model.embed_dim = 30: .* multiple of mesh.fsdp \* mesh.context = 4"),
+        ({"mesh": MeshConfig(expert=4), "model": EXPERTS}, r"model.moe.num_routed = 6: .* multiple of mesh.expert = 4"),
+        ({"mesh": MeshConfig(tensor=2), "model": EXPERTS}, r"model.moe.expert_dim = 9: .* multiple of mesh.tensor = 2"),
         (
             {"optimizer": OptimizerConfig(accumulate=2)},
             r"data.batch_size / optimizer.accumulate = 4: .* multiple of mesh.data \* mesh.fsdp \* mesh.expert = 8",
