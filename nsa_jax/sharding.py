@@ -124,9 +124,7 @@ def sharded(
     @functools.wraps(op)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         around = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-        kinds = dict(zip(around.axis_names, around.axis_types, strict=True))
-        free = [axis for axis, kind in kinds.items() if kind != AxisType.Manual]
-        over = {what: tuple(axis for axis in some if axis in free) for what, some in axes.items()}
+        over = {what: free_axes(some, around) for what, some in axes.items()}
         devices = {what: math.prod(around.shape[axis] for axis in some) for what, some in over.items()}
         if math.prod(devices.values()) == 1:
             return op(*args, **kwargs)
@@ -144,10 +142,7 @@ def sharded(
             mesh=mesh,
             in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
             out_specs=jax.tree.map(place, RESULTS[op]),
-            # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such
-            # axes to XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have
-            # no sharding.
-            axis_names={axis for axis in free if axis in named or kinds[axis] == AxisType.Explicit},
+            axis_names=manual_axes(sum(over.values(), ()), around),
             # With it, every `pallas_call` would have to say over which axes its outputs vary: kernels see no mesh.
             check_vma=False,
         )
@@ -156,41 +151,55 @@ def sharded(
     return call
 
 
-def place(x: Array, split: PartitionSpec) -> Array:
-    """An array, split over the mesh in context as told: moved there on Explicit axes, constrained to on Auto ones.
+def free_axes(axes: MeshAxes | None, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+    """Those of some axes along which the mesh (None: the one in context) has several devices yet to be split over.
 
-    Axes that the mesh lacks, and those that a surrounding `jax.shard_map` has split already, are passed over.
+    That is, without axes that the mesh lacks, and those that a surrounding `jax.shard_map` has split already.
     """
-    split, kinds = _free(split)
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(
+        axis
+        for axis in _as_tuple(axes or ())
+        if kinds.get(axis, AxisType.Manual) != AxisType.Manual and mesh.shape[axis] > 1
+    )
+
+
+def manual_axes(axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> set[str]:
+    """The `axis_names` of a `jax.shard_map` that splits over some of the mesh's axes."""
+    # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such axes to
+    # XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have no sharding.
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {axis for axis, kind in kinds.items() if axis in axes or kind == AxisType.Explicit}
+
+
+def free_split(split: PartitionSpec, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+    """A split over the mesh (None: the one in context), by `free_axes`."""
+    return PartitionSpec(*(free_axes(axes, mesh) or None for axes in split))
+
+
+def devices_along(axes: MeshAxes | None) -> int:
+    """Devices along some axes of the mesh in context, by `free_axes`."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in free_axes(axes))
+
+
+def place(x: Array, split: PartitionSpec) -> Array:
+    """An array, split over the mesh in context as told: moved there on Explicit axes, constrained to on Auto ones."""
+    kinds = _free_kinds()
     if AxisType.Explicit in kinds:
-        return jax.sharding.reshard(x, split)
-    return jax.lax.with_sharding_constraint(x, split) if kinds else x
+        return jax.sharding.reshard(x, free_split(split))
+    return jax.lax.with_sharding_constraint(x, free_split(split)) if kinds else x
 
 
 def take_rows(table: Array, indices: Array, split: PartitionSpec) -> Array:
     """table[indices], split over the mesh in context as told; `table` may be split too."""
-    out, kinds = _free(split)
     # On Explicit axes JAX asks where the result of a gather shall lie; on others it does not want to be told.
-    rows = table.at[indices].get(out_sharding=out if AxisType.Explicit in kinds else None)
-    return place(rows, split)
+    out = free_split(split) if AxisType.Explicit in _free_kinds() else None
+    return place(table.at[indices].get(out_sharding=out), split)
 
 
-def _free(split: PartitionSpec) -> tuple[PartitionSpec, set[AxisType]]:
-    """The split without axes that are not there to be used, and the types of all that are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    free = {axis: kind for axis, kind in kinds.items() if kind != AxisType.Manual}
-    usable = [tuple(axis for axis in _as_tuple(axes or ()) if axis in free) or None for axes in split]
-    return PartitionSpec(*usable), set(free.values())
-
-
-def devices_along(axes: MeshAxes) -> int:
-    """Devices along some axes of the mesh in context, without those that a surrounding `jax.shard_map` has split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return math.prod(
-        mesh.shape[axis] for axis in _as_tuple(axes) if kinds.get(axis, AxisType.Manual) != AxisType.Manual
-    )
+def _free_kinds() -> set[AxisType]:
+    return set(jax.sharding.get_abstract_mesh().axis_types) - {AxisType.Manual}
 
 
 def _over_context(op: Callable, axes: tuple[str, ...], options: dict[str, Any], arrays: Mapping[str, Any]) -> Callable:

@@ -6,7 +6,6 @@ gradient trains, moved after each step (arXiv 2408.15664).
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,12 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.layer import Parameter
+from nsa_jax.sharding import free_axes, free_split, manual_axes
 from train.config import ModelConfig, MoEConfig
-from train.sharding import RULES
+from train.sharding import RULES, logical
 
 COLLECTION = "routing"  # where a layer leaves its `Routing`, if the caller says that this collection may change
 
@@ -123,22 +123,15 @@ def moe_layer(
     """
     # Outside of what is transposed below, so that not even zeros are added up for it.
     parameters = {**parameters, "balance_bias": jax.lax.stop_gradient(parameters["balance_bias"])}
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    free = [axis for axis, kind in kinds.items() if kind != AxisType.Manual]
-    rules: dict[str, Any] = dict(RULES)
-
-    def over(name: str | None) -> tuple[str, ...]:
-        axes = rules[name] if name is not None else ()
-        return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis in free)
+    rules = dict(RULES)
+    over = {name: free_axes(rules[name]) for name in ("batch", "sequence", "expert", "embed", "mlp")}
+    axes = _MeshAxes(over["batch"] + over["sequence"], over["expert"], over["embed"], over["mlp"])
+    if not any(axes):
+        return _local_layer(parameters, x, counted, config=config, axes=axes)
 
     def split(*names: str | None) -> PartitionSpec:
-        return PartitionSpec(*(over(name) or None for name in names))
+        return free_split(logical(*names))
 
-    axes = _MeshAxes(over("batch") + over("sequence"), over("expert"), over("embed"), over("mlp"))
-    named = {axis for some in axes for axis in some}
-    if math.prod(mesh.shape[axis] for axis in named) == 1:
-        return _local_layer(parameters, x, counted, config=config, axes=_MeshAxes())
     tokens = split("batch", "sequence", None)
     layer = jax.shard_map(
         functools.partial(_local_layer, config=config, axes=axes),
@@ -148,7 +141,7 @@ def moe_layer(
             split("batch", "sequence"),
         ),
         out_specs=(tokens, PartitionSpec()),
-        axis_names={axis for axis in free if axis in named or kinds[axis] == AxisType.Explicit},
+        axis_names=manual_axes(sum(axes, ()), jax.sharding.get_abstract_mesh()),
         # So that gradients of parameters are added up at this boundary, as parts along fsdp, and nowhere before.
         check_vma=False,
     )

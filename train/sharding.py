@@ -1,7 +1,7 @@
 """Which device holds what: the mesh, and one table from logical axes to mesh axes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import DTypeLike
 
 from nsa_jax.context import to_zigzag
-from nsa_jax.sharding import place
+from nsa_jax.sharding import free_split, place
 from train.config import MeshConfig, TrainConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -95,11 +95,13 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
         )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices."""
-    shape = mesh_shape(config, jax.device_count())
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over some devices; None: over all."""
+    devices = jax.devices() if devices is None else devices
     kind = AxisType.Explicit if config.explicit else AxisType.Auto
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(kind,) * len(MESH_AXES))
+    return jax.make_mesh(
+        mesh_shape(config, len(devices)), MESH_AXES, axis_types=(kind,) * len(MESH_AXES), devices=devices
+    )
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -114,7 +116,11 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         unknown = [name for name in spec or () if name is not None and name not in known]
         if unknown:
             raise ValueError(f"parameter {jax.tree_util.keystr(path)}: logical axes {unknown} are not in RULES")
-    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, free_split(logical(*spec), mesh)),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
 def activation(x: jax.Array, *names: str | None) -> jax.Array:
@@ -138,7 +144,7 @@ def weight(parameter: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `BATCH_AXES`, tokens over context."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+    return NamedSharding(mesh, free_split(logical("batch", "sequence"), mesh))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str, jax.Array]:
