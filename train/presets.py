@@ -48,7 +48,11 @@ def tiny() -> TrainConfig:
 
 
 def tiny_moe() -> TrainConfig:
-    """`tiny` with experts in both layers, for two CPU cores."""
+    """`tiny` with experts in both layers, for two CPU cores: 1.78M parameters, 0.89M of them active per token.
+
+    Measured in one run each: over the last 25 steps the fullest expert of a layer has 1.50 times the mean load, and
+    2.96 times with --model.moe.bias-speed 0; 3.46 and 3.49 held-out bits per byte.
+    """
     base = tiny()
     return dataclasses.replace(
         base,
