@@ -107,7 +107,8 @@ def moe_layer(
     n k times its tokens, because all of them may choose its experts.
 
     `tensor` adds partial sums of the scattered output, the shared experts' among them: together with the scatter as
-    many bytes as one collective over both axes. Statistics are sums over all tokens of the mesh.
+    many bytes as one collective over both axes. Where XLA has no grouped matrix product for `ragged_dot`, as on a CPU,
+    it multiplies every row by every expert of the device and masks. Statistics are sums over all tokens of the mesh.
 
     Args:
       parameters: as `moe_parameters` names them, float32.

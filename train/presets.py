@@ -48,25 +48,28 @@ def tiny() -> TrainConfig:
 
 
 def tiny_moe() -> TrainConfig:
-    """`tiny` with a second and a third layer of experts, for two CPU cores."""
+    """`tiny` with experts in both layers, for two CPU cores: 1.78M parameters, 0.89M of them active per token.
+
+    Measured in one run each: over the last 25 steps the fullest expert of a layer has 1.50 times the mean load, and
+    2.96 times with --model.moe.bias-speed 0; 3.46 and 3.49 held-out bits per byte.
+    """
     base = tiny()
     return dataclasses.replace(
         base,
         model=dataclasses.replace(
             base.model,
-            num_layers=3,
             moe=MoEConfig(
                 num_routed=8,
                 num_shared=1,
                 top_k=2,
                 expert_dim=128,
-                first_dense=1,
                 score="sigmoid",
                 normalise=True,
+                bias_speed=0.01,  # ten times what long runs use
             ),
         ),
         run_dir=Path("runs/tiny-moe"),
-        steps=300,
+        steps=150,
         eval_batches=16,
     )
 

@@ -1,4 +1,4 @@
-"""Pictures of finished runs: `python -m train.report picture.png name=run_dir ...` draws several into one."""
+"""Pictures of finished runs: `python -m train.report [--loads] picture.png name=run_dir ...` draws several into one."""
 
 import sys
 from pathlib import Path
@@ -43,6 +43,26 @@ def plot_curves(runs: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_loads(runs: dict[str, Path], path: Path) -> None:
+    """The largest load of an expert over the mean load, averaged over layers, as a PNG; arguments as `plot_curves`.
+
+    Raises:
+      ValueError: a folder holds no metrics of experts.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, run_dir in runs.items():
+        steps, loads = _curve(read_metrics(run_dir / "metrics.jsonl"), "router_load_mean")
+        if not steps:
+            raise ValueError(f"{run_dir}: no loads of experts to draw")
+        axes.plot(steps, loads, label=name)
+    axes.axhline(1.0, color="black", linewidth=1, linestyle=":", label="even")
+    axes.set(xlabel="step", ylabel="largest load / mean load, mean over layers", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
 def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     return [step for step, _ in points], [value for _, value in points]
@@ -50,10 +70,12 @@ def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
 
 def main(arguments: list[str]) -> None:
     """Draws the runs named on the command line."""
+    plot = plot_loads if arguments[:1] == ["--loads"] else plot_curves
+    arguments = arguments[1:] if plot is plot_loads else arguments
     if len(arguments) < 2 or not all("=" in run for run in arguments[1:]):
-        raise SystemExit("usage: python -m train.report picture.png name=run_dir [name=run_dir ...]")
+        raise SystemExit("usage: python -m train.report [--loads] picture.png name=run_dir [name=run_dir ...]")
     runs = dict(run.split("=", 1) for run in arguments[1:])
-    plot_curves({name: Path(run_dir) for name, run_dir in runs.items()}, Path(arguments[0]))
+    plot({name: Path(run_dir) for name, run_dir in runs.items()}, Path(arguments[0]))
 
 
 if __name__ == "__main__":

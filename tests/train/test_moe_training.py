@@ -150,7 +150,7 @@ def test_the_bias_does_not_decay_and_router_and_bias_keep_float32(in_halves):
 
 
 def test_decoding_through_caches_equals_the_whole_forward_pass():
-    config = dataclasses.replace(MODEL, attention="nsa", num_layers=2)
+    config = dataclasses.replace(MODEL, num_layers=2)
     model = Transformer(config, VOCABULARY)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))["params"]
     params["layers"]["mlp"]["balance_bias"] = jnp.linspace(-0.3, 0.3, 4)[None]
@@ -180,7 +180,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
         steps=6,
         eval_every=6,
         eval_batches=1,
-        sample_tokens=0,
+        sample_tokens=2,
     )
     result = run(prepare(config), plain=True)
     total = total_parameters(result.state.params)
@@ -195,7 +195,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
     assert set(np.unique(np.abs(bias(result.state) * 2**7))) <= set(range(7))
     assert np.any(bias(result.state))
 
-    resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
+    resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed", sample_tokens=0)
     shutil.copytree(config.run_dir, resumed.run_dir)
     shutil.rmtree(resumed.run_dir / "checkpoints" / "6")
     again = run(prepare(resumed), plain=True)

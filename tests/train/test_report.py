@@ -22,6 +22,15 @@ def test_several_runs_are_drawn_into_one_png(tmp_path):
     assert both != one
 
 
+def test_loads_of_experts_are_drawn_and_missed_by_name(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    with pytest.raises(ValueError, match=r"run: no loads of experts"):
+        main(["--loads", str(tmp_path / "loads.png"), f"run={run}"])
+    (run / "metrics.jsonl").write_text('{"step": 1, "router_load_mean": 2.0}\n{"step": 2, "router_load_mean": 1.5}\n')
+    main(["--loads", str(tmp_path / "loads.png"), f"run={run}"])
+    assert (tmp_path / "loads.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_a_run_without_metrics_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"absent: no metrics"):
         plot_curves({"absent": tmp_path / "absent"}, tmp_path / "curve.png")
