@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from nsa_jax.attention import BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
-from nsa_jax.rope import apply_rope
+from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.sharding import MeshAxes, sharded
 from nsa_jax.visibility import segment_starts
 
@@ -44,6 +44,7 @@ class HeadConfig:
     head_dim: int  # Dk
     v_head_dim: int | None = None  # Dv; None: Dk
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
 
     def __post_init__(self) -> None:
@@ -267,7 +268,7 @@ def _phi_names(compression: Compression) -> tuple[str, ...]:
 
 def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
     """Rotary embedding, where the layer has one."""
-    return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta)
+    return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta, config.rope_scaling)
 
 
 def cast(x: Array, parameters: Mapping[str, Array], dtype: DTypeLike | None) -> tuple[Array, dict[str, Array]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nsa_jax.config import NSAConfig
+from nsa_jax.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ModelConfig:
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
     share_kv: bool = False  # one key/value projection for the three branches instead of one each
     rope_theta: float = 10_000.0  # base of the rotary position embedding
+    rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output layer is the transposed embedding
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
