@@ -43,7 +43,9 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     path: str | None = None  # file, folder or glob; None: the Python source of the interpreter's standard library
-    format: Literal["auto", "text", "jsonl", "parquet", "chat"] = "auto"  # auto: by the file's ending; chat: train.chat
+    format: Literal["auto", "text", "jsonl", "parquet", "chat"] = (
+        "auto"  # auto: by the file's ending; chat: see train.chat
+    )
     suffix: str | None = None  # in a folder, only files whose name ends so; None: .py for the default path, else all
     text_field: str = "text"  # JSONL key or Parquet column that holds the text
     chat_start: str = "<|im_start|>"  # before the role of a turn: a token where the tokenizer knows it, else text

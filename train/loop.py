@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.checkpoint import Checkpointer
 from train.config import TrainConfig, check, differences, from_json, to_json
@@ -262,8 +262,9 @@ def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
     def loss(params: Any, batch: dict[str, jax.Array]) -> LossSums:
         return loss_sums(model, params, batch)
 
-    step = on_mesh(jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets)), mesh)
-    found = evaluate_positions(step, params, (put_batch(batch, mesh) for batch in prepared.held_out))
+    whole = NamedSharding(mesh, PartitionSpec())  # every host reads all buckets
+    step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets), out_shardings=whole)
+    found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(batch, mesh) for batch in prepared.held_out))
     return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
 
 
