@@ -13,6 +13,7 @@ from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, i
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks, num_compressed
 from nsa_jax.linen import FullAttention, NSAttention
+from nsa_jax.rope import RopeScaling
 
 __all__ = [
     "BranchKV",
@@ -21,6 +22,7 @@ __all__ = [
     "NSACache",
     "NSAConfig",
     "NSAttention",
+    "RopeScaling",
     "cache_bytes",
     "compress",
     "compressed_attention",

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen import initializers
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
@@ -18,10 +17,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from nsa_jax.attention import BranchKV, Implementation, nsa_attention, window_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
-from nsa_jax.context import zigzag_order
-from nsa_jax.rope import apply_rope
-from nsa_jax.sharding import MeshAxes, devices_along, place, sharded
-from nsa_jax.visibility import segment_positions
+from nsa_jax.rope import RopeScaling, apply_rope
+from nsa_jax.sharding import MeshAxes, devices_along, place, sharded, token_positions
 
 BRANCHES = ("cmp", "slc", "win")
 
@@ -48,6 +45,7 @@ class HeadConfig:
     head_dim: int  # Dk
     v_head_dim: int | None = None  # Dv; None: Dk
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
     dtype: DTypeLike | None = None  # of the computation; None: that of the input
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
@@ -285,7 +283,7 @@ def _phi_names(compression: Compression) -> tuple[str, ...]:
 
 def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
     """Rotary embedding, where the layer has one."""
-    return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta)
+    return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta, config.rope_scaling)
 
 
 def layer_inputs(
@@ -314,13 +312,10 @@ def layer_inputs(
 
 
 def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[Array, "B T"]:
-    B, T, _ = x.shape
-    if segment_ids is None:
-        order = zigzag_order(T, devices) if (devices := devices_along(config.context_axes)) > 1 else np.arange(T)
-        return jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None, :], (B, T))
-    if segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
-    return sharded(segment_positions, batch_axes=config.batch_axes, context_axes=config.context_axes)(segment_ids)
+    if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {x.shape[:2]}")
+    axes = {"batch_axes": config.batch_axes, "context_axes": config.context_axes}
+    return token_positions(x.shape[:2], segment_ids, **axes)
 
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:

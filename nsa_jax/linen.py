@@ -29,6 +29,7 @@ from nsa_jax.layer import (
     nsa_parameters,
     projection_parameters,
 )
+from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
 
 
@@ -67,6 +68,7 @@ class NSAttention(nn.Module):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
     implementation: Implementation | None = None  # of the attention; None: the fastest
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
@@ -112,6 +114,7 @@ class FullAttention(nn.Module):
     v_head_dim: int | None = None  # Dv; None: head_dim
     window: int | None = None  # positions a query sees, its own included; None: all before it
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
+    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`

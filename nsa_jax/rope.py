@@ -1,21 +1,99 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864)."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864), and its scaling to contexts longer than those trained on."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+ScalingKind = Literal["none", "linear", "ntk", "yarn"]
 
 
-def apply_rope(x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H D"]:
-    """Rotates the pairs (x_i, x_{i + D/2}) by positions * theta ** (-2 i / D). Computed in float32 at least.
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of the rotary embedding are stretched for a longer context (YaRN paper, arXiv 2309.00071).
+
+    Frozen and hashable, so that it can be a static argument of `jax.jit`. Equation numbers are the YaRN paper's:
+    `linear` divides every frequency by `factor` (position interpolation, equation 10); `ntk` enlarges the base so that
+    the highest frequency stays and the lowest is divided by `factor` (equations 14 to 16); `yarn` keeps frequencies
+    that turn more than `beta_fast` times in `original_length` tokens, divides by `factor` those that turn less than
+    `beta_slow` times, goes from one to the other linearly in the number of turns (equations 18 to 20), and multiplies
+    logits by (0.1 ln factor + 1)^2 (equations 21 and 22).
 
     Raises:
-      ValueError: D is odd.
+      ValueError: `kind` is unknown; `factor` is below 1, or not 1 for `none`; `original_length` is missing for `yarn`
+        or not positive; or not 0 < beta_slow < beta_fast.
     """
-    D = x.shape[-1]
-    if D % 2:
-        raise ValueError(f"head_dim = {D}: rotary position embedding needs an even head size")
+
+    kind: ScalingKind = "none"  # none: plain rotary embedding, at any length
+    factor: float = 1.0  # s: the longer context over the one trained on
+    original_length: int | None = None  # L: tokens of the context trained on; only yarn needs it
+    beta_fast: float = 32.0  # yarn: frequencies of more turns in original_length stay as they are
+    beta_slow: float = 1.0  # yarn: frequencies of fewer turns are divided by factor
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ScalingKind):
+            raise ValueError(f"RopeScaling.kind = {self.kind!r}: expected one of {', '.join(get_args(ScalingKind))}")
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"RopeScaling.factor = {self.factor}: expected a number of at least 1")
+        if self.kind == "none" and self.factor != 1:
+            raise ValueError(f"RopeScaling.factor = {self.factor}: expected 1 with kind = none")
+        if self.original_length is None and self.kind == "yarn":
+            raise ValueError("RopeScaling.original_length = None: expected the tokens trained on, with kind = yarn")
+        length = self.original_length
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise ValueError(f"RopeScaling.original_length = {length!r}: expected a positive integer")
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ValueError(
+                f"RopeScaling.beta_slow = {self.beta_slow}: expected above 0 and below beta_fast = {self.beta_fast}"
+            )
+
+    @property
+    def magnitude(self) -> float:
+        """What queries and keys are multiplied by: sqrt(1/t) = 0.1 ln s + 1 for `yarn` (equation 22), else 1."""
+        return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float64[np.ndarray, " D/2"]:
+    """Radians per token of each pair, highest first: theta ** (-2 i / D), scaled.
+
+    Raises:
+      ValueError: `head_dim` is odd, or 2 with kind = ntk, which needs a highest and a lowest frequency.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim}: rotary position embedding needs an even head size")
+    if scaling.kind == "ntk":
+        if head_dim == 2:
+            raise ValueError("head_dim = 2: RopeScaling.kind = ntk needs a head size of at least 4")
+        theta = theta * scaling.factor ** (head_dim / (head_dim - 2))
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        assert scaling.original_length is not None
+        # Equation 17 prints the enlarged base b' here; by equation 13 a wavelength is that of the embedding trained.
+        turns = scaling.original_length * frequencies / (2 * np.pi)
+        kept = np.clip((turns - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow), 0, 1)
+        return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    return frequencies
+
+
+def apply_rope(
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float, scaling: RopeScaling = RopeScaling()
+) -> Float[Array, "B T H D"]:
+    """Rotates the pairs (x_i, x_{i + D/2}) by positions * frequency_i. Computed in float32 at least.
+
+    The frequencies are those of `rope_frequencies`. With kind = yarn the result is also multiplied by
+    `scaling.magnitude`: done to queries and keys alike, that scales the logits.
+
+    Raises:
+      ValueError: D does not fit; see `rope_frequencies`.
+    """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(0, D, 2, dtype=dtype) / D)
-    angle = positions.astype(dtype)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    frequencies = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), dtype)
+    angle = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = scaling.magnitude * jnp.cos(angle), scaling.magnitude * jnp.sin(angle)
     a, b = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

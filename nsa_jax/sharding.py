@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from nsa_jax import context
 from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
@@ -149,6 +151,24 @@ def sharded(
         return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
 
     return call
+
+
+def token_positions(
+    shape: tuple[int, int],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    batch_axes: MeshAxes = (),
+    context_axes: MeshAxes = (),
+) -> Int[Array, "B T"]:
+    """Positions of the tokens of B rows of T, each within its segment if there are any; int32.
+
+    Tokens that the mesh in context splits over `context_axes` are in zigzag order, as `sharded` wants them.
+    """
+    if segment_ids is not None:
+        return sharded(segment_positions, batch_axes=batch_axes, context_axes=context_axes)(segment_ids)
+    devices = devices_along(context_axes)
+    order = context.zigzag_order(shape[1], devices) if devices > 1 else np.arange(shape[1])
+    return jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None, :], shape)
 
 
 def free_axes(axes: MeshAxes | None, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:

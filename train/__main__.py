@@ -1,10 +1,11 @@
-"""The command line: `python -m train PRESET [--field value ...]`, and `python -m train generate --run FOLDER ...`.
+"""The command line: `python -m train PRESET [--field value ...]`, and the commands below on the folder of a run.
 
 Exit codes: 0 the run is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by SIGINT
 or SIGTERM, has saved, and goes on when the same command is given again.
 """
 
 import contextlib
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,11 @@ from train.checkpoint import CheckpointError
 from train.config import TrainConfig, to_json
 from train.presets import PRESETS
 
+# Commands on a run by name: a module that has their `Arguments`, and the function that takes them.
+COMMANDS = {
+    "generate": ("train.generate", "continue_prompt"),
+    "positions": ("train.positions", "report_positions"),
+}
 FAILED, WRONG_SETTING, SIGNALLED = 1, 2, 128
 
 
@@ -37,8 +43,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 def main(arguments: Sequence[str]) -> int:
     """Runs a command line and returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    if list(arguments[:1]) == ["generate"]:
-        return _generate(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return _command(arguments[0], arguments[1:])
     try:
         config = parse(arguments)
         # After parsing, because importing JAX takes seconds that --help need not wait for.
@@ -57,12 +63,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _generate(arguments: Sequence[str]) -> int:
-    from train.generate import Arguments, continue_prompt
-
-    parsed = tyro.cli(Arguments, prog="python -m train generate", args=list(arguments))
+def _command(name: str, arguments: Sequence[str]) -> int:
+    module_name, function = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parsed = tyro.cli(module.Arguments, prog=f"python -m train {name}", args=list(arguments))
     try:
-        continue_prompt(parsed)
+        getattr(module, function)(parsed)
     except ValueError as error:
         return _complain(f"error: {error}", WRONG_SETTING)
     except CheckpointError as error:

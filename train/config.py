@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nsa_jax.config import NSAConfig
+from nsa_jax.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ModelConfig:
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
     share_kv: bool = False  # one key/value projection for the three branches instead of one each
     rope_theta: float = 10_000.0  # base of the rotary position embedding
+    rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output layer is the transposed embedding
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
@@ -58,9 +60,13 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     path: str | None = None  # file, folder or glob; None: the Python source of the interpreter's standard library
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"  # auto: by the file's ending
+    format: Literal["auto", "text", "jsonl", "parquet", "chat"] = (
+        "auto"  # auto: by the file's ending; chat: see train.chat
+    )
     suffix: str | None = None  # in a folder, only files whose name ends so; None: .py for the default path, else all
     text_field: str = "text"  # JSONL key or Parquet column that holds the text
+    chat_start: str = "<|im_start|>"  # before the role of a turn: a token where the tokenizer knows it, else text
+    chat_end: str = "<|im_end|>"  # after the content of a turn
     tokenizer: str = "byte"  # "byte", or the path of a Hugging Face tokenizers JSON file
     sequence_length: int = 512  # T, tokens per row
     batch_size: int = 8  # rows per optimiser step over all hosts, before gradient accumulation splits them
@@ -122,6 +128,9 @@ class TrainConfig:
     seed: int = 0  # of the parameters and of sampling
     eval_every: int = 100  # steps between held-out evaluations; the last step is always evaluated
     eval_batches: int = 16  # held-out batches per evaluation
+    init_from: Path | None = None  # folder of a run whose parameters this one starts from; its data begin anew
+    init_step: int | None = None  # of that run's checkpoint; None: the newest
+    position_buckets: int = 16  # parts of the sequence whose held-out loss the last step logs; 0: none
     sample_prompt: str = "def "  # what the sample at the end continues
     sample_tokens: int = 200  # its length in tokens
     tensorboard: bool = False  # also write TensorBoard events (extra: tensorboard)
@@ -155,6 +164,7 @@ def check(config: TrainConfig) -> None:
         ("steps", config.steps, 1),
         ("eval_every", config.eval_every, 1),
         ("eval_batches", config.eval_batches, 1),
+        ("position_buckets", config.position_buckets, 0),
         ("sample_tokens", config.sample_tokens, 0),
     ):
         if value < least:
@@ -195,10 +205,17 @@ def check(config: TrainConfig) -> None:
             f"data.sequence_length = {data.sequence_length}: expected a multiple of model.nsa.select_block = "
             f"{model.nsa.select_block}, because data.isolate_documents starts every document on one"
         )
+    for name in ("chat_start", "chat_end"):
+        if not getattr(data, name):
+            raise ValueError(f"data.{name} = '': expected some text")
     if data.batch_size % optimizer.accumulate:
         raise ValueError(
             f"data.batch_size = {data.batch_size}: expected a multiple of optimizer.accumulate = {optimizer.accumulate}"
         )
+    if config.init_from is not None and config.init_from.absolute() == config.run_dir.absolute():
+        raise ValueError(f"init_from = {config.init_from}: expected another folder than run_dir")
+    if config.init_step is not None and config.init_from is None:
+        raise ValueError(f"init_step = {config.init_step}: expected init_from, the run whose step this is")
     if optimizer.warmup_steps >= config.steps:
         raise ValueError(
             f"optimizer.warmup_steps = {optimizer.warmup_steps}: expected fewer than steps = {config.steps}"
@@ -234,6 +251,8 @@ def _build(kind: Any, value: Any, prefix: str) -> Any:
 def _convert(hint: Any, value: Any, prefix: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, prefix)
+    if hint == Path | None:
+        return None if value is None else Path(value)
     return Path(value) if hint is Path else value
 
 

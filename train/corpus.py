@@ -8,13 +8,14 @@ import json
 import os
 import sysconfig
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
 from jaxtyping import Int32
 
+from train import chat
 from train.config import DataConfig
 
 # Tests are left out of the default corpus because many distributions of Python strip them, so that the figures of a run
@@ -60,10 +61,10 @@ class _TextFile:
 
 @dataclasses.dataclass(frozen=True)
 class _JsonLinesFile:
-    """One document per line, under one key. Only the lines' offsets are kept in memory."""
+    """One document per line, which `extract` makes of its JSON. Only the lines' offsets are kept in memory."""
 
     path: str
-    field: str
+    extract: Callable[[Any], bytes]
 
     def scan(self) -> Iterator[tuple[int, bytes | _Skip]]:
         position = 0
@@ -86,13 +87,26 @@ class _JsonLinesFile:
             record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise _Skip(f"not UTF-8 JSON: {error}") from error
-        text = record.get(self.field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise _Skip(f"no text in field {self.field!r}")
-        try:
-            return text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            raise _Skip(f"field {self.field!r} is not valid Unicode") from error
+        return self.extract(record)
+
+
+def _field_text(record: Any, field: str) -> bytes:
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise _Skip(f"no text in field {field!r}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise _Skip(f"field {field!r} is not valid Unicode") from error
+
+
+def _conversation(record: Any) -> bytes:
+    try:
+        return chat.to_document(chat.parse(record))
+    except UnicodeEncodeError as error:
+        raise _Skip("a message is not valid Unicode") from error
+    except ValueError as error:
+        raise _Skip(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +189,8 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """Finds the documents, reads each once to check and hash it, and holds some out.
 
-    A file is one document, except JSONL (one per line) and Parquet (one per row). What cannot be decoded, has no text
-    or is empty is skipped and listed in `Corpus.skipped`.
+    A file is one document, except JSONL and conversations (one per line) and Parquet (one per row). What cannot be
+    decoded, has no text or is empty, and a record that is no conversation, is skipped and listed in `Corpus.skipped`.
 
     The held-out side is chosen by a hash of the document's content and the seed. So copies of a document are always on
     one side, and a document's side depends neither on its name nor on the other documents, save that the document
@@ -254,7 +268,9 @@ def _open_source(file: Path, config: DataConfig) -> _Source:
         endings = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
         kind = endings.get(file.suffix.lower(), "text")
     if kind == "jsonl":
-        return _JsonLinesFile(str(file), config.text_field)
+        return _JsonLinesFile(str(file), functools.partial(_field_text, field=config.text_field))
+    if kind == "chat":
+        return _JsonLinesFile(str(file), _conversation)
     if kind == "parquet":
         return _ParquetFile(str(file), config.text_field)
     return _TextFile(str(file))

@@ -15,6 +15,7 @@ from absl import flags
 from grain import experimental as grain_experimental
 from jaxtyping import Int32
 
+from train import chat
 from train.config import DataConfig
 from train.corpus import Corpus
 from train.tokenizer import Tokenizer
@@ -43,7 +44,8 @@ def train_batches(
     rows. With `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a
     document longer than T is cut, and each piece is a segment of its own. Without, documents follow one another without
     gaps. In both cases every token of a document, and one end-of-text token, is a target exactly once an epoch, and the
-    input before a document's first token is the beginning-of-text token.
+    input before a document's first token is the beginning-of-text token. Of conversations only what the assistant says
+    has weight; see `train.chat`.
 
     Args:
       align: the selection block of the model.
@@ -138,20 +140,20 @@ def _batches(
     window = min(WINDOW_ROWS, max(4 * rows, WINDOW_TOKENS // length), max(rows, num_bytes // length))
     # Reading and tokenizing run ahead in threads, by a few documents only because some are huge.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    pairs = documents.map(functools.partial(_next_token_pairs, tokenizer=tokenizer)).to_iter_dataset(ahead)
+    places = documents.map(functools.partial(_places, tokenizer=tokenizer, config=config)).to_iter_dataset(ahead)
     packed: grain.IterDataset
     if config.isolate_documents:
-        pieces = grain_experimental.FlatMapIterDataset(pairs, _Cut(length))
+        pieces = grain_experimental.FlatMapIterDataset(places, _Cut(length))
         packed = grain_experimental.BestFitPackIterDataset(
             pieces,
-            length_struct={"pairs": length},
+            length_struct={"places": length},
             num_packing_bins=window,
             seed=config.seed,
             shuffle_bins=True,  # pieces of one document go to rows next to one another
-            pack_alignment_struct={"pairs": align},
+            pack_alignment_struct={"places": align},
         )
     else:
-        packed = _ConcatenateIterDataset(pairs, length)
+        packed = _ConcatenateIterDataset(places, length)
         packed = grain_experimental.WindowShuffleIterDataset(packed, window_size=window, seed=config.seed)
     batch_and_pad = functools.partial(grain_experimental.batch_and_pad, batch_size=rows)
     finish = functools.partial(
@@ -163,24 +165,27 @@ def _batches(
     return packed.batch(rows, batch_fn=batch_and_pad).map(finish)
 
 
-def _next_token_pairs(document: bytes, tokenizer: Tokenizer) -> Int32[np.ndarray, "tokens 2"]:
-    """(input, target) at each place of a document; cutting these anywhere leaves every target in exactly one piece."""
-    ids = tokenizer.encode(document)
-    pairs = np.empty((len(ids) + 1, 2), dtype=np.int32)
-    pairs[0, 0] = tokenizer.bos_id
-    pairs[1:, 0] = pairs[:-1, 1] = ids
-    pairs[-1, 1] = tokenizer.eos_id
-    return pairs
+def _places(document: bytes, tokenizer: Tokenizer, config: DataConfig) -> Int32[np.ndarray, "tokens 3"]:
+    """(input, target, weight) at each place of a document; wherever these are cut, each target is in just one piece."""
+    if config.format == "chat":
+        ids, learnt = chat.encode(chat.from_document(document), tokenizer, config)
+        weights = np.append(learnt, False)
+    else:
+        ids = tokenizer.encode(document)
+        weights = np.ones(len(ids) + 1, dtype=np.int32)
+    return np.stack(
+        [np.append(tokenizer.bos_id, ids), np.append(ids, tokenizer.eos_id), weights], axis=1, dtype=np.int32
+    )
 
 
 class _Cut(grain_experimental.FlatMapTransform):
-    """Cuts (input, target) pairs into pieces of at most `length`."""
+    """Cuts a document's places into pieces of at most `length`."""
 
     def __init__(self, length: int):
         self._length = length
 
     def flat_map(self, element: np.ndarray) -> list[dict[str, np.ndarray]]:
-        return [{"pairs": element[i : i + self._length]} for i in range(0, len(element), self._length)]
+        return [{"places": element[i : i + self._length]} for i in range(0, len(element), self._length)]
 
 
 class _ConcatenateIterDataset(grain.IterDataset):
@@ -202,12 +207,12 @@ class _ConcatenateIterator(grain.DatasetIterator):
     def __init__(self, parent: grain.DatasetIterator, length: int):
         super().__init__(parent)
         self._length = length
-        self._document = np.empty((0, 2), dtype=np.int32)
+        self._document = np.empty((0, 3), dtype=np.int32)
         self._before_document = self._parent.get_state()  # the parent's state from which the document is read again
         self._offset = 0  # places of the document that earlier rows hold
 
     def __next__(self) -> dict[str, np.ndarray]:
-        pairs = np.zeros((self._length, 2), dtype=np.int32)
+        places = np.zeros((self._length, 3), dtype=np.int32)
         filled = 0
         while filled < self._length:
             if self._offset == len(self._document):
@@ -220,10 +225,10 @@ class _ConcatenateIterator(grain.DatasetIterator):
                     break
                 self._document, self._before_document, self._offset = document, before, 0
             taken = self._document[self._offset : self._offset + self._length - filled]
-            pairs[filled : filled + len(taken)] = taken
+            places[filled : filled + len(taken)] = taken
             filled += len(taken)
             self._offset += len(taken)
-        return {"pairs": pairs, "pairs_segment_ids": (np.arange(self._length) < filled).astype(np.int32)}
+        return {"places": places, "places_segment_ids": (np.arange(self._length) < filled).astype(np.int32)}
 
     def get_state(self) -> dict[str, Any]:
         return {"parent": self._before_document, "offset": self._offset}
@@ -232,21 +237,22 @@ class _ConcatenateIterator(grain.DatasetIterator):
         self._before_document, self._offset = state["parent"], state["offset"]
         self._parent.set_state(self._before_document)
         # A document has at least one place, so an offset of 0 means that none was begun.
-        self._document = next(self._parent) if self._offset else np.empty((0, 2), dtype=np.int32)
+        self._document = next(self._parent) if self._offset else np.empty((0, 3), dtype=np.int32)
 
 
 def _finish_batch(
     packed: dict[str, np.ndarray], *, pad_id: int, token_bytes: np.ndarray, isolate_documents: bool
 ) -> Batch:
-    """Packed pairs [B, T, 2] and segments [B, T] (from 1; 0 where nothing was packed) to the trainer's batch."""
-    segments = packed["pairs_segment_ids"]
+    """Packed places [B, T, 3] and segments [B, T] (from 1; 0 where nothing was packed) to the trainer's batch."""
+    segments = packed["places_segment_ids"]
     valid = segments > 0
-    tokens, targets = (np.where(valid, packed["pairs"][..., i], np.int32(pad_id)) for i in range(2))
+    tokens, targets = (np.where(valid, packed["places"][..., i], np.int32(pad_id)) for i in range(2))
+    weights = np.where(valid, packed["places"][..., 2], np.int32(0))
     batch = {
         "tokens": tokens,
         "targets": targets,
-        "weights": valid.astype(np.float32),
-        "target_bytes": np.where(valid, token_bytes[targets], np.int32(0)),
+        "weights": weights.astype(np.float32),
+        "target_bytes": np.where(weights > 0, token_bytes[targets], np.int32(0)),
     }
     if isolate_documents:
         # Padding belongs to the document before it, which cannot see it, so that the ids never decrease.

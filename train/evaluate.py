@@ -1,5 +1,6 @@
 """Held-out loss and bits per byte."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,4 +34,5 @@ def evaluate(
     sums = [eval_step(params, put_batch(batch, mesh, stride)) for batch in batches]
     # Added in float64: a float32 total would lose the last digits of a long evaluation.
     nll, _, weight, num_bytes = np.sum([np.asarray(batch, np.float64) for batch in jax.device_get(sums)], axis=0)
-    return {"held_out_loss": float(nll / weight), "held_out_bits_per_byte": bits_per_byte(float(nll), float(num_bytes))}
+    loss = float(nll / weight) if weight else math.nan  # conversations can have long parts that do not count
+    return {"held_out_loss": loss, "held_out_bits_per_byte": bits_per_byte(float(nll), float(num_bytes))}

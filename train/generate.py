@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +14,11 @@ import tyro
 from jaxtyping import Array, Bool, Int
 
 from nsa_jax.cache import put_row, take_row
-from train.checkpoint import Checkpointer
-from train.config import from_json
+from train import chat
 from train.model import Caches, Transformer, extend, init_caches, logits
 from train.sampling import Draw, Sampling, check, sample
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.saved import load_model
+from train.tokenizer import Tokenizer
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
 LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -216,6 +215,8 @@ class Generator:
         finished = None
         if token == self._tokenizer.eos_id:
             finished = "end of text"
+        elif token in sampling.stop_tokens:
+            finished = "stop"
         else:
             request.tokens.append(token)
             if request.num_sampled == sampling.max_tokens:
@@ -292,6 +293,7 @@ class Arguments:
 
     run: Path  # the run's folder
     prompt: str = ""  # the text to continue
+    chat: bool = False  # the prompt is what a user says, to a model trained on conversations; prints the answer
     num_samples: int = 1  # continuations, with seeds from `seed` on
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
 
@@ -305,24 +307,21 @@ def continue_prompt(arguments: Arguments) -> None:
     """
     if arguments.num_samples < 1:
         raise ValueError(f"num_samples = {arguments.num_samples}: expected at least 1")
-    saved = arguments.run / "config.json"
-    if not saved.is_file():
-        raise ValueError(f"run = {arguments.run}: expected the folder of a run, which holds config.json")
-    config = from_json(saved.read_text())
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    model = Transformer(config.model, tokenizer.vocab_size)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, config.model.nsa.select_block), jnp.int32))
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.meta.unbox(shapes["params"])
-    )
-    params = Checkpointer(arguments.run / "checkpoints", config.checkpoint).restore_parameters(abstract)
-    length = 1 + len(tokenizer.encode(arguments.prompt)) + arguments.sampling.max_tokens
-    generator = Generator(params, model, tokenizer, slots=1, max_length=length)
+    config, tokenizer, model, params = load_model(arguments.run)
+    sampling, prompt = arguments.sampling, [tokenizer.bos_id, *tokenizer.encode(arguments.prompt).tolist()]
+    if arguments.chat:
+        prompt = chat.encode_prompt([chat.Message("user", arguments.prompt)], tokenizer, config.data)
+        end = tokenizer.encode_marker(config.data.chat_end).tolist()
+        sampling = dataclasses.replace(
+            sampling,
+            stop=(*sampling.stop, config.data.chat_end),
+            # A special token has no text that could be found.
+            stop_tokens=(*sampling.stop_tokens, *(end if len(end) == 1 else ())),
+        )
+    generator = Generator(params, model, tokenizer, slots=1, max_length=len(prompt) + sampling.max_tokens)
     for number in range(arguments.num_samples):
-        seed = arguments.sampling.seed + number
-        generator.submit(arguments.prompt, dataclasses.replace(arguments.sampling, seed=seed))
-        print(arguments.prompt, end="", flush=True)
+        generator.submit(prompt, dataclasses.replace(sampling, seed=sampling.seed + number))
+        print("" if arguments.chat else arguments.prompt, end="", flush=True)
         while generator.busy:
             for piece in generator.step():
                 print(piece.text, end="", flush=True)

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.checkpoint import Checkpointer
 from train.config import TrainConfig, check, differences, from_json, to_json
@@ -26,12 +26,14 @@ from train.corpus import Corpus, load_corpus
 from train.data import Batch, held_out_batches, train_batches
 from train.evaluate import evaluate
 from train.generate import generate
-from train.loss import bits_per_byte
+from train.loss import LossSums, bits_per_byte
 from train.metrics import MetricsLog, active_parameters, device_peak_flops, total_parameters, train_flops_per_token
 from train.model import Transformer, padded_vocabulary
 from train.optimizer import learning_rate_schedule, make_optimizer
+from train.positions import evaluate_positions, position_sums
 from train.report import plot_curves
 from train.sampling import Sampling
+from train.saved import check_start, starting_parameters
 from train.sharding import check_divisible, make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 from train.tokenizer import Tokenizer, load_tokenizer
@@ -42,6 +44,7 @@ CHANGEABLE = (
     "steps",
     "eval_every",
     "eval_batches",
+    "position_buckets",
     "sample_prompt",
     "sample_tokens",
     "tensorboard",
@@ -106,6 +109,8 @@ def prepare(config: TrainConfig) -> Prepared:
     corpus = load_corpus(config.data)
     facts = {"vocab_size": tokenizer.vocab_size, "data_fingerprint": corpus.fingerprint}
     _check_same_run(config, facts)
+    if config.init_from is not None and _checkpoints(config).latest_step is None:
+        check_start(config, tokenizer.vocab_size)  # a run that has begun no longer reads it
     model = Transformer(config.model, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     boxed = jax.eval_shape(make_init(model, optimizer), jax.random.key(config.seed))
@@ -153,12 +158,15 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        checkpointer = stack.enter_context(Checkpointer(config.run_dir / "checkpoints", config.checkpoint))
+        checkpointer = stack.enter_context(_checkpoints(config))
         restored = checkpointer.restore_latest(abstract, batches)
         if restored is None:
             init = make_init(model, prepared.optimizer)
             state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(config.seed))
             first = 0
+            if config.init_from is not None:
+                state = state._replace(params=starting_parameters(config, abstract.params))
+                console.print(f"starting from the parameters of {config.init_from}")
         else:
             first, state = restored
             console.print(f"resuming after step {first}, saved in {config.run_dir / 'checkpoints'}")
@@ -233,7 +241,8 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
             if evaluating:
                 evaluated = held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
                 console.evaluated(step, evaluated)
-            log.write(step, values | evaluated)
+            by_position = _by_position(prepared, state.params) if step == config.steps else {}
+            log.write(step, values | evaluated | by_position)
             if saving:
                 checkpointer.save(step, state, batches, evaluated or None)
             if signalled is not None and step < config.steps:
@@ -244,6 +253,24 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
         if not held_out_values:  # there was no step left to make
             held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
     return _report(prepared, state, held_out_values, console)
+
+
+def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
+    """Held-out bits per byte by position, as they are logged."""
+    model, mesh, buckets = prepared.model, prepared.mesh, prepared.config.position_buckets
+    stride = model.config.nsa.compress_stride
+    if not buckets:
+        return {}
+
+    def loss(params: Any, batch: dict[str, jax.Array]) -> LossSums:
+        return loss_sums(model, params, batch)
+
+    whole = NamedSharding(mesh, PartitionSpec())  # every host reads all buckets
+    step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets), out_shardings=whole)
+    found = evaluate_positions(
+        on_mesh(step, mesh), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out)
+    )
+    return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:
@@ -307,11 +334,15 @@ def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
     if changed:
         shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
         raise ValueError(f"run_dir = {config.run_dir} holds a run with other settings: {shown}. Choose another run_dir")
-    reached = Checkpointer(config.run_dir / "checkpoints", config.checkpoint).latest_step
+    reached = _checkpoints(config).latest_step
     if reached is not None and config.steps < reached:
         raise ValueError(
             f"steps = {config.steps}: expected at least {reached}, the last step saved in {config.run_dir}"
         )
+
+
+def _checkpoints(config: TrainConfig) -> Checkpointer:
+    return Checkpointer(config.run_dir / "checkpoints", config.checkpoint)
 
 
 class _Stop:

@@ -137,6 +137,7 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         "head_dim": config.head_dim,
         "v_head_dim": config.v_head_dim,
         "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
         "dtype": jnp.dtype(config.dtype),
         "batch_axes": mesh_axes["batch"],
         "head_axes": mesh_axes["kv_heads"],

@@ -1,4 +1,7 @@
-"""Pictures of finished runs: `python -m train.report [--loads] picture.png name=run_dir ...` draws several into one."""
+"""Pictures of finished runs: `python -m train.report [--loads] picture.png name=run_dir ...` draws several into one.
+
+With files of `python -m train positions --out` instead of folders, held-out loss by position.
+"""
 
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 
 from train.metrics import read_metrics
+from train.positions import read_positions
 
 
 def plot_curves(runs: dict[str, Path], path: Path) -> None:
@@ -63,6 +67,28 @@ def plot_loads(runs: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_positions(files: dict[str, Path], path: Path) -> None:
+    """Held-out bits per byte by position in the sequence, one line for each file, as a PNG.
+
+    Args:
+      files: of `python -m train positions --out`, by the name they get in the legend.
+      path: of the picture.
+
+    Raises:
+      ValueError: a file is no such file.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, file in files.items():
+        buckets = read_positions(file)
+        centres = [(bucket.begin + bucket.end - 1) / 2 for bucket in buckets]
+        axes.plot(centres, [bucket.bits_per_byte for bucket in buckets], marker="o", markersize=3, label=name)
+    axes.set(xlabel="position in the sequence (tokens before)", ylabel="held-out bits per byte", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
 def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     return [step for step, _ in points], [value for _, value in points]
@@ -73,9 +99,13 @@ def main(arguments: list[str]) -> None:
     plot = plot_loads if arguments[:1] == ["--loads"] else plot_curves
     arguments = arguments[1:] if plot is plot_loads else arguments
     if len(arguments) < 2 or not all("=" in run for run in arguments[1:]):
-        raise SystemExit("usage: python -m train.report [--loads] picture.png name=run_dir [name=run_dir ...]")
-    runs = dict(run.split("=", 1) for run in arguments[1:])
-    plot({name: Path(run_dir) for name, run_dir in runs.items()}, Path(arguments[0]))
+        raise SystemExit(
+            "usage: python -m train.report [--loads] picture.png name=run_dir [name=run_dir ...]\n"
+            "   or: python -m train.report picture.png name=positions.json [name=positions.json ...]"
+        )
+    runs = {name: Path(path) for name, path in (run.split("=", 1) for run in arguments[1:])}
+    draw = plot_positions if all(path.suffix == ".json" for path in runs.values()) else plot
+    draw(runs, Path(arguments[0]))
 
 
 if __name__ == "__main__":

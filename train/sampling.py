@@ -18,6 +18,7 @@ class Sampling:
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen (arXiv 1909.05858)
     stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_tokens: tuple[int, ...] = ()  # the text ends before the first of these tokens
     seed: int = 0  # the same seed gives the same text, whatever else is running
     max_thinking_tokens: int | None = None  # tokens between think_start and think_end; None: any number
     think_start: str = "<think>"  # opens a span of thinking
@@ -38,6 +39,11 @@ def check(sampling: Sampling, vocab_size: int) -> None:
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", sampling.repetition_penalty > 0, "above 0"),
         ("stop", all(sampling.stop), "no empty string"),
+        (
+            "stop_tokens",
+            all(0 <= token < vocab_size for token in sampling.stop_tokens),
+            f"0 to {vocab_size - 1}, the tokens of the vocabulary",
+        ),
         ("max_thinking_tokens", thinking is None or thinking >= 0, "at least 0"),
     ):
         if not fits:

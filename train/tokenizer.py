@@ -59,6 +59,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "tokens"]:
         """Ids of `text`, without special tokens. Bytes are read as UTF-8."""
 
+    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """The token of this very text if there is one, special ones included; else as `encode`."""
+
     def decode(self, ids: Any) -> str:
         """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""
 
@@ -81,6 +84,10 @@ class ByteTokenizer:
         """The bytes of `text`, as they are."""
         data = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
+
+    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """The bytes of `text`."""
+        return self.encode(text)
 
     def decode(self, ids: Any) -> str:
         """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""
@@ -155,6 +162,11 @@ class HuggingFaceTokenizer:
         """Ids of `text`, without special tokens. Bytes are read as UTF-8."""
         text = text if isinstance(text, str) else text.decode("utf-8")
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """The token of this very text if there is one, special ones included; else as `encode`."""
+        token = self._tokenizer.token_to_id(text)
+        return self.encode(text) if token is None else np.array([token], dtype=np.int32)
 
     def decode(self, ids: Any) -> str:
         """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""

@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from nsa_jax import RopeScaling
 from train.__main__ import main, parse
 from train.config import TrainConfig, from_json
 from train.presets import PRESETS, tiny
@@ -49,6 +50,12 @@ def test_a_preset_is_changed_by_its_flags_and_nothing_else():
     )
     assert parse(["tiny", "--steps", "7", "--attention", "full", "--model.num-layers", "3"]) == expected
     assert parse(["tiny", "--steps", "7", "--model.attention", "full", "--model.num_layers", "3"]) == expected
+
+
+def test_every_field_of_the_rope_scaling_is_set_by_a_flag():
+    flags = {"kind": "yarn", "factor": "4", "original-length": "1024", "beta-fast": "16", "beta-slow": "2"}
+    arguments = [part for name, value in flags.items() for part in (f"--model.rope-scaling.{name}", value)]
+    assert parse(["tiny", *arguments]).model.rope_scaling == RopeScaling("yarn", 4, 1024, 16, 2)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,18 @@ def test_presets_are_sound_and_survive_being_written_and_read(name):
     assert config.run_dir == Path("runs") / name
 
 
+def test_a_run_that_was_saved_before_a_setting_existed_has_its_default():
+    config = dataclasses.replace(TrainConfig(), init_from=Path("runs/other"))
+    assert from_json(to_json(config)) == config
+    saved = json.loads(to_json(TrainConfig(steps=7)))
+    for name in ("init_from", "init_step", "position_buckets"):
+        del saved[name]
+    del saved["model"]["rope_scaling"]
+    for name in ("chat_start", "chat_end"):
+        del saved["data"][name]
+    assert from_json(json.dumps(saved)) == TrainConfig(steps=7)
+
+
 def test_differences_are_named_with_both_values():
     old = TrainConfig()
     new = dataclasses.replace(

@@ -195,21 +195,21 @@ def test_every_row_boundary_of_a_stream_can_be_resumed_from():
     # Documents that end exactly where a row ends are the case in which a packer has nothing left over.
     texts = [bytes([i]) * (T - 1) for i in range(6)] + [b"x" * (2 * T + 3)]
     corpus = corpus_of(texts)
-    iterator = iter(train.data._ConcatenateIterDataset(_pairs(corpus), T))
+    iterator = iter(train.data._ConcatenateIterDataset(_places(corpus), T))
     states, expected = [], []
     for _ in range(8):
         states.append(json.dumps(iterator.get_state()))
         expected.append(next(iterator))
     for start, state in enumerate(states):
-        resumed = iter(train.data._ConcatenateIterDataset(_pairs(corpus), T))
+        resumed = iter(train.data._ConcatenateIterDataset(_places(corpus), T))
         resumed.set_state(json.loads(state))
         for row in expected[start:]:
             assert_same(next(resumed), row)
 
 
-def _pairs(corpus):
+def _places(corpus):
     documents = grain.MapDataset.source(corpus.train)
-    return documents.map(lambda text: train.data._next_token_pairs(text, BYTE)).to_iter_dataset()
+    return documents.map(lambda text: train.data._places(text, BYTE, DataConfig())).to_iter_dataset()
 
 
 @pytest.mark.parametrize("isolate", [True, False])

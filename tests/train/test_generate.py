@@ -164,6 +164,12 @@ def test_stop_strings_end_the_text_before_them_and_nothing_of_them_is_streamed()
     assert all(len(piece) <= 4 for piece in pieces)
 
 
+def test_a_stop_token_ends_the_text_before_it_with_what_was_held_back():
+    generator = Scripted("one th|ree")
+    generator.submit("", Sampling(max_tokens=100, stop=("three",), stop_tokens=(ord("|"),)))
+    assert finish(generator) == ({0: "one th"}, {0: "stop"})
+
+
 def test_half_characters_are_never_streamed():
     generator = Scripted("aé漢🙂b")
     generator.submit("", Sampling(max_tokens=11))
@@ -218,6 +224,7 @@ def test_rows_that_stand_for_no_token_are_never_sampled():
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
         ({"stop": ("",)}, "stop = "),
+        ({"stop_tokens": (258,)}, r"stop_tokens = \(258,\): expected 0 to 257"),
         ({"max_thinking_tokens": -2}, "max_thinking_tokens = -2"),
     ],
 )

@@ -39,6 +39,7 @@ def base(tmp_path_factory) -> TrainConfig:
         steps=10,
         eval_every=5,
         eval_batches=2,
+        position_buckets=0,
         sample_tokens=0,
     )
 
@@ -54,7 +55,9 @@ def losses(config):
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """A run that nothing stopped."""
-    config = dataclasses.replace(base, run_dir=tmp_path_factory.mktemp("finished") / "run", sample_tokens=5)
+    config = dataclasses.replace(
+        base, run_dir=tmp_path_factory.mktemp("finished") / "run", sample_tokens=5, position_buckets=4
+    )
     return config, train(config)
 
 
@@ -69,6 +72,8 @@ def test_a_run_leaves_its_curve_sample_metrics_config_and_checkpoint(finished, c
     assert [entry["step"] for entry in entries] == list(range(1, config.steps + 1))
     assert [entry["step"] for entry in entries if "held_out_bits_per_byte" in entry] == [5, 10]
     assert entries[-1]["held_out_bits_per_byte"] == result.held_out["held_out_bits_per_byte"]
+    by_position = [entries[-1][f"held_out_bits_per_byte/{begin}-{begin + 7}"] for begin in (0, 8, 16, 24)]
+    assert min(by_position) < result.held_out["held_out_bits_per_byte"] < max(by_position)
     assert entries[0]["loss"] == pytest.approx(np.log(320), abs=0.2)  # the padded vocabulary, nothing learnt
     assert entries[-1]["loss"] < entries[0]["loss"]
 
