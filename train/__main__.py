@@ -42,9 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
         # After parsing, because importing JAX takes seconds that --help need not wait for.
+        import jax
+
+        from train.distributed import start
         from train.loop import Interrupted, NonFiniteError, prepare, run
 
-        print(to_json(config))
+        start(config.distributed)
+        if jax.process_index() == 0:
+            print(to_json(config))
         prepared = prepare(config)
     except ValueError as error:
         return _complain(f"error: {error}", WRONG_SETTING)
@@ -54,6 +59,9 @@ def main(arguments: Sequence[str]) -> int:
         return _complain(f"error: {error}", FAILED)
     except Interrupted as stop:
         return _complain(str(stop), SIGNALLED + stop.signal_number)
+    except Exception as error:
+        error.add_note(f"in process {jax.process_index()} of {jax.process_count()}")
+        raise
     return 0
 
 
@@ -71,6 +79,10 @@ def _generate(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    import jax
+
+    if jax.distributed.is_initialized():
+        message = f"process {jax.process_index()}: {message}"
     print(message, file=sys.stderr)
     return code
 

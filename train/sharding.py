@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import MeshConfig, TrainConfig
@@ -98,6 +99,36 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `BATCH_AXES`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+    """Which share of a batch's rows a process must load, and of how many: (index, count).
+
+    Processes whose devices stand at the same places along `BATCH_AXES` hold the same rows and have the same index.
+
+    Args:
+      process_index: default: of this process.
+
+    Raises:
+      ValueError: the rows of some process are not one contiguous share, equal to or apart from every other's.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    batch_dims = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    held: dict[int, set[int]] = {}  # places along the batch axes, in the order of rows, by process
+    for place, device in np.ndenumerate(mesh.devices):
+        rows = np.ravel_multi_index([place[i] for i in batch_dims], [mesh.devices.shape[i] for i in batch_dims])
+        held.setdefault(device.process_index, set()).add(int(rows))
+    parts = math.prod(mesh.devices.shape[i] for i in batch_dims)
+    size = len(held[process_index])
+    for process, places in sorted(held.items()):
+        first = min(places)
+        if len(places) != size or first % size or places != set(range(first, first + size)):
+            raise ValueError(
+                f"mesh = {dict(mesh.shape)}: of the {parts} equal parts of a batch process {process} holds "
+                f"{sorted(places)}; expected one contiguous share of {size}, as long as that of process "
+                f"{process_index}. Choose mesh axes that divide the devices of a process or are multiples of them"
+            )
+    return min(held[process_index]) // size, parts // size
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
