@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train.config import CheckpointConfig
-from train.distributed import gather, together
+from train.distributed import gather, in_turn, together
 
 FORMAT = 1
 SCORE = "held_out_bits_per_byte"  # the metric that makes a checkpoint one of the best; lower is better
@@ -128,7 +128,7 @@ class Checkpointer:
         if step in _committed_steps(self.directory):
             return
         arrays = _flatten(state)
-        checksums = jax.device_get(_checksums(arrays))
+        checksums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
         content: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
@@ -371,12 +371,8 @@ def _describe(array: Any) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
+@in_turn
 @jax.jit
-def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    # In one program, which processes run together; many small ones would not keep their order everywhere.
-    return {name: _checksum(array) for name, array in arrays.items()}
-
-
 def _checksum(x: jax.Array) -> jax.Array:
     # A sum modulo 2^32 does not depend on its order, hence not on the sharding. The bits are mixed first, so that
     # two flipped sign bits do not cancel.
@@ -462,7 +458,7 @@ def _read_arrays(path: Path, expected: Mapping[str, Any], saved: Mapping[str, An
                 path, args=ocp.args.PyTreeRestore(structs, restore_args=restore_args, partial_restore=True)
             )
         arrays = {name: jnp.asarray(arrays[name]) for name in expected}
-        checksums = jax.device_get(_checksums(arrays))
+        checksums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
     except Exception as error:
         if _is_of_this_machine(error):
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
