@@ -91,7 +91,8 @@ def gather(value: Any) -> list[Any]:
         return [json.loads(text)]
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+    width = -(-int(sizes.max()) // 4096) * 4096  # whole pages, because every other width is another compilation
+    rows = multihost_utils.process_allgather(np.pad(data, (0, width - data.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -99,22 +100,22 @@ def gather(value: Any) -> list[Any]:
 def together(*kinds: type[Exception]) -> Iterator[None]:
     """What fails in one process fails in all of them, so that none waits for one that has gone.
 
-    All processes must come here, and inside may not wait for one another. The first process that failed raises its
-    error; the others raise an error of that kind with its message, or of the first of `kinds` if it is none of them.
+    All processes must come here, and inside may not wait for one another. All raise what the first one that failed did:
+    an error of its kind, or of the first of `kinds` if it is none of them, with its message.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    complaints = gather(None if error is None else [type(error).__name__, str(error)])
-    for index, complaint in enumerate(complaints):
-        if complaint is not None:
-            if index == jax.process_index() and error is not None:
-                raise error
-            name, message = complaint
-            kind = next((kind for kind in kinds if kind.__name__ == name), kinds[0])
-            raise kind(f"process {index}: {message}")
+    complaint = None if error is None else [type(error).__name__, str(error)]
+    index, first = next(((i, each) for i, each in enumerate(gather(complaint)) if each is not None), (0, None))
+    if error is not None and first == complaint:
+        raise error
+    if first is not None:
+        name, message = first
+        kind = next((kind for kind in kinds if kind.__name__ == name), kinds[0])
+        raise kind(f"process {index}: {message}") from error
 
 
 def in_turn(jitted: Callable) -> Callable:

@@ -29,7 +29,14 @@ from train.metrics import read_metrics
 from train.sharding import MESH_AXES, data_shards
 
 STEPS, EVERY = 40, 4
-SETTINGS = {"steps": STEPS, "eval-every": 20, "checkpoint.every": EVERY, "data.batch-size": 4}
+SETTINGS = {
+    "steps": STEPS,
+    "eval-every": 20,
+    "checkpoint.every": EVERY,
+    "data.batch-size": 8,
+    "optimizer.warmup-steps": 1,
+    "optimizer.learning-rate": 1e-2,
+}
 FSDP = {"mesh.data": 1, "mesh.fsdp": 4}
 # As in conftest.py, and two devices for each process.
 XLA_FLAGS = (
@@ -167,43 +174,41 @@ def test_two_processes_train_like_one_on_the_same_rows(workspace, uninterrupted,
 
 
 @pytest.fixture(scope="module")
-def stopped(workspace, launch) -> Path:
-    """The folder of a run whose second process got SIGTERM."""
+def stopped(workspace, launch) -> tuple[Path, int]:
+    """A run that was killed, started again and stopped by SIGTERM to its second process; what the kill left saved."""
     run_dir = workspace / "stopped"
     processes = launch_run(workspace, launch, run_dir)
     train_runs.wait_until(processes, functools.partial(has_reached, run_dir, EVERY + 1, None))
-    list(processes.values())[1].send_signal(signal.SIGTERM)
-    finish(processes, 128 + signal.SIGTERM)
-    return run_dir
-
-
-def test_sigterm_to_one_process_makes_both_save_the_same_step_and_stop(stopped, uninterrupted):
-    step = latest_step(stopped)
-    assert EVERY < step < STEPS
-    assert losses(stopped) == losses(uninterrupted)[:step]
-    for index in range(2):
-        assert f"process {index}: stopped by SIGTERM after step {step}; saved" in said(stopped, index)
-
-
-def test_two_processes_killed_and_started_again_go_on_bit_for_bit(workspace, launch, stopped, uninterrupted):
-    run_dir = shutil.copytree(stopped, workspace / "killed")
-    resumed = latest_step(run_dir)
-    earlier_file = metrics_file(run_dir)
-    processes = launch_run(workspace, launch, run_dir)
-    train_runs.wait_until(processes, functools.partial(has_reached, run_dir, resumed + EVERY + 1, earlier_file))
     for process in processes.values():
         process.send_signal(signal.SIGKILL)
     finish(processes, -signal.SIGKILL)
-    saved = latest_step(run_dir)
-    assert resumed < saved < STEPS
-    finish(launch_run(workspace, launch, run_dir))
-    assert losses(run_dir) == losses(uninterrupted)
-    assert re.findall(r"resuming after step (\d+)", said(run_dir, 0)) == [str(resumed), str(saved)]
-    assert said(run_dir, 1) == ""
+    saved, earlier_file = latest_step(run_dir), metrics_file(run_dir)
+    processes = launch_run(workspace, launch, run_dir)
+    train_runs.wait_until(processes, functools.partial(has_reached, run_dir, saved + EVERY + 1, earlier_file))
+    list(processes.values())[1].send_signal(signal.SIGTERM)
+    finish(processes, 128 + signal.SIGTERM)
+    return run_dir, saved
+
+
+def test_two_processes_killed_and_started_again_go_on_bit_for_bit(stopped, uninterrupted):
+    run_dir, saved = stopped
+    assert EVERY <= saved < latest_step(run_dir)
+    assert re.findall(r"resuming after step (\d+)", said(run_dir, 0)) == [str(saved)]
+    made = losses(run_dir)
+    assert made == losses(uninterrupted)[: len(made)]
+    assert len(made) > saved + EVERY
+
+
+def test_sigterm_to_one_process_makes_both_save_the_same_step_and_stop(stopped):
+    run_dir, _ = stopped
+    step = latest_step(run_dir)
+    assert step == losses(run_dir)[-1][0] < STEPS
+    for index in range(2):
+        assert f"process {index}: stopped by SIGTERM after step {step}; saved" in said(run_dir, index)
 
 
 def test_one_process_goes_on_with_what_two_saved(workspace, stopped, uninterrupted, caplog):
-    run_dir = shutil.copytree(stopped, workspace / "fewer")
+    run_dir = shutil.copytree(stopped[0], workspace / "fewer")
     saved = latest_step(run_dir)
     config = in_this_process(workspace, run_dir, steps=STEPS)
     prepared = prepare(config)
@@ -217,12 +222,12 @@ def test_one_process_goes_on_with_what_two_saved(workspace, stopped, uninterrupt
     caplog.clear()
     run(prepare(config), plain=True)
     assert f"up to step {saved} the data was loaded in 2 shares, now it is in 1" in caplog.text
-    assert losses(run_dir)[:saved] == losses(stopped)
+    assert losses(run_dir)[:saved] == losses(stopped[0])
     before = dict(losses(uninterrupted))
     gap = {step: abs(loss - before[step]) for step, loss in losses(run_dir)}
     assert list(gap) == list(range(1, STEPS + 1))
-    # Other documents, the same model: what batches differ by, not what it would take to learn anew.
-    assert max(gap.values()) < 0.3 < before[1] - before[saved]
+    # Other rows, the same model: batches differ by little of what has been learnt.
+    assert max(gap.values()) < 0.1 * (before[1] - before[saved])
 
 
 WORKER = """
