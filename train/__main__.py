@@ -2,6 +2,9 @@
 
 Exit codes: 0 the run is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by SIGINT
 or SIGTERM, has saved, and goes on when the same command is given again.
+
+Several processes, started by SLURM, Open MPI, Kubernetes or with --distributed.*, end with the same code; when one dies
+alone, JAX ends the others within about 100 seconds. Examples: train/launch.
 """
 
 import contextlib

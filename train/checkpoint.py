@@ -178,7 +178,8 @@ class Checkpointer:
                 damaged[step] = str(error)
                 continue
             self._move_aside(damaged)
-            self._set_position(step, content["data"], data_iterator)
+            with together(CheckpointError):
+                self._set_position(step, content["data"], data_iterator)
             return step, jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())

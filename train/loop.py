@@ -276,9 +276,17 @@ def _introduce(prepared: Prepared, console: Console) -> None:
 def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], console: Console) -> Result:
     """Samples, draws the curve and says where everything is."""
     config = prepared.config
+    files = {
+        "curve": config.run_dir / "loss.png",
+        "sample": config.run_dir / "sample.txt",
+        "metrics": config.run_dir / "metrics.jsonl",
+        "config": config.run_dir / "config.json",
+        "checkpoints": config.run_dir / "checkpoints",
+    }
     sample = ""
-    if config.sample_tokens and jax.process_count() > 1:
+    if jax.process_count() > 1:
         # No process has all parameters, and they need not fit into one.
+        del files["sample"]
         console.print(f"several processes make no sample; for one: python -m train generate --run {config.run_dir}")
     elif config.sample_tokens:
         seed = int(np.asarray(state.rng)[-1] % 2**31)
@@ -289,17 +297,11 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
             config.sample_prompt,
             Sampling(max_tokens=config.sample_tokens, seed=seed),
         )
-    files = {
-        "curve": config.run_dir / "loss.png",
-        "sample": config.run_dir / "sample.txt",
-        "metrics": config.run_dir / "metrics.jsonl",
-        "config": config.run_dir / "config.json",
-        "checkpoints": config.run_dir / "checkpoints",
-    }
     with together(RuntimeError):
         if jax.process_index() == 0:
-            _write(files["sample"], sample)
             plot_curves({config.model.attention: config.run_dir}, files["curve"])
+            if "sample" in files:
+                _write(files["sample"], sample)
     console.finished(held_out, sample, files)
     return Result(state, held_out, sample, files)
 
