@@ -312,10 +312,10 @@ def layer_inputs(
 
 
 def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[Array, "B T"]:
-    if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {x.shape[:2]}")
-    axes = {"batch_axes": config.batch_axes, "context_axes": config.context_axes}
-    return token_positions(x.shape[:2], segment_ids, **axes)
+    B, T, _ = x.shape
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
+    return token_positions((B, T), segment_ids, batch_axes=config.batch_axes, context_axes=config.context_axes)
 
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:

@@ -2,6 +2,9 @@
 
 Exit codes: 0 the run is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by SIGINT
 or SIGTERM, has saved, and goes on when the same command is given again.
+
+Several processes, started by SLURM, Open MPI, Kubernetes or with --distributed.*, end with the same code; when one dies
+alone, JAX ends the others within about 100 seconds. Examples: train/launch.
 """
 
 import contextlib
@@ -48,9 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
         # After parsing, because importing JAX takes seconds that --help need not wait for.
+        import jax
+
+        from train.distributed import start
         from train.loop import Interrupted, NonFiniteError, prepare, run
 
-        print(to_json(config))
+        start(config.distributed)
+        if jax.process_index() == 0:
+            print(to_json(config))
         prepared = prepare(config)
     except ValueError as error:
         return _complain(f"error: {error}", WRONG_SETTING)
@@ -60,6 +68,9 @@ def main(arguments: Sequence[str]) -> int:
         return _complain(f"error: {error}", FAILED)
     except Interrupted as stop:
         return _complain(str(stop), SIGNALLED + stop.signal_number)
+    except Exception as error:
+        error.add_note(f"in process {jax.process_index()} of {jax.process_count()}")
+        raise
     return 0
 
 
@@ -77,6 +88,10 @@ def _command(name: str, arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    import jax
+
+    if jax.distributed.is_initialized():
+        message = f"process {jax.process_index()}: {message}"
     print(message, file=sys.stderr)
     return code
 

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train.config import CheckpointConfig
+from train.distributed import gather, in_turn, together
 
 FORMAT = 1
 SCORE = "held_out_bits_per_byte"  # the metric that makes a checkpoint one of the best; lower is better
@@ -47,6 +48,9 @@ class _DamagedError(Exception):
 
 class DataIterator(Protocol):
     """A data iterator whose position can be saved, as those of Grain can."""
+
+    def __next__(self) -> Any:
+        """Return the next batch, which is that of one step."""
 
     def get_state(self) -> Any:
         """Return the position as a value that JSON can hold."""
@@ -78,15 +82,19 @@ class Checkpointer:
     `keep_best` lowest held-out bits per byte; an old one is deleted only when the new one is committed. With several
     hosts, every process makes the same calls.
 
+    Several processes must see the same folder. One that fails to write ends alone, and the others with it.
+
     Reading (`restore_parameters`, `latest_step`, `best_step`) writes nothing, so it is safe beside a running trainer.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Path, config: CheckpointConfig, data_shard: tuple[int, int] | None = None):
+        """`data_shard`: which share of the data this process loads, of how many; None: one for each process."""
         if config.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last is {config.keep_last}, expected at least 1")
         if config.keep_best < 0:
             raise ValueError(f"checkpoint.keep_best is {config.keep_best}, expected at least 0")
         self.directory = Path(directory).absolute()
+        self._data_shard = data_shard or (jax.process_index(), jax.process_count())
         self._policy = _KeepLastAndBest(config.keep_last, config.keep_best)
         self._manager: ocp.CheckpointManager | None = None  # opened by the first save
         self._quiet = contextlib.ExitStack()  # holds while the manager is open
@@ -126,7 +134,7 @@ class Checkpointer:
             "step": step,
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "arrays": {name: _describe(arrays[name]) | {"checksum": checksums[name]} for name in arrays},
-            "data": _gather(data_iterator.get_state()),
+            "data": self._gather_positions(data_iterator),
         }
         try:
             manager = self._open()
@@ -145,7 +153,9 @@ class Checkpointer:
     def restore_latest(self, abstract_state: Any, data_iterator: DataIterator) -> tuple[int, Any] | None:
         """Read the newest undamaged checkpoint and put the data iterator where it was.
 
-        Newer, damaged ones are named in a warning and moved to `<directory>/damaged`, never deleted.
+        Newer, damaged ones are named in a warning and moved to `<directory>/damaged`, never deleted. Where the data was
+        shared out otherwise, there is no position to go back to: as many batches are read as the saved step had taken,
+        which is as far in the same order of documents, and a warning says so.
 
         Args:
             abstract_state: the state expected, as arrays or `jax.ShapeDtypeStruct`. Every array comes back with
@@ -157,7 +167,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: every checkpoint is damaged, or the newest undamaged one is of another architecture,
-                of another number of processes or of other data.
+                or of other data.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -168,7 +178,8 @@ class Checkpointer:
                 damaged[step] = str(error)
                 continue
             self._move_aside(damaged)
-            self._set_position(step, content["data"], data_iterator)
+            with together(CheckpointError):
+                self._set_position(step, content["data"], data_iterator)
             return step, jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
@@ -297,19 +308,35 @@ class Checkpointer:
         if damaged and self._manager is not None:
             self._manager.reload()
 
-    def _set_position(self, step: int, states: list[Any], data_iterator: DataIterator) -> None:
-        if len(states) != jax.process_count():
-            raise CheckpointError(
-                f"checkpoint of step {step} in {self.directory} holds the data position of {len(states)} processes,"
-                f" this run has {jax.process_count()}: resume with as many"
-            )
+    def _gather_positions(self, data_iterator: DataIterator) -> list[Any]:
+        # Processes that load the same rows stand at the same place. A copy, that does not change as the iterator goes.
+        shard, count = self._data_shard
+        positions = dict(gather([shard, data_iterator.get_state()]))
+        return [positions[index] for index in range(count)]
+
+    def _set_position(self, step: int, positions: list[Any], data_iterator: DataIterator) -> None:
+        shard, count = self._data_shard
         try:
-            data_iterator.set_state(states[jax.process_index()])
+            if len(positions) == count:
+                data_iterator.set_state(positions[shard])
+                return
+            for _ in range(step):
+                next(data_iterator)
         except Exception as error:
             raise CheckpointError(
                 f"the data position in the checkpoint of step {step} in {self.directory} does not fit this data:"
                 f" {_reason(error)}"
             ) from error
+        if jax.process_index() == 0:
+            LOGGER.warning(
+                "up to step %d the data was loaded in %d shares, now it is in %d: passed over the first %d batches of"
+                " the new shares. The order of documents goes on; some of those that were being packed and shuffled"
+                " together may come twice, others not at all",
+                step,
+                len(positions),
+                count,
+                step,
+            )
 
 
 def _committed_steps(directory: Path) -> list[int]:
@@ -351,6 +378,7 @@ def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     return {name: int(_checksum(array)) for name, array in arrays.items()}
 
 
+@in_turn
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     # A sum modulo 2^32 does not depend on its order, hence not on the sharding. The bits are mixed first, so that
@@ -387,18 +415,11 @@ def _read_metadata(directory: Path, step: int) -> dict[str, Any]:
 
 def _read(directory: Path, step: int, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """Metadata and expected arrays of one checkpoint, with the same verdict on every host."""
-    complaint: _DamagedError | None = None
-    try:
+    with together(CheckpointError, _DamagedError):  # before the arrays, which all hosts read together
         content = _read_metadata(directory, step)
-    except _DamagedError as error:
-        complaint = error
-    _agree(complaint)  # before the arrays, which all hosts read together
     _check_architecture(directory, step, content["arrays"], expected)
-    try:
+    with together(CheckpointError, _DamagedError):
         arrays = _read_arrays(directory / str(step) / "state", expected, content["arrays"])
-    except _DamagedError as error:
-        complaint = error
-    _agree(complaint)
     return content, arrays
 
 
@@ -498,23 +519,3 @@ def _reason(error: BaseException, limit: int = 240) -> str:
     error = _root(error)
     text = re.sub(r" \[[\w ]+='.*", "", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else f"...{text[-limit:]}"
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every process's value, as JSON gives it back: a copy that does not change when the iterator moves on."""
-    text = json.dumps(value)
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-
-def _agree(complaint: _DamagedError | None) -> None:
-    """Raise on every host what any host complains of."""
-    complaints = [complaint is not None]
-    if jax.process_count() > 1:
-        complaints = multihost_utils.process_allgather(np.asarray(complaint is not None)).tolist()
-    if any(complaints):
-        raise complaint or _DamagedError("another process cannot read it")

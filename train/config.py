@@ -115,6 +115,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of the run, for launchers that JAX does not know; SLURM, Open MPI and Kubernetes need nothing."""
+
+    coordinator_address: str | None = None  # host:port of the first process, on which it will listen
+    num_processes: int | None = None  # of the run; 1: alone, whatever started it
+    process_id: int | None = None  # of this process, from 0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run."""
 
@@ -123,6 +132,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()  # the update
     checkpoint: CheckpointConfig = CheckpointConfig()  # the saves
     mesh: MeshConfig = MeshConfig()  # the devices
+    distributed: DistributedConfig = DistributedConfig()  # the processes
     run_dir: Path = Path("runs/tiny")  # everything this run writes; a run found there is resumed
     steps: int = 300  # optimiser steps
     seed: int = 0  # of the parameters and of sampling

@@ -16,12 +16,12 @@ SMOOTHING = 0.9  # of the speed shown
 class Console:
     """Prints the progress of a run of `steps` steps."""
 
-    def __init__(self, steps: int, *, plain: bool | None = None):
-        """`plain`: lines instead of a progress line; None: where standard output is no terminal."""
+    def __init__(self, steps: int, *, plain: bool | None = None, silent: bool = False):
+        """`plain`: lines instead of a progress line; None: where standard output is no terminal. `silent`: nothing."""
         self._steps = steps
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=silent)
         self._progress: Progress | None = None
-        if not (plain if plain is not None else not sys.stdout.isatty()):
+        if not (silent or (plain if plain is not None else not sys.stdout.isatty())):
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=20),

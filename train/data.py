@@ -40,16 +40,18 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """This host's share of every training batch, in an order that the seed fixes.
 
-    Each host takes every `process_count`-th document, in a new order each epoch, and yields batch_size / process_count
-    rows. With `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a
-    document longer than T is cut, and each piece is a segment of its own. Without, documents follow one another without
-    gaps. In both cases every token of a document, and one end-of-text token, is a target exactly once an epoch, and the
-    input before a document's first token is the beginning-of-text token. Of conversations only what the assistant says
-    has weight; see `train.chat`.
+    Of the documents, in a new order each epoch, each host takes every `process_count`-th, and yields batch_size /
+    process_count rows; so after as many batches, any number of hosts has come about equally far in that order. With
+    `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a document
+    longer than T is cut, and each piece is a segment of its own. Without, documents follow one another without gaps. In
+    both cases every token of a document, and one end-of-text token, is a target exactly once an epoch, and the input
+    before a document's first token is the beginning-of-text token. Of
+    conversations only what the assistant says has weight; see `train.chat`.
 
     Args:
       align: the selection block of the model.
-      process_index, process_count: this host among all; default: those of JAX.
+      process_index, process_count: this host among all that load different rows (`sharding.data_shards`); default:
+        those of JAX.
       num_epochs: passes over the documents; None: no end. The last batch is filled with rows of weight 0.
 
     Yields dicts of [batch_size / process_count, T] arrays: "tokens", "targets", "target_bytes" int32, "weights"
@@ -66,8 +68,8 @@ def train_batches(
             f"data.path: {corpus.name} has {len(corpus.train)} training documents for {process_count} processes; "
             "each needs at least one"
         )
-    documents = grain.MapDataset.source(corpus.train)[process_index::process_count]
-    documents = documents.shuffle(config.seed).repeat(num_epochs)
+    documents = grain.MapDataset.source(corpus.train).shuffle(config.seed).repeat(num_epochs)
+    documents = documents[process_index::process_count]
     num_bytes = corpus.num_bytes // process_count
     batches = _batches(documents, num_bytes, tokenizer, config, align, config.batch_size // process_count)
     if config.workers:

@@ -7,9 +7,7 @@ import json
 import math
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from train.config import TrainConfig, check, differences, from_json, to_json
 from train.console import Console
 from train.corpus import Corpus, load_corpus
 from train.data import Batch, held_out_batches, train_batches
+from train.distributed import gather, in_turn, stop_signals, together
 from train.evaluate import evaluate
 from train.generate import generate
 from train.loss import LossSums, bits_per_byte
@@ -34,7 +33,7 @@ from train.positions import evaluate_positions, position_sums
 from train.report import plot_curves
 from train.sampling import Sampling
 from train.saved import check_start, starting_parameters
-from train.sharding import check_divisible, make_mesh, on_mesh, put_batch, tree_shardings
+from train.sharding import check_divisible, data_shards, make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 from train.tokenizer import Tokenizer, load_tokenizer
 
@@ -51,6 +50,7 @@ CHANGEABLE = (
     "wandb",
     "checkpoint.",
     "mesh.",
+    "distributed.",
     "model.implementation",
     "model.remat",
 )
@@ -89,6 +89,7 @@ class Prepared:
     tokenizer: Tokenizer
     corpus: Corpus
     mesh: Mesh
+    data_shard: tuple[int, int]  # which share of the rows this process loads, of how many
     model: Transformer
     optimizer: optax.GradientTransformation
     abstract_state: TrainState  # shapes, dtypes and shardings
@@ -99,13 +100,22 @@ class Prepared:
 def prepare(config: TrainConfig) -> Prepared:
     """Everything that can be found wrong with a run before it starts. Writes nothing.
 
-    Raises:
-      ValueError: a setting is impossible, contradicts another, or differs from the run in the folder.
+    Raises, in every process or in none:
+      ValueError: a setting is impossible, contradicts another, or differs from the run in the folder or, as may its
+        data and what it sees in the folder, from those of another process.
     """
+    with together(ValueError):
+        prepared = _prepare(config)
+    _check_alike(prepared)
+    return prepared
+
+
+def _prepare(config: TrainConfig) -> Prepared:
     check(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_divisible(config, padded_vocabulary(tokenizer.vocab_size), jax.device_count())
     mesh = make_mesh(config.mesh)
+    index, count = data_shards(mesh)
     corpus = load_corpus(config.data)
     facts = {"vocab_size": tokenizer.vocab_size, "data_fingerprint": corpus.fingerprint}
     _check_same_run(config, facts)
@@ -119,24 +129,27 @@ def prepare(config: TrainConfig) -> Prepared:
         nn.meta.unbox(boxed),
         tree_shardings(boxed, mesh),
     )
-    align = config.model.nsa.select_block
-    held_out = itertools.islice(held_out_batches(corpus, tokenizer, config.data, align=align), config.eval_batches)
+    share: dict[str, int] = {"align": config.model.nsa.select_block, "process_index": index, "process_count": count}
+    held_out = itertools.islice(held_out_batches(corpus, tokenizer, config.data, **share), config.eval_batches)
     return Prepared(
         config=config,
         facts=facts,
         tokenizer=tokenizer,
         corpus=corpus,
         mesh=mesh,
+        data_shard=(index, count),
         model=model,
         optimizer=optimizer,
         abstract_state=abstract,
-        train_batches=train_batches(corpus, tokenizer, config.data, align=align),
+        train_batches=train_batches(corpus, tokenizer, config.data, **share),
         held_out=list(held_out),
     )
 
 
 def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
     """Trains, from the start or from where the run's folder stands, to the last step.
+
+    Every process of a run makes the same call. The first alone prints and writes, but for the checkpoints' arrays.
 
     Args:
       prepared: by `prepare`, for this one call.
@@ -148,8 +161,8 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     config, mesh, model, abstract = prepared.config, prepared.mesh, prepared.model, prepared.abstract_state
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(config.steps, plain=plain)
+    silent = jax.process_index() != 0
+    console = Console(config.steps, plain=plain, silent=silent)
     _introduce(prepared, console)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Worked out beforehand: a device asked for one in the loop would answer only when the step in flight is done.
@@ -158,7 +171,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        checkpointer = stack.enter_context(_checkpoints(config))
+        checkpointer = stack.enter_context(_checkpoints(config, prepared.data_shard))
         restored = checkpointer.restore_latest(abstract, batches)
         if restored is None:
             init = make_init(model, prepared.optimizer)
@@ -170,23 +183,20 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
         else:
             first, state = restored
             console.print(f"resuming after step {first}, saved in {config.run_dir / 'checkpoints'}")
-        _write(config.run_dir / "config.json", to_json(config))
-        _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
-        log = MetricsLog(config, first_step=first + 1)
+        with together(RuntimeError, ImportError):
+            if not silent:
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+                _write(config.run_dir / "config.json", to_json(config))
+                _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
+            log = MetricsLog(config, first_step=first + 1, silent=silent)
         stack.callback(log.close)
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(stop_signals(mesh))
 
-        train_step = on_mesh(
-            jax.jit(
-                make_train_step(
-                    model, prepared.optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss
-                ),
-                donate_argnums=0,
-                out_shardings=(shardings, None),
-            ),
-            mesh,
+        update = make_train_step(
+            model, prepared.optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss
         )
-        eval_step = on_mesh(jax.jit(lambda params, batch: loss_sums(model, params, batch)), mesh)
+        train_step = in_turn(on_mesh(jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)), mesh))
+        eval_step = in_turn(on_mesh(jax.jit(lambda params, batch: loss_sums(model, params, batch)), mesh))
         tokens_per_step = config.data.batch_size * config.data.sequence_length
         flops_per_token = train_flops_per_token(config.model, config.data.sequence_length, model.vocab_size)
         peak = device_peak_flops()
@@ -230,7 +240,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
             if pending is not None:
                 log.write(pending[0], finish(*pending))
             pending = step, metrics
-            signalled = stop.number
+            signalled = stop.requested()
             evaluating = step % config.eval_every == 0 or step == config.steps
             saving = step % config.checkpoint.every == 0 or step == config.steps or signalled is not None
             if not (evaluating or saving):
@@ -268,7 +278,7 @@ def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
     whole = NamedSharding(mesh, PartitionSpec())  # every host reads all buckets
     step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets), out_shardings=whole)
     found = evaluate_positions(
-        on_mesh(step, mesh), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out)
+        in_turn(on_mesh(step, mesh)), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out)
     )
     return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
 
@@ -290,16 +300,27 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"{flops / 1e6:.2f} MFLOPs per token of training"
     )
     console.print(
-        f"attention = {config.model.attention}, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(prepared.mesh.shape)}"
+        f"attention = {config.model.attention}, {jax.device_count()} x {jax.devices()[0].device_kind} in "
+        f"{jax.process_count()} process(es), mesh {dict(prepared.mesh.shape)}"
     )
 
 
 def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], console: Console) -> Result:
     """Samples, draws the curve and says where everything is."""
     config = prepared.config
+    files = {
+        "curve": config.run_dir / "loss.png",
+        "sample": config.run_dir / "sample.txt",
+        "metrics": config.run_dir / "metrics.jsonl",
+        "config": config.run_dir / "config.json",
+        "checkpoints": config.run_dir / "checkpoints",
+    }
     sample = ""
-    if config.sample_tokens:
+    if jax.process_count() > 1:
+        # No process has all parameters, and they need not fit into one.
+        del files["sample"]
+        console.print(f"several processes make no sample; for one: python -m train generate --run {config.run_dir}")
+    elif config.sample_tokens:
         seed = int(np.asarray(state.rng)[-1] % 2**31)
         sample = generate(
             state.params,
@@ -308,15 +329,11 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
             config.sample_prompt,
             Sampling(max_tokens=config.sample_tokens, seed=seed),
         )
-    files = {
-        "curve": config.run_dir / "loss.png",
-        "sample": config.run_dir / "sample.txt",
-        "metrics": config.run_dir / "metrics.jsonl",
-        "config": config.run_dir / "config.json",
-        "checkpoints": config.run_dir / "checkpoints",
-    }
-    _write(files["sample"], sample)
-    plot_curves({config.model.attention: config.run_dir}, files["curve"])
+    with together(RuntimeError):
+        if jax.process_index() == 0:
+            plot_curves({config.model.attention: config.run_dir}, files["curve"])
+            if "sample" in files:
+                _write(files["sample"], sample)
     console.finished(held_out, sample, files)
     return Result(state, held_out, sample, files)
 
@@ -326,11 +343,9 @@ def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
     saved = config.run_dir / "config.json"
     if not saved.exists():
         return
-    old = from_json(saved.read_text())
-    changed = [change for change in differences(old, config) if not change[0].startswith(CHANGEABLE)]
     path = config.run_dir / "facts.json"
     old_facts = json.loads(path.read_text()) if path.exists() else {}
-    changed += [(name, old_facts[name], value) for name, value in facts.items() if old_facts.get(name, value) != value]
+    changed = _changes((from_json(saved.read_text()), old_facts), (config, facts), CHANGEABLE)
     if changed:
         shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
         raise ValueError(f"run_dir = {config.run_dir} holds a run with other settings: {shown}. Choose another run_dir")
@@ -341,32 +356,29 @@ def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
         )
 
 
-def _checkpoints(config: TrainConfig) -> Checkpointer:
-    return Checkpointer(config.run_dir / "checkpoints", config.checkpoint)
+def _check_alike(prepared: Prepared) -> None:
+    """Raises ValueError where processes have other settings, read other data or see another run in the folder."""
+    config = prepared.config
+    facts = prepared.facts | {"last saved step": _checkpoints(config).latest_step}
+    first, *others = ((from_json(text), facts) for text, facts in gather([to_json(config), facts]))
+    for index, other in enumerate(others, start=1):
+        for name, here, there in _changes(first, other, ("distributed.",)):
+            raise ValueError(
+                f"{name} is {here!r} in process 0 and {there!r} in process {index}: expected the same settings and data"
+                f" in all processes, and run_dir = {config.run_dir} on a file system that they share"
+            )
 
 
-class _Stop:
-    """The first stop signal that came, if any."""
-
-    number: int | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+def _changes(
+    old: tuple[TrainConfig, dict[str, Any]], new: tuple[TrainConfig, dict[str, Any]], allowed: tuple[str, ...]
+) -> list[tuple[str, Any, Any]]:
+    """Settings and facts that differ, as (name, old value, new value), without the settings that may."""
+    changed = [change for change in differences(old[0], new[0]) if not change[0].startswith(allowed)]
+    return changed + [(name, old[1][name], value) for name, value in new[1].items() if old[1].get(name, value) != value]
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; only the main thread may, others go without."""
-    stop = _Stop()
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _checkpoints(config: TrainConfig, data_shard: tuple[int, int] | None = None) -> Checkpointer:
+    return Checkpointer(config.run_dir / "checkpoints", config.checkpoint, data_shard)
 
 
 def _write(path: Path, text: str) -> None:

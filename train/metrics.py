@@ -108,25 +108,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends one dict per step to `run_dir/metrics.jsonl`, and to the services that the config asks for."""
 
-    def __init__(self, config: TrainConfig, *, first_step: int):
+    def __init__(self, config: TrainConfig, *, first_step: int, silent: bool = False):
         """Opens the log of a run that goes on at `first_step`; what an earlier process logged from there on is dropped.
+
+        `silent`: writes nothing, as every process but the first.
 
         Raises:
           ImportError: TensorBoard or Weights & Biases is asked for but not installed; says which extra brings it.
         """
+        self.path = config.run_dir / "metrics.jsonl"
+        self._file: IO[str] | None = None
+        self._tensorboard = self._wandb = None
+        if silent:
+            return
         self._tensorboard = _open_tensorboard(config) if config.tensorboard else None
         self._wandb = _open_wandb(config) if config.wandb is not None else None
-        self.path = config.run_dir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(self.path) if entry["step"] < first_step]
         rewritten = self.path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(rewritten, self.path)
-        self._file: IO[str] = self.path.open("a")
+        self._file = self.path.open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs the values of a step; on disk, as far as this process goes, when it returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -135,7 +142,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends the log."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -1,5 +1,6 @@
 """Which device holds what: the mesh, and one table from logical axes to mesh axes."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,16 +148,58 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, free_split(logical("batch", "sequence"), mesh))
 
 
+@functools.cache
+def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+    """Which share of a batch's rows a process must load, and of how many: (index, count).
+
+    Processes whose devices stand at the same places along `BATCH_AXES` hold the same rows and have the same index.
+
+    Args:
+      process_index: default: of this process.
+
+    Raises:
+      ValueError: the rows of some process are not one contiguous share, equal to or apart from every other's.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    batch_dims = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    held: dict[int, set[int]] = {}  # places along the batch axes, in the order of rows, by process
+    for coordinates, device in np.ndenumerate(mesh.devices):
+        rows = np.ravel_multi_index([coordinates[i] for i in batch_dims], [mesh.devices.shape[i] for i in batch_dims])
+        held.setdefault(device.process_index, set()).add(int(rows))
+    parts = math.prod(mesh.devices.shape[i] for i in batch_dims)
+    size = len(held[process_index])
+    for process, places in sorted(held.items()):
+        first = min(places)
+        if len(places) != size or first % size or places != set(range(first, first + size)):
+            raise ValueError(
+                f"mesh = {dict(mesh.shape)}: of the {parts} equal parts of a batch process {process} holds "
+                f"{sorted(places)}; expected one contiguous share of {size}, as long as that of process "
+                f"{process_index}. Choose mesh axes that divide the devices of a process or are multiples of them"
+            )
+    return min(held[process_index]) // size, parts // size
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str, jax.Array]:
-    """This host's rows of a batch as arrays over the whole mesh.
+    """This process's share of a batch's rows (`data_shards`) as arrays over the whole mesh.
 
     Where "context" splits the tokens, they are brought into zigzag order (`nsa_jax.context`), behind padding of
     weight 0 up to a multiple of 2 * context * `stride`, the model's compress_stride.
     """
     sharding, context = batch_sharding(mesh), mesh.shape["context"]
+    index, count = data_shards(mesh)
     if context > 1:
         batch = {key: to_zigzag(_padded(key, value, context, stride), context) for key, value in batch.items()}
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+    def put(value: np.ndarray) -> jax.Array:
+        rows = len(value)
+
+        def part(where: Any) -> np.ndarray:
+            begin, end, _ = where[0].indices(rows * count)
+            return value[begin - index * rows : end - index * rows, where[1]]
+
+        return jax.make_array_from_callback((rows * count, *value.shape[1:]), sharding, part)
+
+    return {key: put(value) for key, value in batch.items()}
 
 
 def padded_length(length: int, context: int, stride: int) -> int:

@@ -292,13 +292,21 @@ def test_a_position_that_does_not_fit_the_data_is_refused(saved):
     checkpointer = Checkpointer(saved, CheckpointConfig())
     with pytest.raises(CheckpointError, match=r"data position .* step 30 .* does not fit this data: no such file 7"):
         checkpointer.restore_latest(make_state(0), Strict())
-    rewrite_metadata(saved / "30", lambda content: content["data"].append(content["data"][0]))
-    with pytest.raises(CheckpointError, match="holds the data position of 2 processes, this run has 1"):
-        checkpointer.restore_latest(make_state(0), make_iterator())
     rewrite_metadata(saved / "30", lambda content: content.update(format=2))
     with pytest.raises(CheckpointError, match="checkpoint format 2, this version reads format 1"):
         checkpointer.restore_latest(make_state(0), make_iterator())
     assert steps_in(saved) == [10, 20, 30]
+
+
+def test_in_other_shares_the_data_goes_on_after_as_many_batches_and_says_so(saved, caplog):
+    rewrite_metadata(saved / "30", lambda content: content["data"].append(content["data"][0]))
+    iterator = make_iterator()
+    step, _ = Checkpointer(saved, CheckpointConfig()).restore_latest(make_state(0), iterator)
+    untouched = make_iterator()
+    for _ in range(step):
+        next(untouched)
+    assert next(iterator) == next(untouched)
+    assert "up to step 30 the data was loaded in 2 shares, now it is in 1: passed over the first 30" in caplog.text
 
 
 def test_a_save_cut_off_is_not_a_checkpoint_and_is_cleared_away_by_the_next_save(saved):

@@ -1,111 +1,50 @@
 """Whole training runs in processes of their own: killed, stopped and resumed, they train as if nothing had happened."""
 
 import functools
-import json
-import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+import train_runs
+from train_runs import has_reached, latest_step, losses, metrics_file
 
-from train.checkpoint import Checkpointer
-from train.config import CheckpointConfig
-
-ROOT = Path(__file__).parents[2]
 STEPS = 40
 EVERY = 4
-DEADLINE = 120.0  # seconds until a process that does not do what is waited for fails the test
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    """A small corpus, and a place for compiled programs so that only the first process compiles."""
+    """A folder for the runs, with a corpus."""
     folder = tmp_path_factory.mktemp("crashes")
-    draw = np.random.default_rng(0)
-    (folder / "corpus").mkdir()
-    for i in range(60):
-        letters = draw.integers(ord("a"), ord("z") + 1, draw.integers(20, 400))
-        (folder / "corpus" / f"{i}.txt").write_bytes(letters.astype(np.uint8).tobytes())
+    train_runs.write_corpus(folder / "corpus")
     return folder
+
+
+def log_path(run_dir: Path) -> Path:
+    return Path(f"{run_dir}.log")
 
 
 def start(workspace: Path, run_dir: Path, max_file_blocks: int | None = None) -> subprocess.Popen:
     """A training process, whose files may be limited to a number of blocks of 512 bytes."""
-    settings = {
-        "run-dir": run_dir,
-        "steps": STEPS,
-        "eval-every": 10,
-        "eval-batches": 1,
-        "sample-tokens": 0,
-        "checkpoint.every": EVERY,
-        "data.path": workspace / "corpus",
-        "data.sequence-length": 64,
-        "data.batch-size": 2,
-        "model.num-layers": 1,
-        "model.attention": "full",
-        "model.embed-dim": 32,
-        "model.num-heads": 2,
-        "model.num-kv-heads": 1,
-        "model.head-dim": 16,
-        "model.mlp-dim": 32,
-        "model.nsa.num-selected": 4,
-        "model.nsa.window": 32,
-    }
-    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-    command = [sys.executable, "-m", "train", "tiny", *arguments]
+    settings = {"steps": STEPS, "eval-every": 10, "checkpoint.every": EVERY, "data.batch-size": 2}
+    command = train_runs.train_command(run_dir, {**settings, "data.path": workspace / "corpus"})
     if max_file_blocks is not None:
         command = ["sh", "-c", f'ulimit -f {max_file_blocks}; exec "$@"', "sh", *command]
-    with open(f"{run_dir}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """The (step, loss) of every line of metrics.jsonl that has a loss; a line cut off by a kill is left out."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
-
-
-def metrics_file(run_dir: Path) -> int | None:
-    """Which file metrics.jsonl is: a resumed run writes another, without the steps that it makes again."""
-    path = run_dir / "metrics.jsonl"
-    return path.stat().st_ino if path.exists() else None
-
-
-def has_reached(run_dir: Path, step: int, earlier_file: int | None) -> bool:
-    return metrics_file(run_dir) != earlier_file and any(done >= step for done, _ in losses(run_dir))
-
-
-def latest_step(run_dir: Path) -> int:
-    return Checkpointer(run_dir / "checkpoints", CheckpointConfig()).latest_step or 0
+    return train_runs.start(command, log_path(run_dir), cache=workspace / "compiled")
 
 
 def log_of(run_dir: Path) -> str:
-    return Path(f"{run_dir}.log").read_text()
+    return log_path(run_dir).read_text()
 
 
 def wait_until(process: subprocess.Popen, run_dir: Path, condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + DEADLINE
-    while not condition():
-        assert process.poll() is None, f"ended before it could be stopped:\n{log_of(run_dir)}"
-        assert time.monotonic() < give_up, f"nothing happened:\n{log_of(run_dir)}"
-        time.sleep(0.001)
+    train_runs.wait_until({log_path(run_dir): process}, condition)
 
 
 def half_written(run_dir: Path) -> set[int]:
@@ -126,11 +65,7 @@ def caught_while_saving(process: subprocess.Popen, run_dir: Path, leftovers: set
 
 
 def finish(process: subprocess.Popen, run_dir: Path, code: int = 0) -> None:
-    try:
-        process.wait(DEADLINE)
-    finally:
-        process.kill()
-    assert process.returncode == code, log_of(run_dir)
+    train_runs.finish(process, log_path(run_dir), code)
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,23 @@ def test_host_shards_are_disjoint_and_together_whole(isolate):
     assert sum(seen, collections.Counter()) == {i: i + 1 for i in range(50)}
 
 
+def test_after_as_many_batches_any_number_of_hosts_has_taken_the_same_documents(monkeypatch):
+    monkeypatch.setattr(train.data, "WINDOW_TOKENS", 0)  # four batches are packed together
+    corpus = corpus_of([bytes([i]) * (T - 1) for i in range(38)])  # a document fills a row
+
+    def taken(count, num_batches):
+        documents = collections.Counter()
+        for index in range(count):
+            batches = train_batches(corpus, BYTE, config(), align=ALIGN, process_index=index, process_count=count)
+            for _ in range(num_batches):
+                documents.update(next(batches)["targets"][:, 0].tolist())
+            batches.close()
+        return documents
+
+    for num_batches in (4, 12):  # within the first epoch, and after it
+        assert taken(1, num_batches) == taken(2, num_batches) == taken(4, num_batches)
+
+
 def test_held_out_documents_count_once_in_a_fixed_order():
     texts = random_texts(23, seed=1)
     corpus = corpus_of([b"train"], held_out=texts)
