@@ -282,7 +282,7 @@ def _run(op: str, implementation: Implementation | None, arguments: tuple, confi
     """Calls one implementation by name, or the first of the fastest-first list that supports the arguments."""
     if implementation is not None:
         return getattr(_implementation_module(implementation), op)(*arguments, config=config, scale=scale)
-    if jax.default_backend() == "gpu":
+    if on_gpu():
         for name in ("mosaic", "triton"):
             try:
                 return getattr(_implementation_module(name), op)(*arguments, config=config, scale=scale)
@@ -295,7 +295,16 @@ def _fused(implementation: Implementation | None) -> tuple[str, ...]:
     """Implementations to try that compute the gated sum of all branches as one op, fastest first."""
     if implementation is not None:
         return tuple(name for name in FUSED if name == implementation)
-    return FUSED if jax.default_backend() == "gpu" else ()
+    return FUSED if on_gpu() else ()
+
+
+def on_gpu() -> bool:
+    """Whether what is traced is for a GPU: by the mesh in context, else by JAX's default backend.
+
+    So programs can be lowered for a mesh of GPUs (`jax.sharding.AbstractDevice`) where there are none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "gpu"
 
 
 def _implementation_module(name: str) -> ModuleType:

@@ -14,7 +14,7 @@ from flax.linen import initializers
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from nsa_jax.attention import BranchKV, Implementation, nsa_attention, window_attention
+from nsa_jax.attention import BranchKV, Implementation, nsa_attention, on_gpu, window_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import RopeScaling, apply_rope
@@ -270,7 +270,7 @@ def dense_attention(
 
 def _cudnn_applies(q: Array) -> bool:
     """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
-    return jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return on_gpu() and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _phi_names(compression: Compression) -> tuple[str, ...]:

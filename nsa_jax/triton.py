@@ -6,6 +6,7 @@ float64 is refused: the kernels compute softmax statistics in float32.
 import jax
 import jax.numpy as jnp
 
+from nsa_jax.attention import on_gpu
 from nsa_jax.config import NSAConfig
 from pallas_kernels import block_selection
 from pallas_kernels import compressed_attention as compressed
@@ -126,4 +127,4 @@ def decode_attention(
 def _interpret(q: jax.Array) -> bool:
     if q.dtype == jnp.float64:
         raise NotImplementedError("implementation = 'triton': float64 is not supported")
-    return jax.default_backend() != "gpu"
+    return not on_gpu()

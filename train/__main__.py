@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if arguments and arguments[0] in COMMANDS:
         return _command(arguments[0], arguments[1:])
+    if list(arguments[:1]) == ["plan"]:
+        return _plan(arguments[1:])
     try:
         config = parse(arguments)
         # After parsing, because importing JAX takes seconds that --help need not wait for.
@@ -71,6 +73,17 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         error.add_note(f"in process {jax.process_index()} of {jax.process_count()}")
         raise
+    return 0
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from train.plan import Arguments, plan
+
+    own, rest = tyro.cli(Arguments, prog="python -m train plan", args=list(arguments), return_unknown_args=True)
+    try:
+        plan(own, parse(rest))
+    except ValueError as error:
+        return _complain(f"error: {error}", WRONG_SETTING)
     return 0
 
 

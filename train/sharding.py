@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import DTypeLike
 
 from nsa_jax.context import to_zigzag
@@ -105,7 +105,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree whose arrays carry logical axis names (flax's boxes); arrays without are replicated.
 
     Raises:
@@ -143,7 +143,7 @@ def weight(parameter: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax
     return activation(parameter.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over `BATCH_AXES`, tokens over context."""
     return NamedSharding(mesh, free_split(logical("batch", "sequence"), mesh))
 
