@@ -46,8 +46,8 @@ def batch(seed, segments):
     return made | ({"segment_ids": np.repeat([[0] * 8 + [1] * 16], B, axis=0).astype(np.int32)} if segments else {})
 
 
-@pytest.mark.parametrize("segments", [False, True])
-def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments):
+@pytest.mark.parametrize(("segments", "way"), [(False, "in chunks"), (True, "on a mesh")])
+def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments, way):
     model = Transformer(MODEL, VOCABULARY)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
     batches = [batch(seed, segments) for seed in range(2)]
@@ -57,11 +57,13 @@ def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments
         arguments = (hidden, params["embedding"].T, batch["targets"], batch["weights"], batch["target_bytes"])
         return cross_entropy(*arguments, chunk_elements=B * 64 * 7)
 
-    chunked = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5))
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    on_devices = on_mesh(
-        jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5)), mesh
-    )
+    if way == "in chunks":
+        step = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5))
+        found = evaluate_positions(step, params, batches)
+    else:
+        mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+        step = jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5))
+        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh) for made in batches))
     forward = jax.jit(
         lambda params, batch: logits(
             params, model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids")), MODEL
@@ -78,15 +80,11 @@ def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments
             w = made["weights"][:, t]
             expected[:, position[t] // 5] += (w @ nll[:, t], w.sum(), w @ made["target_bytes"][:, t])
     nll, weight, num_bytes = expected[:, expected[1] > 0]
-    for found in (
-        evaluate_positions(chunked, params, batches),
-        evaluate_positions(on_devices, params, (put_batch(made, mesh) for made in batches)),
-    ):
-        ends = [(0, 5), (5, 10), (10, 15), (15, 20), (20, 24)][: len(weight)]
-        assert [(bucket.begin, bucket.end) for bucket in found] == ends
-        np.testing.assert_allclose([bucket.nats_per_token for bucket in found], nll / weight, rtol=1e-5)
-        np.testing.assert_allclose([bucket.bits_per_byte for bucket in found], nll / num_bytes / math.log(2), rtol=1e-5)
-        np.testing.assert_array_equal([bucket.tokens for bucket in found], weight)
+    ends = [(0, 5), (5, 10), (10, 15), (15, 20), (20, 24)][: len(weight)]
+    assert [(bucket.begin, bucket.end) for bucket in found] == ends
+    np.testing.assert_allclose([bucket.nats_per_token for bucket in found], nll / weight, rtol=1e-5)
+    np.testing.assert_allclose([bucket.bits_per_byte for bucket in found], nll / num_bytes / math.log(2), rtol=1e-5)
+    np.testing.assert_array_equal([bucket.tokens for bucket in found], weight)
 
 
 def test_the_command_evaluates_a_run_at_another_length_and_draws_it(tmp_path, capsys):
