@@ -135,7 +135,7 @@ def _bytes(shapes: str) -> int:
 
 
 def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Bytes that a device receives in one step, by purpose, as the design has it.
+    """Bytes that a device receives in one step, by purpose, as the design has it: those of all microbatches.
 
     With z the size of a number of the compute dtype, and passes = 1 forward and, under remat, 1 more:
 
@@ -148,6 +148,10 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
     * "tensor": all-reduces of [rows, tokens, embed_dim]: in every forward pass behind attention and (but for the last
       of two passes) the MLP, in the backward pass one for each projection that reads the residual stream; of the
       embeddings, and of the loss's gradient; of phi's and the gates' gradients, whose heads are split.
+    * "experts": `train.moe` says what: gathers of the parameters and reduce-scatters of their gradients, then summed
+      over the other devices that have the same expert; tokens and their routing to the devices along "expert" in every
+      pass, and results back in the first; the same the other way in the backward pass; sums over "tensor" of results
+      and of the residual stream's gradient.
     * "context": `nsa_jax.context.received_bytes`, again in every pass, the selected keys and values once more in the
       backward pass, and gradients on the way back. Full attention: keys and values, likewise.
 
@@ -166,7 +170,7 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
     batch = config.data.batch_size // config.optimizer.accumulate
     T = padded_length(config.data.sequence_length, C, model.nsa.compress_stride)
     rows, tokens = batch // shards, T // C
-    total = dict.fromkeys(("parameters", "gradients", "tensor", "context"), 0.0)
+    total = dict.fromkeys(("parameters", "gradients", "tensor", "experts", "context"), 0.0)
 
     boxed = jax.eval_shape(Transformer(model, vocab_size).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     rules = dict(RULES)
@@ -176,12 +180,17 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
         name = path[-1].key
         names = [axis for axis in box.names if axis != "embed"]
         split = math.prod([sizes[rules[axis]] for axis in names if rules[axis] is not None])
-        size = math.prod(box.value.shape) / split * (4 if name == "scale" else z)
+        size = math.prod(box.value.shape) / split * (4 if name in ("scale", "router_kernel") else z)
+        if "expert" in names or name.startswith(("shared_", "router_")):
+            alike = sizes["data"] * (1 if "expert" in names else sizes["expert"])
+            total["experts"] += (_others(F) * (passes + 1) + 2 * _others(alike) / F) * size
+            continue
         if "embed" in box.names:
             total["parameters"] += _others(F) * size * (passes if "layers" in names else 1)
         over_rows = shards // (sizes["expert"] if "expert" in names else 1)
         if not name.startswith("phi_"):
-            total["gradients"] += 2 * (_others(over_rows) + _others(C)) * size
+            uses = 2 if name == "embedding" and model.tie_embeddings else 1  # each use's gradient is summed by itself
+            total["gradients"] += uses * 2 * (_others(over_rows) + _others(C)) * size
         elif C > 1:  # summed by hand, over everything at once
             total["gradients"] += 2 * _others(over_rows * C * R) * size
         else:
@@ -191,8 +200,14 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
     nsa = model.attention == "nsa"
     branches = 3 if nsa and not model.share_kv else 1
     gate_hidden = rows * tokens * max(1, model.embed_dim // 4) * z if nsa else 0
-    times = layers * (passes + 1 + 1 + 2 * branches + 2) + 2
+    with_experts = layers - model.moe.first_dense if model.moe.num_routed else 0
+    times = layers * (passes + 1 + 2 * branches) + (layers - with_experts) * (1 + 2) + 2
     total["tensor"] += 2 * _others(R) * (times * residual + layers * gate_hidden)
+
+    # The weights of a token's experts, and as many bytes of indices. A second pass needs no results.
+    routing = rows * tokens * model.moe.top_k * 4
+    along_expert = (passes + 1) * (residual + routing) + passes * routing + 2 * residual
+    total["experts"] += with_experts * ((sizes["expert"] - 1) * along_expert + 2 * 2 * _others(R) * residual)
 
     heads, Dk = model.num_kv_heads // R, model.head_dim
     Dv = Dk if model.v_head_dim is None else model.v_head_dim
@@ -202,7 +217,7 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
             model.nsa, T=T, devices=C, num_kv_heads=heads, head_dim=Dk, v_head_dim=Dv, itemsize=z
         )
     total["context"] += layers * rows * ((passes + 1) * once + whole)
-    return total
+    return {purpose: config.optimizer.accumulate * size for purpose, size in total.items()}
 
 
 def _others(devices: int) -> float:

@@ -5,6 +5,7 @@ and compiles it for as many simulated CPU devices, where compilers say how much 
 attention is `xla`'s and 16-bit numbers are widened for the arithmetic, so this is more than a GPU takes.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -99,10 +100,14 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
       ValueError: a setting is impossible, or the mesh does not fit the model or the devices.
     """
     check(config)
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", arguments.devices)
+    with contextlib.suppress(RuntimeError):  # JAX runs already, and the devices that it has must do
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
     vocab_size = arguments.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     check_divisible(config, padded_vocabulary(vocab_size), arguments.devices)
+    devices = jax.devices("cpu")[: arguments.devices]
+    if len(devices) < arguments.devices:
+        raise ValueError(f"devices = {arguments.devices}: expected at most {len(devices)}, those that JAX runs with")
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, arguments.devices), strict=True))
     print(f"mesh {sizes}, {config.data.batch_size} rows of {config.data.sequence_length} tokens a step")
 
@@ -110,7 +115,7 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
     kernels = lowered.as_text().count("__gpu$xla.gpu.triton")
     print(f"lowered for {arguments.devices} x {arguments.device_kind}: {kernels} calls of Triton kernels")
 
-    step = abstract_step(config, vocab_size, make_mesh(config.mesh, jax.devices()[: arguments.devices]))
+    step = abstract_step(config, vocab_size, make_mesh(config.mesh, devices))
     total = total_parameters(step.state.params)
     flops = train_flops_per_token(config.model, config.data.sequence_length, vocab_size)
     state_bytes = sum(
@@ -120,11 +125,10 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
     print(f"of {vocab_size}; {flops / 1e9:.2f} GFLOPs per token of training")
     print(f"parameters and optimiser of a device: {state_bytes / 1e9:.2f} GB")
     predicted = predicted_bytes(config, vocab_size, sizes)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in predicted.items())
-    print(f"a device receives per step, by formula, GB: {parts}; {sum(predicted.values()) / 1e9:.2f} in all")
+    print(f"a device receives per step, by formula, {_parts(predicted)}")
     if arguments.compile:
         xla = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="xla"))
-        compiled = compile_here(xla, vocab_size, make_mesh(config.mesh, jax.devices()[: arguments.devices]))
+        compiled = compile_here(xla, vocab_size, make_mesh(config.mesh, devices))
         memory: Any = compiled.memory_analysis()
         counted = received_bytes(collectives(compiled.as_text() or ""))
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -132,5 +136,9 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
             f"compiled for CPUs, a device needs {needed / 1e9:.2f} GB: {memory.argument_size_in_bytes / 1e9:.2f} of "
             f"arguments, which results replace, and {memory.temp_size_in_bytes / 1e9:.2f} of temporaries"
         )
-        parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in counted.items())
-        print(f"and receives, by the compiled program, GB: {parts}; {sum(counted.values()) / 1e9:.2f} in all")
+        print(f"and receives, by the compiled program, {_parts(counted)}")
+
+
+def _parts(sizes: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {size / 1e6:,.2f}" for name, size in sizes.items() if size)
+    return f"MB: {parts}; {sum(sizes.values()) / 1e6:.2f} in all"

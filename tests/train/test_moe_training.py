@@ -81,7 +81,7 @@ def one_step(accumulate, mesh=None, **changes):
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
     step = on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)
-    return *step(state, put_batch(batch(), mesh)), state.params
+    return *step(state, put_batch(batch(), mesh, 2)), state.params
 
 
 def bias(state):
