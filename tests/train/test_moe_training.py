@@ -171,7 +171,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
         text = draw.integers(97, 123, draw.integers(20, 80)).astype(np.uint8).tobytes()
         (tmp_path / "corpus" / f"{i}.txt").write_bytes(text)
     config = TrainConfig(
-        model=dataclasses.replace(MODEL, num_layers=2),
+        model=dataclasses.replace(EVERYWHERE, num_layers=1),
         data=DataConfig(path=str(tmp_path / "corpus"), sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(warmup_steps=2),
         checkpoint=CheckpointConfig(every=3),
