@@ -1,8 +1,9 @@
 """What a run would take, before there are machines for it: parameters, FLOPs, memory and traffic of a device.
 
 `python -m train plan --devices 64 PRESET [--field value ...]` lowers the step for a mesh of GPUs, with their kernels,
-and compiles it for as many simulated CPU devices, where compilers say how much memory a device needs. On CPUs
-attention is `xla`'s and 16-bit numbers are widened for the arithmetic, so this is more than a GPU takes.
+and compiles it for as many simulated CPU devices, where the compiler says how much memory a device needs. There
+attention is `xla`'s and everything is float32, because compilers for CPUs fail at sums of 16-bit numbers over devices:
+activations, and what is sent, take up to twice as much as on a GPU.
 """
 
 import contextlib
@@ -125,18 +126,21 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
     print(f"of {vocab_size}; {flops / 1e9:.2f} GFLOPs per token of training")
     print(f"parameters and optimiser of a device: {state_bytes / 1e9:.2f} GB")
     predicted = predicted_bytes(config, vocab_size, sizes)
-    print(f"a device receives per step, by formula, {_parts(predicted)}")
+    print(f"a device receives per step in {config.model.dtype}, by formula, {_parts(predicted)}")
     if arguments.compile:
-        xla = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="xla"))
-        compiled = compile_here(xla, vocab_size, make_mesh(config.mesh, devices))
+        model = dataclasses.replace(config.model, implementation="xla", dtype="float32")
+        wide = dataclasses.replace(config, model=model)
+        compiled = compile_here(wide, vocab_size, make_mesh(config.mesh, devices))
+        predicted = predicted_bytes(wide, vocab_size, sizes)
         memory: Any = compiled.memory_analysis()
         counted = received_bytes(collectives(compiled.as_text() or ""))
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        arguments_size, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
         print(
-            f"compiled for CPUs, a device needs {needed / 1e9:.2f} GB: {memory.argument_size_in_bytes / 1e9:.2f} of "
-            f"arguments, which results replace, and {memory.temp_size_in_bytes / 1e9:.2f} of temporaries"
+            f"compiled for CPUs in float32, a device needs {arguments_size + temporaries:.2f} GB: {arguments_size:.2f} of "
+            f"arguments, which results replace, and {temporaries:.2f} of temporaries"
         )
-        print(f"and receives, by the compiled program, {_parts(counted)}")
+        print(f"and receives per step, by formula, {_parts(predicted)}")
+        print(f"by the compiled program, {_parts(counted)}")
 
 
 def _parts(sizes: dict[str, float]) -> str:

@@ -243,6 +243,7 @@ for module in pkgutil.iter_modules(train.__path__):
         importlib.import_module(f"train.{module.name}")  # had one asked for a device, start() would raise
 import jax
 import numpy as np
+from nsa_jax.context import to_zigzag
 from train.__main__ import main, parse
 from train.config import DistributedConfig, MeshConfig
 from train.distributed import gather, start, together
@@ -262,14 +263,19 @@ def refused(kind, call):
     else:
         raise AssertionError("nothing was raised")
 
-for mesh, share in ((MeshConfig(data=2, tensor=2), (index, 2)), (MeshConfig(data=1, tensor=4), (0, 1))):
-    mesh = make_mesh(mesh)
+whole = np.arange(32).reshape(4, 8)
+for sizes, share in (
+    (MeshConfig(data=2, tensor=2), (index, 2)),
+    (MeshConfig(data=1, tensor=4), (0, 1)),
+    (MeshConfig(data=1, context=4), (0, 1)),
+):
+    mesh = make_mesh(sizes)
     assert data_shards(mesh) == share
-    rows = np.arange(4).reshape(share[1], -1)[share[0]]
-    array = put_batch({"x": rows}, mesh)["x"]
+    array = put_batch({"x": np.split(whole, share[1])[share[0]]}, mesh, 1)["x"]
+    expected = whole if sizes.context == 1 else to_zigzag(whole, sizes.context)
     for shard in array.addressable_shards:
-        assert shard.data.tolist() == np.arange(4)[shard.index].tolist()
-    assert array.shape == (4,)
+        assert shard.data.tolist() == expected[shard.index].tolist()
+    assert array.shape == whole.shape
 
 def fail_in_the_second():
     with together(ValueError, RuntimeError):

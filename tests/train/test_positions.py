@@ -61,9 +61,9 @@ def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments
         step = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5))
         found = evaluate_positions(step, params, batches)
     else:
-        mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+        mesh = make_mesh(MeshConfig(data=2, context=4))
         step = jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5))
-        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh) for made in batches))
+        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh, 2) for made in batches))
     forward = jax.jit(
         lambda params, batch: logits(
             params, model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids")), MODEL
