@@ -134,10 +134,10 @@ def plan(arguments: Arguments, config: TrainConfig) -> None:
         predicted = predicted_bytes(wide, vocab_size, sizes)
         memory: Any = compiled.memory_analysis()
         counted = received_bytes(collectives(compiled.as_text() or ""))
-        arguments_size, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+        kept, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
         print(
-            f"compiled for CPUs in float32, a device needs {arguments_size + temporaries:.2f} GB: {arguments_size:.2f} of "
-            f"arguments, which results replace, and {temporaries:.2f} of temporaries"
+            f"compiled for CPUs in float32, a device needs {kept + temporary:.2f} GB: {kept:.2f} of arguments, which "
+            f"results replace, and {temporary:.2f} of temporaries"
         )
         print(f"and receives per step, by formula, {_parts(predicted)}")
         print(f"by the compiled program, {_parts(counted)}")

@@ -157,6 +157,8 @@ class _InTurns:
 
 
 def test_two_processes_train_like_one_on_the_same_rows(workspace, uninterrupted, monkeypatch):
+    four = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda *backend: four)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     config = in_this_process(workspace, workspace / "one", **FSDP)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=STEPS))
