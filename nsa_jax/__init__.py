@@ -1,6 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089) for JAX."""
 
 from nsa_jax.attention import (
+    AttentionInputs,
     BranchKV,
     compressed_attention,
     decode_attention,
@@ -15,6 +16,7 @@ from nsa_jax.config import NSAConfig, num_blocks, num_compressed
 from nsa_jax.linen import FullAttention, NSAttention
 
 __all__ = [
+    "AttentionInputs",
     "BranchKV",
     "DenseCache",
     "FullAttention",

@@ -32,6 +32,16 @@ class BranchKV(NamedTuple):
     win_v: Float[Array, "B T K Dv"]
 
 
+class AttentionInputs(NamedTuple):
+    """Arguments of `nsa_attention`: what `nsa_jax.testing` draws at random, and a layer makes of its input."""
+
+    q: Float[Array, "B Tq H Dk"]
+    kv: BranchKV
+    gates: Float[Array, "B Tq H 3"]
+    segment_ids: Int[Array, "B T"] | None = None
+    query_offset: QueryOffset = 0
+
+
 def nsa_attention(
     q: Float[Array, "B Tq H Dk"],
     kv: BranchKV,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from nsa_jax.attention import BranchKV, Implementation, nsa_attention
+from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import apply_rope
@@ -147,20 +147,26 @@ def nsa_layer(
     from the start of each segment.
     """
     x, weights = cast(x, parameters, config.dtype)
+    q, kv, g, *_ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
+    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
+    o = attention(q, kv, g, config=config.config, segment_ids=segment_ids, implementation=config.implementation)
+    return join_heads(o, weights["o_kernel"], x)
+
+
+def nsa_layer_inputs(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    *,
+    config: NSALayerConfig,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> AttentionInputs:
+    """What a layer gives to `nsa_attention`; arguments as of `nsa_layer`."""
+    x, weights = cast(x, parameters, config.dtype)
     positions = _positions(x, segment_ids)
     q, raw = project_branches(weights, x, positions, config)
     first = positions[:, :: config.config.compress_stride]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
-    attention = sharded(nsa_attention, batch_axes=config.batch_axes, head_axes=config.head_axes)
-    o = attention(
-        q,
-        raw._replace(cmp_k=cmp_k, cmp_v=cmp_v),
-        gates(x, weights),
-        config=config.config,
-        segment_ids=segment_ids,
-        implementation=config.implementation,
-    )
-    return join_heads(o, weights["o_kernel"], x)
+    return AttentionInputs(q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights), segment_ids)
 
 
 def project_branches(

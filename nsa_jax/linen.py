@@ -26,6 +26,7 @@ from nsa_jax.layer import (
     Parameter,
     full_layer,
     nsa_layer,
+    nsa_layer_inputs,
     nsa_parameters,
     projection_parameters,
 )
@@ -36,7 +37,8 @@ class NSAttention(nn.Module):
     """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
 
     Call it with x [B, T, E] and, for packed sequences, segment_ids int32 [B, T], non-decreasing along T. It returns
-    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers.
+    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers. Where the
+    "intermediates" are mutable, it sows the `AttentionInputs` that it makes of x there; `nsa_jax.visualize` draws them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,6 +80,9 @@ class NSAttention(nn.Module):
         """Attention output [B, T, E]."""
         config = _layer_config(self, NSALayerConfig)
         parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
+        if self.is_mutable_collection("intermediates"):
+            inputs = nsa_layer_inputs(parameters, x, config=config, segment_ids=segment_ids)
+            self.sow("intermediates", "attention_inputs", inputs)
         return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> NSACache:
