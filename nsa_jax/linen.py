@@ -44,8 +44,8 @@ class NSAttention(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> layer = NSAttention(num_heads=8, num_kv_heads=2, head_dim=16)
       >>> x = jnp.ones((1, 100, 64))
-      >>> variables = layer.init(jax.random.key(0), x)
-      >>> layer.apply(variables, x).shape
+      >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+      >>> jax.jit(layer.apply)(variables, x).shape
       (1, 100, 64)
 
     To generate, `init_cache`, `prefill` and `decode_step`:
@@ -108,6 +108,13 @@ class FullAttention(nn.Module):
     """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
 
     Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies. With `window`, sliding-window attention.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = FullAttention(num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> x = jnp.ones((1, 100, 64))
+      >>> layer.init_with_output(jax.random.key(0), x)[0].shape
+      (1, 100, 64)
     """
 
     num_heads: int  # H, query heads

@@ -32,6 +32,18 @@ from nsa_jax.layer import (
 class NSAttention(nnx.Module):
     """Native Sparse Attention layer; see `nsa_jax.NSAttention` for what it computes.
 
+    Example:
+      >>> layer = NSAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> x = jnp.ones((1, 100, 64))
+      >>> layer(x).shape
+      (1, 100, 64)
+
+    To generate, `init_cache`, `prefill` and `decode_step`:
+      >>> y, cache = layer.prefill(x, layer.init_cache(batch_size=1, max_length=128))
+      >>> y, cache = layer.decode_step(x[:, :1], cache)
+      >>> y.shape, cache.lengths.tolist()
+      ((1, 1, 64), [101])
+
     Args:
       embed_dim: E, the width of its input.
       param_dtype: dtype of the parameters.
@@ -74,7 +86,12 @@ class NSAttention(nnx.Module):
 
 
 class FullAttention(nnx.Module):
-    """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above."""
+    """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above.
+
+    Example:
+      >>> FullAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)(jnp.ones((1, 100, 64))).shape
+      (1, 100, 64)
+    """
 
     def __init__(
         self,

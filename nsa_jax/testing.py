@@ -1,11 +1,12 @@
 """Compare any implementation with the reference, forward and gradients, on your own shapes, through chex.
 
-import jax
-from nsa_jax import NSAConfig
-from nsa_jax.testing import assert_matches_reference, random_inputs
-
-inputs = random_inputs(jax.random.key(0), NSAConfig(), T=300, num_heads=8, num_kv_heads=2, head_dim=64)
-assert_matches_reference(inputs, NSAConfig(), implementation="xla")
+Example:
+  >>> import jax
+  >>> from nsa_jax import NSAConfig
+  >>> from nsa_jax.testing import assert_matches_reference, random_inputs
+  >>> config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=4, window=16)
+  >>> inputs = random_inputs(jax.random.key(0), config, T=50, num_heads=2, num_kv_heads=1, head_dim=8)
+  >>> assert_matches_reference(inputs, config, implementation="xla", gradients=False)
 """
 
 import functools

@@ -11,7 +11,7 @@ Example:
   >>> config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=4, window=16)
   >>> layer = NSAttention(num_heads=4, num_kv_heads=2, head_dim=8, config=config)
   >>> x = jax.random.normal(jax.random.key(0), (1, 64, 32))
-  >>> layers = trace_attention(layer, layer.init(jax.random.key(1), x), x)
+  >>> layers = trace_attention(layer, jax.jit(layer.init)(jax.random.key(1), x), x)
   >>> plot_selection(layers, config).savefig("/dev/null", format="png")
 """
 
@@ -346,7 +346,7 @@ def _check_index(name: str, value: int, size: int) -> None:
 
 def _image(axes: Axes, values: np.ndarray, *, first: int, **options: Any) -> Any:
     """Rows are queries, from `first` on downwards; what is not there is white."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     extent = (-0.5, values.shape[1] - 0.5, first + values.shape[0] - 0.5, first - 0.5)
     return axes.imshow(values, cmap=COLORMAP, aspect="auto", interpolation="nearest", extent=extent, **options)
