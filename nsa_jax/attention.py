@@ -59,8 +59,8 @@ def nsa_attention(
       >>> import jax
       >>> from nsa_jax.testing import random_inputs
       >>> config = NSAConfig()
-      >>> inputs = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
-      >>> nsa_attention(inputs.q, inputs.kv, inputs.gates, config=config).shape
+      >>> q, kv, gates, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> jax.jit(nsa_attention, static_argnames="config")(q, kv, gates, config=config).shape
       (1, 100, 4, 16)
 
     Args:

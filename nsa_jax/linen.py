@@ -41,7 +41,7 @@ class NSAttention(nn.Module):
     "intermediates" are mutable, it sows the `AttentionInputs` that it makes of x there; `nsa_jax.visualize` draws them.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import functools, jax, jax.numpy as jnp
       >>> layer = NSAttention(num_heads=8, num_kv_heads=2, head_dim=16)
       >>> x = jnp.ones((1, 100, 64))
       >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
@@ -50,8 +50,11 @@ class NSAttention(nn.Module):
 
     To generate, `init_cache`, `prefill` and `decode_step`:
       >>> cache = layer.init_cache(batch_size=1, max_length=128)
-      >>> y, cache = layer.apply(variables, x, cache, method="prefill")
-      >>> y, cache = layer.apply(variables, x[:, :1], cache, method="decode_step")
+      >>> prefill, decode_step = (
+      ...     jax.jit(functools.partial(layer.apply, method=name)) for name in ("prefill", "decode_step")
+      ... )
+      >>> y, cache = prefill(variables, x, cache)
+      >>> y, cache = decode_step(variables, x[:, :1], cache)
       >>> y.shape, cache.lengths.tolist()
       ((1, 1, 64), [101])
 
@@ -113,7 +116,7 @@ class FullAttention(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> layer = FullAttention(num_heads=8, num_kv_heads=2, head_dim=16)
       >>> x = jnp.ones((1, 100, 64))
-      >>> layer.init_with_output(jax.random.key(0), x)[0].shape
+      >>> jax.jit(layer.init_with_output)(jax.random.key(0), x)[0].shape
       (1, 100, 64)
     """
 

@@ -35,14 +35,8 @@ class NSAttention(nnx.Module):
     Example:
       >>> layer = NSAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)
       >>> x = jnp.ones((1, 100, 64))
-      >>> layer(x).shape
+      >>> nnx.jit(layer)(x).shape
       (1, 100, 64)
-
-    To generate, `init_cache`, `prefill` and `decode_step`:
-      >>> y, cache = layer.prefill(x, layer.init_cache(batch_size=1, max_length=128))
-      >>> y, cache = layer.decode_step(x[:, :1], cache)
-      >>> y.shape, cache.lengths.tolist()
-      ((1, 1, 64), [101])
 
     Args:
       embed_dim: E, the width of its input.
