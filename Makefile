@@ -34,7 +34,8 @@ docs: install  ## the API reference, in build/docs
 	$(VENV)/bin/python -W error::UserWarning -m pdoc $(DOCUMENTED) --docformat google --output-directory build/docs
 
 notebooks: install  ## runs every notebook in full and writes its outputs, in place
-	for notebook in notebooks/*.py; do $(VENV)/bin/jupytext --to ipynb --execute "$$notebook" || exit 1; done
+	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
+	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@
 # linear memory, runs anywhere) and `triton` (Pallas GPU kernels; without a GPU they are interpreted, slowly, by the
 # same code path). This notebook compares them on *your* shapes, forward and gradients, and then asks how fast they
 # are.
+#
+# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from two CPU cores.
 
 # %%
 # Installs the package where it is missing (on Colab), and says where this runs.
@@ -41,7 +43,7 @@ FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for
 GPU = jax.default_backend() == "gpu"
 began = time.perf_counter()
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-print("The whole notebook takes about TIME_CPU on two CPU cores. On a GPU or TPU: not measured yet.")
+print("All of it takes about TIME_CPU on two busy CPU cores. On a GPU or TPU: not measured yet.")
 # %matplotlib inline
 
 # %% [markdown]
