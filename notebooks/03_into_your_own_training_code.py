@@ -66,7 +66,7 @@ import optax
 import nsa_jax
 from nsa_jax import FullAttention, NSAConfig, NSAttention
 
-EMBED, LAYERS, T, BATCH, STEPS = 64, 2, 128, 8, 3 if FAST else 40
+EMBED, LAYERS, T, BATCH, STEPS = 64, 1 if FAST else 2, 128, 8, 3 if FAST else 40
 source = b"\n".join(path.read_bytes() for path in sorted(Path(nsa_jax.__file__).parent.glob("*.py")))
 text = np.frombuffer(source, np.uint8).astype(np.int32)
 

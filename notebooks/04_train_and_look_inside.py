@@ -102,7 +102,7 @@ from nsa_jax import NSAConfig
 from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from train.loop import prepare, run
 
-STEPS = 4 if FAST else 600
+STEPS = 4 if FAST else 300
 model = ModelConfig(
     num_layers=2,
     embed_dim=32 if FAST else 128,

@@ -12,13 +12,6 @@ ROOT = Path(__file__).parents[2]
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
 LARGEST = 600_000  # bytes of a notebook with its outputs
 
-# The kernel's sockets are of no concern here: that they are not encrypted, that a terminal could be signalled through
-# them, and in which order they are collected.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
 
 def test_there_are_four():
     assert [text.stem[:2] for text in TEXTS] == ["01", "02", "03", "04"]
