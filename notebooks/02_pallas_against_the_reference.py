@@ -43,7 +43,7 @@ FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for
 GPU = jax.default_backend() == "gpu"
 began = time.perf_counter()
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-print("All of it takes about TIME_CPU on two busy CPU cores. On a GPU or TPU: not measured yet.")
+print("All of it takes about 7 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
 # %matplotlib inline
 
 # %% [markdown]
@@ -156,9 +156,10 @@ print("all gradients are finite and shaped like their inputs")
 # %% [markdown]
 # ## Time and memory against length, on this machine
 #
-# On a GPU: the fastest implementation, the paper's sizes, bfloat16, against cuDNN. On a CPU: the `xla` implementation
-# at small sizes and lengths, against XLA's dense attention. **CPU times say nothing about GPU times**; they show the
-# shape of the curves: dense attention doubles its length and takes four times as long, NSA about twice.
+# On a GPU: the fastest implementation, the paper's sizes, bfloat16, against cuDNN. On a CPU: the `xla` implementation at
+# small sizes and lengths, against XLA's dense attention. **CPU times say nothing about GPU times**; they show how the
+# curves run. Dense attention's work and memory grow with the square of the length, NSA's nearly in proportion to it. The
+# machine that made the stored outputs was busy with other things too, and its times scatter.
 
 # %%
 if GPU:

@@ -43,7 +43,7 @@ import jax
 FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for the tests
 began = time.perf_counter()
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-print("All of it takes about TIME_CPU on two busy CPU cores. On a GPU or TPU: not measured yet.")
+print("All of it takes about 8 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
 # %matplotlib inline
 
 # %% [markdown]
@@ -60,6 +60,9 @@ import random
 import sysconfig
 import tempfile
 
+import matplotlib
+
+matplotlib.rcParams["figure.dpi"] = 80  # small pictures make a small notebook
 T = 64 if FAST else 128  # tokens (bytes) of a row
 DIGITS = "0123456789"
 files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -165,7 +168,8 @@ plot_selection(layers, model.nsa)
 # %% [markdown]
 # Rows are blocks of queries, columns blocks of keys; documents that share a row do not see each other. The diagonal
 # and the block beside it, and the first block of each document, are always read. The rest is what the compressed
-# branch's scores chose. The maps of one head, and the gates:
+# branch's scores chose. The maps of one head, and the gates. In layer 1 those of the compressed and the selected branch
+# are nearly shut at most positions and open at a few:
 
 # %%
 plot_branches(layers["layer 1"], model.nsa, head=0)
@@ -243,7 +247,10 @@ figure.colorbar(image, ax=panels.tolist(), label="right digits (%)")
 figure
 
 # %% [markdown]
-# NEEDLE_COMMENT
+# In the run that is stored here, both always find a needle at the very end, which is in NSA's window, and in 32
+# bytes. NSA also finds most needles at the very beginning: that block is always read. In between it has to find them
+# through compressed tokens and selection, and does in 55 to 94% of the trials. Full attention loses those that are
+# farthest away, with 48 to 71% in the upper right. Another seed gives other numbers.
 #
 # ## Text
 #
