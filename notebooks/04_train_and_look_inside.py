@@ -43,7 +43,7 @@ import jax
 FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for the tests
 began = time.perf_counter()
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-print("All of it takes about 8 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
+print("All of it takes about 7 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
 # %matplotlib inline
 
 # %% [markdown]
