@@ -156,10 +156,11 @@ print("all gradients are finite and shaped like their inputs")
 # %% [markdown]
 # ## Time and memory against length, on this machine
 #
-# On a GPU: the fastest implementation, the paper's sizes, bfloat16, against cuDNN. On a CPU: the `xla` implementation at
-# small sizes and lengths, against XLA's dense attention. **CPU times say nothing about GPU times**; they show how the
-# curves run. Dense attention's work and memory grow with the square of the length, NSA's nearly in proportion to it. The
-# machine that made the stored outputs was busy with other things too, and its times scatter.
+# On a GPU: the fastest implementation, the paper's sizes, bfloat16, against cuDNN. On a CPU: the `xla`
+# implementation at small sizes and lengths, against XLA's dense attention. **CPU times say nothing about GPU
+# times**; they show how the curves run. Dense attention's work and memory grow with the square of the length,
+# NSA's nearly in proportion to it. The machine that made the stored outputs was busy with other things too, and
+# its times scatter.
 
 # %%
 if GPU:
