@@ -6,8 +6,9 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PRESET ?= tiny
 ARGS ?=
 WORKERS ?= 2
+DOCUMENTED = nsa_jax nsa_jax.nnx nsa_jax.layer nsa_jax.rope nsa_jax.decoding nsa_jax.sharding nsa_jax.context nsa_jax.testing nsa_jax.visualize nsa_jax.reference nsa_jax.visibility train.config train.presets train.loop train.model train.moe train.sharding train.communication train.plan train.distributed train.corpus train.chat train.tokenizer train.generate train.sampling train.positions train.report
 
-.PHONY: install train test lint clean
+.PHONY: install train test lint docs notebooks clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,13 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: install  ## the API reference, in build/docs
+	$(VENV)/bin/python -W error::UserWarning -m pdoc $(DOCUMENTED) --docformat google --output-directory build/docs
+
+notebooks: install  ## runs every notebook in full and writes its outputs, in place
+	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
+	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089) for JAX."""
 
 from nsa_jax.attention import (
+    AttentionInputs,
     BranchKV,
     compressed_attention,
     decode_attention,
@@ -16,6 +17,7 @@ from nsa_jax.linen import FullAttention, NSAttention
 from nsa_jax.rope import RopeScaling
 
 __all__ = [
+    "AttentionInputs",
     "BranchKV",
     "DenseCache",
     "FullAttention",

@@ -32,6 +32,16 @@ class BranchKV(NamedTuple):
     win_v: Float[Array, "B T K Dv"]
 
 
+class AttentionInputs(NamedTuple):
+    """Arguments of `nsa_attention`: what `nsa_jax.testing` draws at random, and a layer makes of its input."""
+
+    q: Float[Array, "B Tq H Dk"]
+    kv: BranchKV
+    gates: Float[Array, "B Tq H 3"]
+    segment_ids: Int[Array, "B T"] | None = None
+    query_offset: QueryOffset = 0
+
+
 def nsa_attention(
     q: Float[Array, "B Tq H Dk"],
     kv: BranchKV,
@@ -44,6 +54,14 @@ def nsa_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
     """Native Sparse Attention: o_t = sum over branches c of g_t^c Attn(q_t, K~_t^c, V~_t^c) (equation 5).
+
+    Example:
+      >>> import jax
+      >>> from nsa_jax.testing import random_inputs
+      >>> config = NSAConfig()
+      >>> q, kv, gates, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> jax.jit(nsa_attention, static_argnames="config")(q, kv, gates, config=config).shape
+      (1, 100, 4, 16)
 
     Args:
       q: queries [B, Tq, H, Dk], float16, bfloat16, float32 or (under x64) float64. H is a multiple of K, and the
@@ -124,6 +142,15 @@ def compressed_attention(
     Token i stands for tokens [i d, i d + l) and is visible to the query at t iff i d + l - 1 <= t and all of its
     tokens lie in the query's segment. A query that sees none gets output 0 and lse = -inf, with zero gradients.
 
+    Example:
+      >>> import jax
+      >>> from nsa_jax.testing import random_inputs
+      >>> config = NSAConfig()
+      >>> q, kv, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> o, lse = compressed_attention(q, kv.cmp_k, kv.cmp_v, config=config)
+      >>> o.shape, lse.shape
+      ((1, 100, 4, 16), (1, 4, 100))
+
     Args, raises: as `nsa_attention`; `k` and `v` are compressed keys and values.
 
     Returns:
@@ -154,6 +181,15 @@ def select_blocks(
     is the number of stride-chunks that token i and block j share. The first `num_init` blocks of the query's segment
     and the last `num_local` up to its own are always read. Ties go to the lower index.
 
+    Example:
+      >>> import jax
+      >>> from nsa_jax.testing import random_inputs
+      >>> config = NSAConfig(select_block=32, num_selected=3)
+      >>> q, kv, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> _, lse = compressed_attention(q, kv.cmp_k, kv.cmp_v, config=config)
+      >>> select_blocks(q, kv.cmp_k, lse, config=config)[0, 0, 40]
+      Array([ 0,  1, -1], dtype=int32)
+
     Args, raises: as `nsa_attention`; `k` is the compressed keys and `lse` [B, H, Tq] what `compressed_attention`
       returned for them.
 
@@ -183,6 +219,15 @@ def selected_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
     """Attention to the tokens of the selected blocks with position <= t, in the query's segment (section 3.3.2).
+
+    Example:
+      >>> import jax
+      >>> from nsa_jax.testing import random_inputs
+      >>> config = NSAConfig()
+      >>> q, kv, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> block_indices = jax.numpy.full((1, 2, 100, 16), -1).at[..., 0].set(0)  # the first block and no other
+      >>> selected_attention(q, kv.slc_k, kv.slc_v, block_indices, config=config).shape
+      (1, 100, 4, 16)
 
     Args, raises: as `nsa_attention`; `block_indices` int32 [B, K, Tq, n] is what `select_blocks` returns: distinct
       indices below `num_blocks(T, config)`, ascending, then -1.
@@ -215,6 +260,14 @@ def window_attention(
 ) -> Float[Array, "B Tq H Dv"]:
     """Attention to the last w positions, t - w + 1 .. t, of the query's segment (section 3.3.3).
 
+    Example:
+      >>> import jax
+      >>> from nsa_jax.testing import random_inputs
+      >>> config = NSAConfig()
+      >>> q, kv, *_ = random_inputs(jax.random.key(0), config, T=100, num_heads=4, num_kv_heads=2, head_dim=16)
+      >>> window_attention(q, kv.win_k, kv.win_v, config=config).shape
+      (1, 100, 4, 16)
+
     Args, raises: as `nsa_attention`.
 
     Returns:
@@ -239,6 +292,16 @@ def decode_attention(
     """`nsa_attention` of the newest few tokens of each row, over a cache that holds them already (equation 5).
 
     Reads the compressed tokens, the pages of the selected blocks and the window's ring, and nothing else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nsa_jax import init_nsa_cache
+      >>> config = NSAConfig()
+      >>> cache = init_nsa_cache(config, batch_size=2, max_length=128, num_kv_heads=1, head_dim=16)
+      >>> q, gates = jnp.ones((2, 1, 4, 16)), jnp.ones((2, 1, 4, 3))
+      >>> o, block_indices = decode_attention(q, cache, gates, cache.lengths, config=config)
+      >>> o.shape, block_indices.shape
+      ((2, 1, 4, 16), (2, 1, 1, 16))
 
     Args:
       q: queries [B, m, H, Dk] in the dtype of the cache, m at most the cache's `step_tokens`. Those of row b stand at

@@ -76,6 +76,11 @@ def init_nsa_cache(
 ) -> NSACache:
     """An empty cache.
 
+    Example:
+      >>> cache = init_nsa_cache(NSAConfig(), batch_size=2, max_length=1000, num_kv_heads=4, head_dim=128)
+      >>> cache.slc_k.shape, cache.block_tables.shape, cache_bytes(cache)
+      ((32, 4, 64, 128), (2, 16), 13369480)
+
     Args:
       config: sizes of the branches; s is the page size.
       batch_size: B, rows.
@@ -135,7 +140,12 @@ def init_dense_cache(
     v_head_dim: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> DenseCache:
-    """An empty cache for full or sliding-window attention; arguments as of `init_nsa_cache`."""
+    """An empty cache for full or sliding-window attention; arguments as of `init_nsa_cache`.
+
+    Example:
+      >>> init_dense_cache(batch_size=2, max_length=1000, num_kv_heads=4, head_dim=128).k.shape
+      (2, 1000, 4, 128)
+    """
     _check_positive(batch_size=batch_size, max_length=max_length, num_kv_heads=num_kv_heads, head_dim=head_dim)
     Dv = head_dim if v_head_dim is None else v_head_dim
     k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (head_dim, Dv))
@@ -155,12 +165,25 @@ def step_tokens(cache: NSACache, config: NSAConfig) -> int:
 
 
 def cache_bytes(caches: Any) -> int:
-    """Bytes of a cache, or of any tree of caches; of shapes too, as `jax.eval_shape` gives them."""
+    """Bytes of a cache, or of any tree of caches; of shapes too, as `jax.eval_shape` gives them.
+
+    Example:
+      >>> cache_bytes(init_dense_cache(batch_size=1, max_length=1024, num_kv_heads=1, head_dim=64, dtype=jnp.bfloat16))
+      262148
+    """
     return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(caches))
 
 
 def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: NSAConfig) -> NSACache:
     """Takes back the last tokens of each row: speculative decoding's rejected ones.
+
+    Example:
+      >>> config = NSAConfig()
+      >>> sizes = {"batch_size": 1, "max_length": 100, "num_kv_heads": 1, "head_dim": 16}
+      >>> cache = init_nsa_cache(config, **sizes, step_tokens=4)
+      >>> cache = cache._replace(lengths=cache.lengths + 7)
+      >>> rollback(cache, 3, config=config).lengths.tolist()
+      [4]
 
     Args:
       cache: after a decode step.

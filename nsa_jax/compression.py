@@ -27,6 +27,12 @@ def compress(
     The overlapping windows are never formed: the first layer's weight is split by stride-chunk, each chunk of d tokens
     is multiplied once with every part, and the products are added shifted.
 
+    Example:
+      >>> config = NSAConfig()
+      >>> parameters = {"position": jnp.zeros((config.compress_block, 16))}
+      >>> compress(jnp.ones((1, 100, 2, 16)), parameters, config=config, method="mean").shape
+      (1, 5, 2, 16)
+
     Args:
       x: keys or values [B, T, K, D], before rotary embedding.
       parameters: "position" [l, D]; for "mlp" also "in_kernel" [l, D, F], "in_bias" [F], "out_kernel" [F, D] and

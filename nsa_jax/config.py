@@ -9,6 +9,13 @@ class NSAConfig:
 
     Frozen and hashable, so that it can be a static argument of `jax.jit`. The defaults are the paper's.
 
+    Example:
+      >>> NSAConfig(window=256).num_selected
+      16
+      >>> NSAConfig(compress_block=40)
+      Traceback (most recent call last):
+      ValueError: NSAConfig.compress_block = 40: expected a multiple of compress_stride = 16
+
     Raises:
       ValueError: a size is not a positive integer, `compress_stride` does not divide `compress_block` and
         `select_block`, `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
@@ -46,10 +53,20 @@ class NSAConfig:
 
 
 def num_compressed(T: int, config: NSAConfig) -> int:
-    """Number of compressed tokens of a sequence of `T` tokens: max(0, (T - l) // d + 1)."""
+    """Number of compressed tokens of a sequence of `T` tokens: max(0, (T - l) // d + 1).
+
+    Example:
+      >>> num_compressed(100, NSAConfig()), num_compressed(31, NSAConfig())
+      (5, 0)
+    """
     return max(0, (T - config.compress_block) // config.compress_stride + 1)
 
 
 def num_blocks(T: int, config: NSAConfig) -> int:
-    """Number of selection blocks of a sequence of `T` tokens: ceil(T / s)."""
+    """Number of selection blocks of a sequence of `T` tokens: ceil(T / s).
+
+    Example:
+      >>> num_blocks(100, NSAConfig())
+      2
+    """
     return -(-T // config.select_block)

@@ -14,7 +14,14 @@ from flax.linen import initializers
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from nsa_jax.attention import BranchKV, Implementation, nsa_attention, on_gpu, window_attention
+from nsa_jax.attention import (
+    AttentionInputs,
+    BranchKV,
+    Implementation,
+    nsa_attention,
+    on_gpu,
+    window_attention,
+)
 from nsa_jax.compression import COMPRESSIONS, Compression, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import RopeScaling, apply_rope
@@ -155,21 +162,28 @@ def nsa_layer(
     from the start of each segment.
     """
     x, weights = layer_inputs(x, parameters, config)
+    q, kv, g, *_ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
+    attention = sharded(nsa_attention, **config.mesh_axes)
+    o = attention(q, kv, g, config=config.config, segment_ids=segment_ids, implementation=config.implementation)
+    return join_heads(o, weights["o_kernel"], x)
+
+
+def nsa_layer_inputs(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    *,
+    config: NSALayerConfig,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> AttentionInputs:
+    """What a layer gives to `nsa_attention`; arguments as of `nsa_layer`."""
+    x, weights = layer_inputs(x, parameters, config)
     positions = _positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
     (B, T, _), d = x.shape, config.config.compress_stride
     # Cut into strides rather than stepped over: so a sequence that is split over devices stays where it is.
     first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
-    o = sharded(nsa_attention, **config.mesh_axes)(
-        q,
-        raw._replace(cmp_k=cmp_k, cmp_v=cmp_v),
-        gates(x, weights),
-        config=config.config,
-        segment_ids=segment_ids,
-        implementation=config.implementation,
-    )
-    return join_heads(o, weights["o_kernel"], x)
+    return AttentionInputs(q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights), segment_ids)
 
 
 def project_branches(

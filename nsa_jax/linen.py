@@ -26,6 +26,7 @@ from nsa_jax.layer import (
     Parameter,
     full_layer,
     nsa_layer,
+    nsa_layer_inputs,
     nsa_parameters,
     projection_parameters,
 )
@@ -37,20 +38,24 @@ class NSAttention(nn.Module):
     """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
 
     Call it with x [B, T, E] and, for packed sequences, segment_ids int32 [B, T], non-decreasing along T. It returns
-    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers.
+    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers. Where the
+    "intermediates" are mutable, it sows the `AttentionInputs` that it makes of x there; `nsa_jax.visualize` draws them.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import functools, jax, jax.numpy as jnp
       >>> layer = NSAttention(num_heads=8, num_kv_heads=2, head_dim=16)
       >>> x = jnp.ones((1, 100, 64))
-      >>> variables = layer.init(jax.random.key(0), x)
-      >>> layer.apply(variables, x).shape
+      >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+      >>> jax.jit(layer.apply)(variables, x).shape
       (1, 100, 64)
 
     To generate, `init_cache`, `prefill` and `decode_step`:
       >>> cache = layer.init_cache(batch_size=1, max_length=128)
-      >>> y, cache = layer.apply(variables, x, cache, method="prefill")
-      >>> y, cache = layer.apply(variables, x[:, :1], cache, method="decode_step")
+      >>> prefill, decode_step = (
+      ...     jax.jit(functools.partial(layer.apply, method=name)) for name in ("prefill", "decode_step")
+      ... )
+      >>> y, cache = prefill(variables, x, cache)
+      >>> y, cache = decode_step(variables, x[:, :1], cache)
       >>> y.shape, cache.lengths.tolist()
       ((1, 1, 64), [101])
 
@@ -81,6 +86,9 @@ class NSAttention(nn.Module):
         """Attention output [B, T, E]."""
         config = _layer_config(self, NSALayerConfig)
         parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
+        if self.is_mutable_collection("intermediates"):
+            inputs = nsa_layer_inputs(parameters, x, config=config, segment_ids=segment_ids)
+            self.sow("intermediates", "attention_inputs", inputs)
         return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> NSACache:
@@ -106,6 +114,13 @@ class FullAttention(nn.Module):
     """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
 
     Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies. With `window`, sliding-window attention.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = FullAttention(num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> x = jnp.ones((1, 100, 64))
+      >>> jax.jit(layer.init_with_output)(jax.random.key(0), x)[0].shape
+      (1, 100, 64)
     """
 
     num_heads: int  # H, query heads

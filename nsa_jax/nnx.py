@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax.attention import AttentionInputs
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.decoding import (
     NumTokens,
@@ -22,6 +23,7 @@ from nsa_jax.layer import (
     Parameter,
     full_layer,
     nsa_layer,
+    nsa_layer_inputs,
     nsa_parameters,
     projection_parameters,
 )
@@ -29,6 +31,12 @@ from nsa_jax.layer import (
 
 class NSAttention(nnx.Module):
     """Native Sparse Attention layer; see `nsa_jax.NSAttention` for what it computes.
+
+    Example:
+      >>> layer = NSAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> x = jnp.ones((1, 100, 64))
+      >>> nnx.jit(layer)(x).shape
+      (1, 100, 64)
 
     Args:
       embed_dim: E, the width of its input.
@@ -46,6 +54,12 @@ class NSAttention(nnx.Module):
     ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         return nsa_layer(_values(self), x, config=self.layer_config, segment_ids=segment_ids)
+
+    def attention_inputs(
+        self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> AttentionInputs:
+        """What the layer gives to `nsa_jax.nsa_attention`: queries, keys and values, gates."""
+        return nsa_layer_inputs(_values(self), x, config=self.layer_config, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> NSACache:
         """An empty cache: `batch_size`, `max_length` and more, as `nsa_jax.decoding.nsa_layer_cache` takes them."""
@@ -66,7 +80,12 @@ class NSAttention(nnx.Module):
 
 
 class FullAttention(nnx.Module):
-    """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above."""
+    """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above.
+
+    Example:
+      >>> FullAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)(jnp.ones((1, 100, 64))).shape
+      (1, 100, 64)
+    """
 
     def __init__(
         self,

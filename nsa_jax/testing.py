@@ -1,16 +1,17 @@
 """Compare any implementation with the reference, forward and gradients, on your own shapes, through chex.
 
-import jax
-from nsa_jax import NSAConfig
-from nsa_jax.testing import assert_matches_reference, random_inputs
-
-inputs = random_inputs(jax.random.key(0), NSAConfig(), T=300, num_heads=8, num_kv_heads=2, head_dim=64)
-assert_matches_reference(inputs, NSAConfig(), implementation="xla")
+Example:
+  >>> import jax
+  >>> from nsa_jax import NSAConfig
+  >>> from nsa_jax.testing import assert_matches_reference, random_inputs
+  >>> config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=4, window=16)
+  >>> inputs = random_inputs(jax.random.key(0), config, T=50, num_heads=2, num_kv_heads=1, head_dim=8)
+  >>> assert_matches_reference(inputs, config, implementation="xla", gradients=False)
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -19,9 +20,9 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from nsa_jax.attention import (
+    AttentionInputs,
     BranchKV,
     Implementation,
-    QueryOffset,
     compressed_attention,
     nsa_attention,
     select_blocks,
@@ -31,16 +32,6 @@ from nsa_jax.attention import (
 from nsa_jax.config import NSAConfig, num_compressed
 from nsa_jax.reference import block_importance
 from nsa_jax.visibility import segment_starts
-
-
-class Inputs(NamedTuple):
-    """Arguments of `nsa_attention`, shaped as it wants them."""
-
-    q: Float[Array, "B Tq H Dk"]
-    kv: BranchKV
-    gates: Float[Array, "B Tq H 3"]
-    segment_ids: Int[Array, "B T"] | None = None
-    query_offset: QueryOffset = 0
 
 
 def random_inputs(
@@ -57,7 +48,7 @@ def random_inputs(
     num_segments: int = 0,
     query_offset: int = 0,
     num_queries: int | None = None,
-) -> Inputs:
+) -> AttentionInputs:
     """Standard normal queries, keys and values, and gates in (0, 1).
 
     Args:
@@ -79,7 +70,7 @@ def random_inputs(
     segment_ids = None
     if num_segments:
         segment_ids = jnp.sort(jax.random.randint(segment_key, (B, T), 0, num_segments, jnp.int32), axis=1)
-    return Inputs(q, kv, gates, segment_ids, query_offset)
+    return AttentionInputs(q, kv, gates, segment_ids, query_offset)
 
 
 def tolerance_of(dtype: DTypeLike) -> float:
@@ -153,7 +144,7 @@ def assert_same_blocks(
 
 
 def assert_matches_reference(
-    inputs: Inputs,
+    inputs: AttentionInputs,
     config: NSAConfig,
     *,
     implementation: Implementation | None,
@@ -191,9 +182,7 @@ def assert_matches_reference(
         "segment_ids": inputs.segment_ids,
         "query_offset": inputs.query_offset,
     }
-    q, kv, _ = wide
-    lse = jax.jit(lambda *a: compressed_attention(*a, implementation="reference", **common)[1])(q, kv.cmp_k, kv.cmp_v)
-    blocks = jax.jit(lambda *a: select_blocks(*a, implementation="reference", **common))(q, kv.cmp_k, lse)
+    lse, blocks, importance = reference_selection(inputs._replace(q=wide[0], kv=wide[1]), config, scale=scale)
 
     def compressed(implementation, q, k, v):
         o, lse = compressed_attention(q, k, v, implementation=implementation, **common)
@@ -226,13 +215,29 @@ def assert_matches_reference(
                 _widen(actual_vjp(cotangent)), expected_vjp(_widen(cotangent)), tolerance, f"gradient of {name}"
             )
     own = jax.jit(lambda *a: select_blocks(*a, implementation=implementation, **common))(inputs.q, inputs.kv.cmp_k, lse)
+    assert_same_blocks(own, blocks, importance)
+
+
+def reference_selection(
+    inputs: AttentionInputs, config: NSAConfig, *, scale: float | None = None
+) -> tuple[Float[Array, "B H Tq"], Int[Array, "B K Tq n"], Float[Array, "B K Tq Nb"]]:
+    """The reference's lse, selected blocks, and the importances that it selects them by (equations 8 to 12)."""
+    options: dict[str, Any] = {
+        "config": config,
+        "scale": scale,
+        "segment_ids": inputs.segment_ids,
+        "query_offset": inputs.query_offset,
+        "implementation": "reference",
+    }
+    q, k, v = inputs.q, inputs.kv.cmp_k, inputs.kv.cmp_v
+    lse = jax.jit(lambda *a: compressed_attention(*a, **options)[1])(q, k, v)
+    blocks = jax.jit(lambda *a: select_blocks(*a, **options))(q, k, lse)
     starts = None
     if inputs.segment_ids is not None:
         starts = segment_starts(inputs.segment_ids)[:, inputs.query_offset : inputs.query_offset + q.shape[1]]
-    importance = block_importance(
-        q, kv.cmp_k, lse, starts, inputs.query_offset, config=config, scale=scale or q.shape[-1] ** -0.5
-    )
-    assert_same_blocks(own, blocks, importance)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    importance = jax.jit(functools.partial(block_importance, config=config, scale=scale))
+    return lse, blocks, importance(q, k, lse, starts, inputs.query_offset)
 
 
 def _run_vjp(op: Callable, arguments: tuple) -> tuple[Any, Callable]:

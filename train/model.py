@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         for name, (layer_config, length) in layer_stacks(config).items():
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0, COLLECTION: 0},
+                variable_axes={"params": 0, COLLECTION: 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,) * 4,
                 length=length,

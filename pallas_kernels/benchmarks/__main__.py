@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.benchmarks.cases import Shape, cases
-from pallas_kernels.benchmarks.plot import plot
+from pallas_kernels.benchmarks.plot import describe, plot
 from pallas_kernels.benchmarks.timing import measure
 
 COLUMNS = (
@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> int:
             for row in results:
                 print(_line(row, dense), flush=True)
             if options.out:
-                _write(options.out, shape, rows)
-                plot(rows, options.out.with_suffix(".png"))
+                record = _write(options.out, shape, rows)
+                plot(rows, options.out.with_suffix(".png"), describe(record))
     return 0
 
 
@@ -96,7 +96,7 @@ def _line(row: dict[str, Any], dense: dict[str, Any] | None) -> str:
     return " | ".join(map(str, cells))
 
 
-def _write(out: Path, shape: Shape, rows: list[dict[str, Any]]) -> None:
+def _write(out: Path, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
     device = jax.devices()[0]
     record = {
         "device": device.device_kind,
@@ -108,6 +108,7 @@ def _write(out: Path, shape: Shape, rows: list[dict[str, Any]]) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 if __name__ == "__main__":

@@ -1,37 +1,76 @@
-"""Time against length: the sparse attention and the dense baseline, forward and backward."""
+"""Time against length: the sparse attention and the dense baseline, forward and backward.
 
+`python -m pallas_kernels.benchmarks.plot OUT.png RESULT.json ...` draws recorded results again, several into one.
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-LABELS = {
-    ("nsa", "random"): "NSA, random selection",
-    ("nsa", "local"): "NSA, local selection",
-    ("dense", None): "dense",
+COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
+LINES = {
+    ("nsa", "random"): ("NSA, random selection", "o-", COLORS[0]),
+    ("nsa", "local"): ("NSA, local selection", "s-", COLORS[1]),
+    ("dense", None): ("dense (cuDNN)", "^--", COLORS[2]),
 }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws forward and backward milliseconds of the whole attention and of dense attention, both axes logarithmic."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for (op, selection), label in LABELS.items():
+def draw(rows: list[dict[str, Any]], title: str = "") -> Figure:
+    """Forward and backward milliseconds of the whole attention and of dense attention, both axes logarithmic.
+
+    Args:
+      rows: as the benchmark records them.
+      title: what was measured.
+    """
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for (op, selection), (label, style, color) in LINES.items():
         chosen = [r for r in rows if r["op"] == op and r["selection"] == selection and "error" not in r]
+        chosen.sort(key=lambda row: row["T"])
         if not chosen:
             continue
         lengths = [r["T"] for r in chosen]
-        style = "k--" if op == "dense" else "o-"
-        axes[0].plot(lengths, [r["forward_ms"]["median"] for r in chosen], style, label=label)
-        axes[1].plot(lengths, [r["backward_ms"] for r in chosen], style, label=label)
-    for axis, title in zip(axes, ("forward", "backward"), strict=True):
-        axis.set(xscale="log", yscale="log", title=title, xlabel="tokens")
-        axis.set_xscale("log", base=2)
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].set_ylabel("milliseconds")
-    if axes[0].lines:
-        axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        panels[0].plot(lengths, [r["forward_ms"]["median"] for r in chosen], style, color=color, label=label)
+        panels[1].plot(lengths, [r["backward_ms"] for r in chosen], style, color=color, label=label)
+    for axes, name in zip(panels, ("forward", "backward"), strict=True):
+        axes.set(yscale="log", title=name, xlabel="sequence length (tokens)")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"))
+        axes.grid(True, which="major", alpha=0.4)
+        axes.grid(True, which="minor", alpha=0.15)
+    panels[0].set_ylabel("time per layer (ms)")
+    if panels[0].lines:
+        panels[0].legend(frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
+    """Writes `draw`'s picture as a PNG."""
+    draw(rows, title).savefig(path, dpi=150, metadata={"Software": None})
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A title from a recorded result: device and shape."""
+    shape = record["shape"]
+    heads = f"{shape['H']} query heads, {shape['K']} key/value heads of {shape['Dk']}"
+    return f"{record['device']}, {heads}, {shape['dtype']}, batch 1"
+
+
+def main(arguments: list[str]) -> None:
+    """Draws the results named on the command line."""
+    if len(arguments) < 2:
+        raise SystemExit("usage: python -m pallas_kernels.benchmarks.plot OUT.png RESULT.json [RESULT.json ...]")
+    records = [json.loads(Path(path).read_text()) for path in arguments[1:]]
+    if any(describe(record) != describe(records[0]) for record in records):
+        raise SystemExit("the results are of different devices or shapes")
+    plot([row for record in records for row in record["rows"]], Path(arguments[0]), describe(records[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,6 +1,5 @@
 """The ops on a mesh of simulated devices: nothing is communicated, and values and gradients are those of one device."""
 
-import doctest
 import functools
 import re
 
@@ -298,9 +297,3 @@ def test_layers_on_a_mesh_equal_those_of_one_device_with_all_gradients(kind, fla
         placed = (jax.device_put(params, shardings), *put((x, segment_ids, cotangent), mesh, "data", None))
         actual = run(linen(**BOTH) if flavour == "linen" else twin)(*placed)
     assert_trees_close(actual, alone, 1e-5)
-
-
-def test_docstring_example_runs():
-    results = doctest.testmod(nsa_jax.sharding)
-    assert results.attempted > 0
-    assert results.failed == 0

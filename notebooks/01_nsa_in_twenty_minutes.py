@@ -1,0 +1,287 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Native Sparse Attention in twenty minutes
+#
+# Attention costs time in proportion to the square of the length, because every query reads every key before it.
+# [Native Sparse Attention](https://arxiv.org/abs/2502.11089) (NSA) lets a query read
+#
+# 1. a coarse summary of everything before it (the *compressed* branch),
+# 2. the few blocks that this summary shows to matter, in full (the *selected* branch), and
+# 3. its neighbourhood (the *window* branch),
+#
+# and adds the three with gates that are learned with everything else. We begin with dense attention and get there in
+# six steps. Each step has its equation, a picture, and the function of `nsa_jax` that computes it.
+#
+# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from two CPU cores.
+
+# %%
+# Installs the package where it is missing (on Colab), and says where this runs.
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
+if importlib.util.find_spec("nsa_jax") is None:
+    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
+    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
+    importlib.invalidate_caches()
+
+import jax
+
+FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for the tests
+began = time.perf_counter()
+print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+print("All of it takes about 2 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
+# %matplotlib inline
+
+# %% [markdown]
+# ## The data: a sequence with a repeated phrase
+#
+# Queries and keys are usually what a model has learned. To see something without training one, we make them by hand.
+# Every stretch of 16 tokens has a topic, a random direction that its keys share, and every token something of its
+# own. Queries look for their own token. The same phrase of 16 tokens stands near the beginning and again near the
+# end: attention should find the first phrase from the second, far away.
+#
+# Shapes are those of the whole library: `[batch, tokens, heads, head size]`. Two query heads share one key/value
+# head; such a *group* is what makes NSA fast, as we shall see.
+
+# %%
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from nsa_jax import NSAConfig, num_blocks, num_compressed
+
+matplotlib.rcParams["figure.dpi"] = 80  # small pictures make a small notebook
+T, H, K, D = 256, 2, 1, 64
+PHRASE = slice(36, 52)  # where the phrase stands first
+AGAIN = slice(212, 228)  # and again
+
+topics = jnp.repeat(jax.random.normal(jax.random.key(0), (T // 16, D)), 16, axis=0)
+topics = topics.at[PHRASE].set(jax.random.normal(jax.random.key(1), (1, D)))
+tokens = topics + jax.random.normal(jax.random.key(2), (T, D))
+tokens = tokens.at[AGAIN].set(tokens[PHRASE])
+tokens = tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+k = tokens[None, :, None, :]
+q = 80 * (k + 0.05 * jax.random.normal(jax.random.key(3), (1, T, H, D)))
+v = jax.random.normal(jax.random.key(4), (1, T, K, D))
+print("q", q.shape, " k", k.shape, " v", v.shape)
+
+
+# %%
+def show(values, title, xlabel):
+    """One picture of weights; what is 0 is white."""
+    figure = Figure(figsize=(4.6, 3.7), layout="constrained")
+    axes = figure.subplots()
+    norm = PowerNorm(0.4, vmin=0, vmax=1)  # so that small weights can be seen too
+    image = axes.imshow(np.where(np.asarray(values) > 0, values, np.nan), cmap="cividis", aspect="auto", norm=norm)
+    axes.set(title=title, xlabel=xlabel, ylabel="query position (token)")
+    figure.colorbar(image, ax=axes, label="attention weight")
+    return figure
+
+
+# %% [markdown]
+# ## Step 0: dense attention
+#
+# $$o_t = \sum_{i \le t} p_{t,i} v_i, \qquad p_{t,\cdot} = \mathrm{softmax}_{i \le t}(q_t \cdot k_i / \sqrt{D_k})$$
+#
+# Most of the triangle is nearly empty: only the diagonal (a token finds itself) and one short streak (the second
+# phrase finds the first) carry weight. Dense attention computes all of it.
+
+# %%
+scores = jnp.einsum("bthd,bsd->bhts", q, k[:, :, 0]) * D**-0.5
+causal = jnp.tril(jnp.ones((T, T), bool))
+dense = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
+print(f"{T * (T + 1) // 2} weights, of which {float((dense[0, 0] > 0.01).sum()):.0f} are above 1%")
+show(dense[0, 0], "dense attention, head 0", "key position (token)")
+
+# %% [markdown]
+# ## Step 1: compression
+#
+# Every `compress_stride` tokens, one block of `compress_block` tokens becomes one compressed key and value:
+#
+# $$\tilde K_i = \varphi(k_{id}, \dots, k_{id+l-1}), \qquad i = 0, 1, \dots, N_c - 1,
+#   \qquad N_c = \lfloor (T - l)/d \rfloor + 1$$
+#
+# with $l$ = `compress_block` and $d$ = `compress_stride` (the paper's are 32 and 16; ours are smaller, so that 256
+# tokens have something to show). In a model $\varphi$ is a small network with learned positions inside the block.
+# Here it is the mean, without positions, which is an option of the library too.
+
+# %%
+from nsa_jax import compress
+
+config = NSAConfig(
+    compress_block=8, compress_stride=4, select_block=16, num_selected=4, num_init=1, num_local=2, window=24
+)
+no_position = {"position": jnp.zeros((config.compress_block, D))}
+cmp_k = compress(k, no_position, config=config, method="mean")
+cmp_v = compress(v, no_position, config=config, method="mean")
+print(f"{T} tokens make {num_compressed(T, config)} compressed tokens: {cmp_k.shape}")
+
+# %% [markdown]
+# A query sees the compressed tokens that end at or before it: token $i$ is visible at $t$ if $id + l - 1 \le t$. So
+# the compressed branch costs a $d$-th of dense attention, and the first $l - 1$ queries see nothing at all: their
+# output is 0.
+
+# %%
+from nsa_jax import AttentionInputs, BranchKV, compressed_attention
+from nsa_jax.visualize import attention_maps, plot_branches, plot_importance, plot_selection
+
+o_cmp, lse = compressed_attention(q, cmp_k, cmp_v, config=config)
+print("output", o_cmp.shape, " log of the softmax's sum", lse.shape)
+assert (o_cmp[:, : config.compress_block - 1] == 0).all()
+
+inputs = AttentionInputs(q, BranchKV(cmp_k, cmp_v, k, v, k, v), jnp.full((1, T, H, 3), 1 / 3))
+maps = attention_maps(inputs, config)
+show(maps.compressed, "compressed branch, head 0", "compressed token (one every 4 tokens)")
+
+# %% [markdown]
+# The streak is still there, blurred: the summary says *where* to look, not what is there.
+#
+# ## Step 2: importance of blocks
+#
+# Selection works on larger blocks of `select_block` tokens (the paper: 64), because a GPU reads contiguous memory
+# well and scattered memory badly. Their importance costs no new scores. It is the compressed branch's own
+# probabilities, summed over the heads of the group (which must agree on the blocks, since they share the keys) and
+# over the compressed tokens that overlap the block:
+#
+# $$\mathrm{imp}_{t,j} = \sum_{h \in \text{group}} \sum_i c(i, j)\, p^{h}_{t,i}, \qquad
+#   c(i, j) = \text{strides that compressed token } i \text{ and block } j \text{ share}$$
+#
+# For the paper's sizes these weights are 1, 2, 2, 2, 1 for the compressed tokens $4j-1, \dots, 4j+3$. (The paper's
+# equation 9 counts from 1. Read as if it counted from 0 it scores one block too early.)
+
+# %%
+from nsa_jax.visibility import overlap_weights
+
+first, weights = overlap_weights(NSAConfig())
+print(f"the paper's sizes: compressed tokens 4j{first:+d} .. 4j{first + len(weights) - 1:+d}, weights {weights}")
+
+# %% [markdown]
+# ## Step 3: the top n
+#
+# Each query reads `num_selected` blocks (the paper: 16): always the first block, its own and the one before it, and
+# for the rest those of the highest importance. No gradient goes through the choice. The compressed branch is trained
+# by its own output, and selection follows it.
+
+# %%
+from nsa_jax import select_blocks
+
+block_indices = select_blocks(q, cmp_k, lse, config=config)
+print(f"{num_blocks(T, config)} blocks; the query at {AGAIN.start + 8} reads {block_indices[0, 0, AGAIN.start + 8]}")
+print(f"the phrase stood in blocks {PHRASE.start // 16} and {(PHRASE.stop - 1) // 16}")
+assert (PHRASE.start + 8) // 16 in block_indices[0, 0, AGAIN.start + 8]
+plot_importance(inputs, config)
+
+# %% [markdown]
+# Left: the importance of every block to every query. Right: what the top 4 leave. Read by blocks of queries:
+
+# %%
+plot_selection(inputs, config)
+
+# %% [markdown]
+# ## Step 4: selected attention
+#
+# Plain attention to the tokens of the chosen blocks, up to the query's own position. At long lengths this is the
+# branch that matters: `num_selected * select_block` tokens (the paper: 1024), whatever the length.
+
+# %%
+from nsa_jax import selected_attention
+
+o_slc = selected_attention(q, k, v, block_indices, config=config)
+found = maps.selected[AGAIN.start + 8, PHRASE.start + 8]
+print(f"weight of the first phrase's token for the second's: {found:.2f} (dense: {dense[0, 0, 220, 44]:.2f})")
+
+# %% [markdown]
+# ## Step 5: the sliding window
+#
+# The last `window` tokens (the paper: 512), the query's own included. It has keys and values of its own, as the other
+# branches do, so that local patterns, which are easy to learn, do not crowd out what the other two should learn.
+
+# %%
+from nsa_jax import window_attention
+
+o_win = window_attention(q, k, v, config=config)
+plot_branches(inputs, config)
+
+# %% [markdown]
+# ## Step 6: gates
+#
+# $$o_t = g^\mathrm{cmp}_t o^\mathrm{cmp}_t + g^\mathrm{slc}_t o^\mathrm{slc}_t + g^\mathrm{win}_t o^\mathrm{win}_t,
+#   \qquad g_t = \sigma(\mathrm{MLP}(x_t)) \in (0, 1)^3 \text{ for each head}$$
+#
+# `nsa_attention` is all six steps in one call. It equals the pieces:
+
+# %%
+from nsa_jax import nsa_attention
+from nsa_jax.testing import normwise_error
+
+o = nsa_attention(q, inputs.kv, inputs.gates, config=config)
+pieces = (o_cmp + o_slc + o_win) / 3
+print(f"output {o.shape}; error against the pieces {normwise_error(o, pieces):.1e}")
+assert normwise_error(o, pieces) < 1e-5
+
+# %% [markdown]
+# ## What it saves
+#
+# To decode one token, dense attention reads every key and value before it. NSA reads the compressed tokens, the
+# selected blocks and the window. With the paper's sizes, 4 key/value heads of 128 in bfloat16:
+
+# %%
+from nsa_jax.visualize import plot_bytes_read
+
+plot_bytes_read(NSAConfig(), num_kv_heads=4, head_dim=128)
+
+# %% [markdown]
+# Below about 1.7k tokens NSA reads more than dense attention; at 64k it reads less than a tenth. These are bytes, not
+# times: how much of it a kernel turns into speed is the subject of `02_pallas_against_the_reference`.
+#
+# ## As a layer
+#
+# `NSAttention` (Flax Linen; `nsa_jax.nnx.NSAttention` is its NNX twin) owns the projections, $\varphi$, the gates and
+# the rotary embedding. Its gates, before any training:
+
+# %%
+from nsa_jax import NSAttention
+from nsa_jax.visualize import plot_gates, trace_attention
+
+layer = NSAttention(num_heads=4, num_kv_heads=1, head_dim=32, config=config)
+x = jax.random.normal(jax.random.key(3), (1, T, 128))
+variables = jax.jit(layer.init)(jax.random.key(4), x)
+y = jax.jit(layer.apply)(variables, x)
+print("layer:", x.shape, "->", y.shape)
+plot_gates(trace_attention(layer, variables, x))
+
+# %% [markdown]
+# A causal layer must not see the future. The gradient of an early output with respect to later inputs is exactly
+# zero:
+
+# %%
+middle = T // 2
+gradient = jax.jit(jax.grad(lambda x: layer.apply(variables, x)[0, middle].sum()))(x)
+print(f"largest gradient after position {middle}: {float(jnp.abs(gradient[0, middle + 1 :]).max())}")
+assert (gradient[0, middle + 1 :] == 0).all()
+assert (gradient[0, middle] != 0).any()
+print(f"This notebook took {time.perf_counter() - began:.0f} s.")
+
+# %% [markdown]
+# Next: `02_pallas_against_the_reference` (is it right, and how fast), `03_into_your_own_training_code`, and
+# `04_train_and_look_inside`.

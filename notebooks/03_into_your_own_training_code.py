@@ -1,0 +1,294 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Into your own training code
+#
+# How to put Native Sparse Attention into a model that you already train: in Flax Linen, in Flax NNX, on a mesh of
+# devices, with packed documents, and when generating. The models here are small enough for a CPU; nothing else about
+# them is special.
+#
+# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from two CPU cores.
+
+# %%
+# Installs the package where it is missing (on Colab), and says where this runs.
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
+if importlib.util.find_spec("nsa_jax") is None:
+    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
+    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
+    importlib.invalidate_caches()
+
+# Without an accelerator, eight simulated devices on the CPU, so that the part on meshes has something to show. JAX must
+# not be imported before.
+if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+
+FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for the tests
+began = time.perf_counter()
+print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+print("All of it takes about 4 minutes on two busy CPU cores. On a GPU or TPU: not measured yet.")
+# %matplotlib inline
+
+# %% [markdown]
+# ## A model that you might have
+#
+# A byte-level decoder, whose attention is made by a function that it is given. The data: rows of bytes from the
+# source of `nsa_jax` itself.
+
+# %%
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nsa_jax
+from nsa_jax import FullAttention, NSAConfig, NSAttention
+
+EMBED, LAYERS, T, BATCH, STEPS = 64, 1 if FAST else 2, 128, 8, 3 if FAST else 40
+source = b"\n".join(path.read_bytes() for path in sorted(Path(nsa_jax.__file__).parent.glob("*.py")))
+text = np.frombuffer(source, np.uint8).astype(np.int32)
+
+
+def batch(step):
+    """Rows of T + 1 bytes, the same for the same step."""
+    begins = np.random.default_rng(step).integers(0, len(text) - T - 1, BATCH)
+    return jnp.asarray(np.stack([text[begin : begin + T + 1] for begin in begins]))
+
+
+class Decoder(nn.Module):
+    attention: functools.partial  # makes a block's attention layer
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None):
+        embedding = nn.Embed(256, EMBED)
+        x = embedding(tokens)
+        for _ in range(LAYERS):
+            x = x + self.attention()(nn.RMSNorm()(x), segment_ids=segment_ids)
+            x = x + nn.Dense(EMBED)(nn.silu(nn.Dense(4 * EMBED)(nn.RMSNorm()(x))))
+        return embedding.attend(nn.RMSNorm()(x))
+
+
+# %% [markdown]
+# ## The swap, in Linen
+#
+# `FullAttention` and `NSAttention` have the same interface: `[batch, tokens, embedding]` in and out, positions and
+# causality inside. The swap is one line. (Coming from `nn.MultiHeadDotProductAttention`: drop the mask and your own
+# position embeddings, or give `rope_theta=None` to keep yours.)
+
+# %%
+HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+# Smaller than the paper's, which are the defaults, because 128 tokens would be hardly more than one block of 64.
+SPARSE = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=6, window=32)
+
+before = Decoder(functools.partial(FullAttention, **HEADS))
+after = Decoder(functools.partial(NSAttention, **HEADS, config=SPARSE))  # the swap
+
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+
+
+def loss(model, params, rows):
+    logits = model.apply({"params": params}, rows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(model, params, state, rows):
+    value, gradients = jax.value_and_grad(loss, argnums=1)(model, params, rows)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+trained = {}
+for name, model in (("full", before), ("NSA", after)):
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch(0)[:, :-1]))["params"]
+    state, losses = optimizer.init(params), []
+    for step in range(STEPS):
+        params, state, value = train_step(model, params, state, batch(step))
+        losses.append(float(value))
+    trained[name] = params
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{name:>5}: {size:7} parameters, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per byte in {STEPS} steps")
+
+# %% [markdown]
+# NSA has more parameters here: a key and a value projection for each of three branches, $\varphi$ and the gates.
+# `share_kv=True` gives the branches one projection, `compression="mean"` takes $\varphi$ away. These losses after a
+# few steps on a few rows say that gradients flow, and nothing about which attention is better.
+#
+# ## The swap, in NNX
+#
+# `nsa_jax.nnx.NSAttention` has the same parameters under the same names, and the same numbers.
+
+# %%
+from flax import nnx
+
+import nsa_jax.nnx
+
+
+class Block(nnx.Module):
+    def __init__(self, attention, rngs):
+        self.attention = attention(EMBED, rngs=rngs)
+        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(EMBED, rngs=rngs) for _ in range(2))
+        self.up, self.down = nnx.Linear(EMBED, 4 * EMBED, rngs=rngs), nnx.Linear(4 * EMBED, EMBED, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.down(nnx.silu(self.up(self.mlp_norm(x))))
+
+
+class NNXDecoder(nnx.Module):
+    def __init__(self, attention, rngs):
+        self.embedding = nnx.Embed(256, EMBED, rngs=rngs)
+        self.blocks = nnx.List([Block(attention, rngs) for _ in range(LAYERS)])
+        self.norm = nnx.RMSNorm(EMBED, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.embedding.attend(self.norm(x))
+
+
+@nnx.jit
+def nnx_train_step(model, optimizer, rows):
+    def loss(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(rows[:, :-1]), rows[:, 1:]).mean()
+
+    value, gradients = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, gradients)
+    return value
+
+
+model = NNXDecoder(functools.partial(nsa_jax.nnx.NSAttention, **HEADS, config=SPARSE), nnx.Rngs(0))  # the swap
+nnx_optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+losses = [float(nnx_train_step(model, nnx_optimizer, batch(step))) for step in range(STEPS)]
+print(f"NNX: loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per byte in {STEPS} steps")
+
+# %% [markdown]
+# ## On a mesh
+#
+# Two things are needed. The *parameters* say which axis is which by logical names ("embed", "heads", "kv_heads",
+# ...), as Linen modules do, so your own rules place them. The *attention* is told which mesh axes split the batch and
+# the key/value heads, because a GPU kernel under automatic sharding gathers its inputs on every device without a
+# word. With the axes named, every device attends to its own rows and heads and sends nothing. The query heads of a
+# group stay with their key/value head.
+
+# %%
+from jax.sharding import NamedSharding, PartitionSpec
+
+devices = jax.device_count()
+tensor = 2 if devices % 2 == 0 else 1
+mesh = jax.make_mesh((devices // tensor, tensor), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+RULES = (("heads", "tensor"), ("kv_heads", "tensor"))  # every other logical axis is whole on each device
+
+on_mesh = Decoder(functools.partial(NSAttention, **HEADS, config=SPARSE, batch_axes="data", head_axes="tensor"))
+boxed = jax.eval_shape(on_mesh.init, jax.random.key(0), batch(0)[:, :-1])
+shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)["params"]
+params = jax.device_put(trained["NSA"], shardings)
+rows = jax.device_put(batch(0), NamedSharding(mesh, PartitionSpec("data")))
+with jax.set_mesh(mesh):
+    params, state, value = train_step(on_mesh, params, jax.jit(optimizer.init)(params), rows)
+
+_, _, alone = train_step(after, trained["NSA"], optimizer.init(trained["NSA"]), batch(0))
+kernel = params["NSAttention_0"]["q_kernel"]
+print(f"mesh {dict(mesh.shape)}; loss {float(value):.6f}, on one device {float(alone):.6f}")
+print(f"q_kernel {kernel.shape}, on each device {kernel.sharding.shard_shape(kernel.shape)}")
+assert abs(float(value) - float(alone)) < 1e-4
+
+# %% [markdown]
+# The ops alone are wrapped the same way: `nsa_jax.sharding.sharded(nsa_attention, batch_axes="data",
+# head_axes="tensor")`.
+#
+# ## Packed documents
+#
+# Several documents in one row, told apart by `segment_ids`, do not see one another. If each starts on a multiple of
+# `select_block`, its output is that of the document alone. Changing the first leaves the second as it was:
+
+# %%
+segment_ids = jnp.repeat(jnp.array([[0, 1]], jnp.int32), T // 2, axis=1)
+run = jax.jit(lambda tokens: after.apply({"params": trained["NSA"]}, tokens, segment_ids))
+row = batch(1)[:1, :-1]
+changed = row.at[:, : T // 2].set(32)
+difference = float(jnp.abs(run(row) - run(changed))[:, T // 2 :].max())
+print(f"largest change of the second document's logits: {difference}")
+assert difference == 0
+
+# %% [markdown]
+# ## Only the attention
+#
+# If your projections are your own, call `nsa_attention` on queries, the keys and values of each branch, and gates.
+# Layout is that of `jax.nn.dot_product_attention`. `compress` makes compressed keys and values; rotate the compressed
+# keys after it.
+
+# %%
+from nsa_jax import BranchKV, compress, nsa_attention
+
+keys = jax.random.split(jax.random.key(5), 4)
+q = jax.random.normal(keys[0], (1, T, 8, 16))
+k, v = (jax.random.normal(key, (1, T, 2, 16)) for key in keys[1:3])
+position = {"position": jnp.zeros((SPARSE.compress_block, 16))}
+cmp_k, cmp_v = (compress(x, position, config=SPARSE, method="mean") for x in (k, v))
+gates = jax.nn.sigmoid(jax.random.normal(keys[3], (1, T, 8, 3)))
+attend = jax.jit(functools.partial(nsa_attention, config=SPARSE))
+print(attend(q, BranchKV(cmp_k, cmp_v, k, v, k, v), gates).shape)
+
+# %% [markdown]
+# ## Generating
+#
+# Layers have `init_cache`, `prefill` and `decode_step`; the cache is an explicit pytree. A step reads the compressed
+# tokens, the selected blocks and the window, and no more:
+
+# %%
+layer = NSAttention(**HEADS, config=SPARSE)
+variables = {"params": trained["NSA"]["NSAttention_0"]}
+x = jax.random.normal(jax.random.key(6), (1, T, EMBED))
+whole = jax.jit(layer.apply)(variables, x)
+cache = layer.init_cache(batch_size=1, max_length=T)
+y, cache = jax.jit(functools.partial(layer.apply, method="prefill"))(variables, x[:, : T - 2], cache)
+decode = jax.jit(functools.partial(layer.apply, method="decode_step"))
+for t in (T - 2, T - 1):
+    y, cache = decode(variables, x[:, t : t + 1], cache)
+    difference = float(jnp.abs(y[:, 0] - whole[:, t]).max())
+    print(f"position {t}: largest difference to the whole sequence at once {difference:.1e}")
+    assert difference < 1e-3
+
+# %% [markdown]
+# ## What to tune
+#
+# | setting | what it does | where to begin |
+# |---|---|---|
+# | `num_heads / num_kv_heads` | heads of a group share keys, values and blocks, and fill a kernel's tile | 16 |
+# | `window` | exact local context | the paper's 512; a smaller one for short sequences |
+# | `num_selected * select_block` | tokens read in full, wherever they are | the paper's 16 × 64 = 1024 |
+# | `compress_stride` | how coarse the summary is: T / stride keys per query | the paper's 16 |
+# | `compression` | `"mlp"`, `"linear"`, `"mean"` | `"mlp"` |
+# | `share_kv` | a third of the key/value projections | `False`, as the paper |
+# | sequence length | short ones are faster with dense attention | 16k and more on an H100, 64 heads of 128 |
+# | `implementation` | leave it at `None`: the fastest for the device | |
+#
+# Sequences of any length are accepted. Blocks and strides must divide as `NSAConfig` says; it tells you by name if
+# not.
+
+# %%
+print(f"This notebook took {time.perf_counter() - began:.0f} s.")

@@ -1,0 +1,352 @@
+"""Pictures of what an attention layer does, with matplotlib: what is selected, the branches' maps, gates, bytes read.
+
+Every figure takes `AttentionInputs`, made of plain arrays or got from a model by `trace_attention`, and returns a
+`matplotlib.figure.Figure`. What is drawn is computed by the reference, in float32 at least. `import nsa_jax` does not
+import this module, nor matplotlib.
+
+Example:
+  >>> import jax
+  >>> from nsa_jax import NSAConfig, NSAttention
+  >>> from nsa_jax.visualize import plot_selection, trace_attention
+  >>> config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=4, window=16)
+  >>> layer = NSAttention(num_heads=4, num_kv_heads=2, head_dim=8, config=config)
+  >>> x = jax.random.normal(jax.random.key(0), (1, 64, 32))
+  >>> layers = trace_attention(layer, jax.jit(layer.init)(jax.random.key(1), x), x)
+  >>> plot_selection(layers, config).savefig("/dev/null", format="png")
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.style
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nsa_jax.attention import (
+    AttentionInputs,
+    compressed_attention,
+    selected_attention,
+    window_attention,
+)
+from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.nnx import NSAttention
+from nsa_jax.testing import reference_selection
+
+BRANCHES = ("compressed", "selected", "window")
+# Told apart by everybody, in grey too: https://jfly.uni-koeln.de/color/
+COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
+COLORMAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
+LONGEST = 4096  # tokens of a map that is quadratic in them
+
+Layers = AttentionInputs | Mapping[str, AttentionInputs]
+
+
+class AttentionMaps(NamedTuple):
+    """The weights that one head's queries give to what each branch lets them see; rows sum to 1, or to 0."""
+
+    compressed: Float[np.ndarray, "Tq Nc"]
+    selected: Float[np.ndarray, "Tq T"]
+    window: Float[np.ndarray, "Tq T"]
+
+
+def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any) -> dict[str, AttentionInputs]:
+    """What the Native Sparse Attention layers of a model give to the attention, by layer, in the order of the model.
+
+    Args:
+      module: a Linen module that holds `nsa_jax.NSAttention` anywhere, under `nn.scan` too if "intermediates" are
+        among its variable axes; or one `nsa_jax.nnx.NSAttention`.
+      variables: of a Linen module; None for NNX.
+      arguments, options: of a call of the module: a batch, `segment_ids` and so on.
+
+    Returns:
+      Names such as "layers/attention/1" and the inputs; arrays with the batch of the call.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+    if isinstance(module, NSAttention):
+        return {"attention": module.attention_inputs(*arguments, **options)}
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module = {type(module).__name__}: expected a Linen module or an nsa_jax.nnx.NSAttention")
+
+    def intermediates(variables: Any) -> Any:
+        return module.apply(variables, *arguments, mutable=["intermediates"], **options)[1]
+
+    layers = dict(_find_inputs(jax.jit(intermediates)(variables).get("intermediates", {}), ()))
+    if not layers:
+        raise ValueError(f"module = {type(module).__name__}: expected a module that holds nsa_jax.NSAttention")
+    return layers
+
+
+def attention_maps(
+    inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, head: int = 0, scale: float | None = None
+) -> AttentionMaps:
+    """The weights of one query head in one row of the batch, in all three branches.
+
+    Args:
+      inputs: of at most 4096 tokens, because the maps are quadratic in them.
+      config: sizes of the branches.
+      row, head: which row of the batch and which query head.
+      scale: as of `nsa_attention`.
+
+    Raises:
+      ValueError: `row` or `head` is not there, or the sequence is too long.
+    """
+    _check_inputs(inputs)
+    _check_index("head", head, inputs.q.shape[2])
+    inputs = _one_row(inputs, row)
+    T, groups = inputs.kv.slc_k.shape[1], inputs.kv.slc_k.shape[2]
+    if T > LONGEST:
+        raise ValueError(f"inputs of {T} tokens: expected at most {LONGEST}, because maps are quadratic in them")
+    group = head // (inputs.q.shape[2] // groups)
+    blocks = reference_selection(inputs, config, scale=scale)[1][:, group : group + 1]
+    q = inputs.q[:, :, head : head + 1]
+    options: dict[str, Any] = {
+        "config": config,
+        "scale": scale,
+        "segment_ids": inputs.segment_ids,
+        "query_offset": inputs.query_offset,
+        "implementation": "reference",
+    }
+
+    def weights(op: Any, keys: Array, *rest: Array) -> Any:
+        """An op's outputs are its weights where value i is the i-th unit vector."""
+        k = keys[:, :, group : group + 1]
+        values = jnp.eye(k.shape[1], dtype=q.dtype)[None, :, None, :]
+        return jax.jit(lambda *arrays: op(*arrays, **options))(q, k, values, *rest)
+
+    compressed, _ = weights(compressed_attention, inputs.kv.cmp_k)
+    selected = weights(selected_attention, inputs.kv.slc_k, blocks)
+    window = weights(window_attention, inputs.kv.win_k)
+    return AttentionMaps(*(np.asarray(o[0, :, 0], np.float32) for o in (compressed, selected, window)))
+
+
+def selection_share(
+    block_indices: Int[Array, "B K Tq n"], config: NSAConfig, *, query_offset: int = 0
+) -> Float[np.ndarray, "B K Nq Nb"]:
+    """Of the queries in each query block, the share that reads each key block.
+
+    Query blocks count from the one that holds `query_offset`, key blocks from 0 to the last query's own.
+    """
+    indices = np.asarray(block_indices)
+    query_blocks = (int(query_offset) + np.arange(indices.shape[2])) // config.select_block
+    rows = query_blocks - query_blocks[0]
+    read = (indices[..., None] == np.arange(query_blocks[-1] + 1)).any(axis=3)
+    begins = np.searchsorted(rows, np.arange(rows[-1] + 1))
+    return np.add.reduceat(read.astype(np.float64), begins, axis=2) / np.bincount(rows)[:, None]
+
+
+def plot_selection(layers: Layers, config: NSAConfig, *, row: int = 0) -> Figure:
+    """Which blocks are read: query block by key block, one panel for each layer and group of heads.
+
+    Args:
+      layers: one layer's inputs, or several by name.
+      config: sizes of the branches.
+      row: of the batch.
+
+    Raises:
+      ValueError: `layers` are of another type or empty, or `row` is not there.
+    """
+    named = _named(layers)
+    groups = max(inputs.kv.cmp_k.shape[2] for inputs in named.values())
+    figure = Figure(figsize=(1.2 + 2.9 * groups, 0.6 + 2.7 * len(named)), layout="constrained")
+    panels = figure.subplots(len(named), groups, squeeze=False)
+    for line, (name, inputs) in zip(panels, named.items(), strict=True):
+        one = _one_row(inputs, row)
+        share = selection_share(reference_selection(one, config)[1], config, query_offset=int(one.query_offset))[0]
+        first = int(one.query_offset) // config.select_block
+        for group, axes in enumerate(line):
+            image = _image(axes, np.where(share[group] > 0, share[group], np.nan), first=first, vmin=0, vmax=1)
+            axes.set(title=f"{name}, group {group}", xlabel=f"key block ({config.select_block} tokens)")
+        line[0].set_ylabel(f"query block ({config.select_block} tokens)")
+        figure.colorbar(image, ax=line.tolist(), label="share of queries that read it")
+    return figure
+
+
+def plot_branches(
+    inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, head: int = 0, scale: float | None = None
+) -> Figure:
+    """The attention maps of the three branches of one query head; arguments and errors as of `attention_maps`."""
+    maps = attention_maps(inputs, config, row=row, head=head, scale=scale)
+    figure = Figure(figsize=(11, 3.7), layout="constrained")
+    panels = figure.subplots(1, 3)
+    keys = (f"compressed token (one every {config.compress_stride} tokens)", "key position (token)")
+    for axes, name, weights in zip(panels, BRANCHES, maps, strict=True):
+        image = _image(
+            axes,
+            np.where(weights > 0, weights, np.nan),
+            first=int(inputs.query_offset),
+            norm=PowerNorm(0.4, vmin=0, vmax=max(weights.max(initial=0), 1e-6)),
+        )
+        axes.set(title=f"{name}, head {head}", xlabel=keys[name != "compressed"])
+        figure.colorbar(image, ax=axes, label="attention weight")
+    panels[0].set_ylabel("query position (token)")
+    return figure
+
+
+def plot_importance(
+    inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, group: int = 0, scale: float | None = None
+) -> Figure:
+    """The importance of every block to every query of a group of heads, and what the top-n leaves of it.
+
+    Args:
+      inputs: of one layer.
+      config: sizes of the branches.
+      row, group: which row of the batch and which key/value head.
+      scale: as of `nsa_attention`.
+
+    Raises:
+      ValueError: `row` or `group` is not there.
+    """
+    _check_inputs(inputs)
+    _check_index("group", group, inputs.kv.cmp_k.shape[2])
+    inputs = _one_row(inputs, row)
+    _, blocks, importance = (np.asarray(x[0, group]) for x in reference_selection(inputs, config, scale=scale))
+    importance = importance[:, : num_blocks(inputs.kv.slc_k.shape[1], config)]
+    chosen = (blocks[:, :, None] == np.arange(importance.shape[1])).any(axis=1)
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    norm = PowerNorm(0.4, vmin=0, vmax=max(importance.max(initial=0), 1e-6))
+    for axes, title, shown in (
+        (panels[0], "all blocks", chosen | (importance > 0)),
+        (panels[1], f"the {config.num_selected} that are read", chosen),
+    ):
+        first = int(inputs.query_offset)
+        image = _image(axes, np.where(shown, importance, np.nan), first=first, norm=norm)
+        axes.set(title=title, xlabel=f"key block ({config.select_block} tokens)")
+    panels[0].set_ylabel("query position (token)")
+    figure.colorbar(image, ax=panels.tolist(), label="importance (weighted sum of probabilities)")
+    return figure
+
+
+def plot_gates(layers: Layers) -> Figure:
+    """How open the gates are: their distribution, and their mean over position with the middle 80% of the heads.
+
+    Args:
+      layers: one layer's inputs, or several by name. All rows and heads of each are counted.
+
+    Raises:
+      ValueError: `layers` are of another type or empty.
+    """
+    named = _named(layers)
+    figure = Figure(figsize=(9, 0.4 + 2.6 * len(named)), layout="constrained")
+    panels = figure.subplots(len(named), 2, squeeze=False)
+    bins = np.linspace(0, 1, 41)
+    for (histogram, course), (name, inputs) in zip(panels, named.items(), strict=True):
+        gates = np.asarray(inputs.gates, np.float32)
+        positions = int(inputs.query_offset) + np.arange(gates.shape[1])
+        for branch, color, values in zip(BRANCHES, COLORS, np.moveaxis(gates, -1, 0), strict=False):
+            share = np.full(values.size, 100 / values.size)
+            histogram.hist(values.ravel(), bins, weights=share, histtype="step", color=color, label=branch)
+            at_position = np.moveaxis(values, 1, 0).reshape(len(positions), -1)
+            low, high = np.percentile(at_position, [10, 90], axis=1)
+            course.plot(positions, at_position.mean(axis=1), color=color, label=branch, linewidth=1)
+            course.fill_between(positions, low, high, color=color, alpha=0.2, linewidth=0)
+        histogram.set(xlabel="gate", ylabel="tokens and heads (%)", title=name)
+        course.set(xlabel="position (token)", ylabel="gate", ylim=(0, 1), title=name)
+    panels[0, 0].legend(frameon=False)
+    return figure
+
+
+def plot_bytes_read(
+    config: NSAConfig,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    lengths: Sequence[int] = tuple(2**i for i in range(9, 18)),
+) -> Figure:
+    """Keys and values that a layer reads to decode one token of one sequence, against dense attention's, by length.
+
+    Args:
+      config: sizes of the branches.
+      num_kv_heads, head_dim, v_head_dim, dtype: of the layer; v_head_dim None is head_dim.
+      lengths: tokens in the cache.
+
+    Raises:
+      ValueError: there are no lengths, or one is not positive.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths = {lengths!r}: expected positive numbers of tokens")
+    # Not above: only this figure has to do with the kernels.
+    from pallas_kernels.benchmarks.cases import Shape
+    from pallas_kernels.benchmarks.decode import bytes_read
+
+    sizes: dict[str, Any] = {
+        "K": num_kv_heads,
+        "Dk": head_dim,
+        "Dv": head_dim if v_head_dim is None else v_head_dim,
+        "dtype": jnp.dtype(dtype).name,
+        **{name: getattr(config, name) for name in ("compress_block", "compress_stride", "select_block")},
+        **{name: getattr(config, name) for name in ("num_selected", "window")},
+    }
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for label, color, style, dense in (("NSA", COLORS[0], "o-", False), ("dense", COLORS[2], "s--", True)):
+        mebibytes = [bytes_read(Shape(T=T, **sizes), 1, dense=dense) / 2**20 for T in lengths]
+        axes.plot(lengths, mebibytes, style, color=color, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="context (tokens)", ylabel="read per token and layer (MiB)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _find_inputs(tree: Any, path: tuple[str, ...]) -> Any:
+    """Pairs of a name and the inputs that a layer sowed, one pair for each layer of a scan and each call."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _find_inputs(value, (*path, name))
+            continue
+        calls = [call for call in value if isinstance(call, AttentionInputs)] if isinstance(value, tuple) else []
+        for number, inputs in enumerate(calls):
+            own = (*path, str(number)) if len(calls) > 1 else path
+            if inputs.q.ndim == 4:
+                yield "/".join(own) or "attention", inputs
+                continue
+            for layer in range(inputs.q.shape[0]):
+                yield "/".join((*own, str(layer))), jax.tree.map(lambda x, layer=layer: x[layer], inputs)
+
+
+def _named(layers: Layers) -> Mapping[str, AttentionInputs]:
+    named = {"attention": layers} if isinstance(layers, AttentionInputs) else layers
+    if not isinstance(named, Mapping) or not named or not all(isinstance(x, AttentionInputs) for x in named.values()):
+        raise ValueError(f"layers = {type(layers).__name__}: expected AttentionInputs, or at least one by name")
+    return named
+
+
+def _check_inputs(inputs: Any) -> None:
+    if not isinstance(inputs, AttentionInputs):
+        raise ValueError(f"inputs = {type(inputs).__name__}: expected nsa_jax.AttentionInputs")
+
+
+def _one_row(inputs: AttentionInputs, row: int) -> AttentionInputs:
+    """One row of the batch, in float32 at least."""
+    _check_index("row", row, inputs.q.shape[0])
+    q, kv, gates = jax.tree.map(
+        lambda x: x[row : row + 1].astype(jnp.promote_types(x.dtype, jnp.float32)), (inputs.q, inputs.kv, inputs.gates)
+    )
+    segment_ids = None if inputs.segment_ids is None else inputs.segment_ids[row : row + 1]
+    return AttentionInputs(q, kv, gates, segment_ids, inputs.query_offset)
+
+
+def _check_index(name: str, value: int, size: int) -> None:
+    if not 0 <= value < size:
+        raise ValueError(f"{name} = {value}: expected 0 to {size - 1}")
+
+
+def _image(axes: Axes, values: np.ndarray, *, first: int, **options: Any) -> Any:
+    """Rows are queries, from `first` on downwards; what is not there is white."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    extent = (-0.5, values.shape[1] - 0.5, first + values.shape[0] - 0.5, first - 0.5)
+    return axes.imshow(values, cmap=COLORMAP, aspect="auto", interpolation="nearest", extent=extent, **options)
