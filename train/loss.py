@@ -40,25 +40,33 @@ def cross_entropy(
     """
     B, T, _ = hidden.shape
     rules = dict(RULES)
-    over = {name: devices_along(rules[name]) for name in ("batch", "sequence", "vocab")}
-    rows, tokens = B // over["batch"], T // over["sequence"]  # of a device
-    chunk = min(tokens, max(1, chunk_elements * over["vocab"] // (max(rows, 1) * kernel.shape[1])))
-    if chunk == tokens:
-        return _sums(hidden, kernel, targets, weights, target_bytes)
+    D, C, vocab = (devices_along(rules[name]) for name in ("batch", "sequence", "vocab"))
+    rows, tokens = B // D, T // C  # of a device
+    chunk = min(tokens, max(1, chunk_elements * vocab // (max(rows, 1) * kernel.shape[1])))
     steps = -(-tokens // chunk)
 
-    def split(x: Array) -> Array:  # [B, T, ...] to [steps, B, devices, chunk, ...]; padding has weight 0
-        x = _on_devices(x.reshape(B, over["sequence"], tokens, *x.shape[2:]))
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * chunk - tokens), *((0, 0),) * (x.ndim - 3)))
-        return jnp.moveaxis(x.reshape(B, over["sequence"], steps, chunk, *x.shape[3:]), 2, 0)
+    def split(x: Array) -> Array:  # [B, T, ...] to [steps, D, rows, C, chunk, ...]; padding has weight 0
+        rest = x.shape[2:]
+        x = activation(x.reshape(D, rows, C, tokens, *rest), "batch", None, "sequence", None, *[None] * len(rest))
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, steps * chunk - tokens),) + ((0, 0),) * len(rest))
+        return jnp.moveaxis(x.reshape(D, rows, C, steps, chunk, *rest), 3, 0)
+
+    parts = tuple(map(split, (hidden, targets, weights, target_bytes)))
+    # One for each device, which it has anyway: so the gradients of the chunks are added up on the device, and over the
+    # devices once.
+    kernels = activation(
+        jnp.broadcast_to(kernel[None, None], (D, C, *kernel.shape)), "batch", "sequence", None, "vocab"
+    )
+    if steps == 1:
+        return _sums(parts[0][0], kernels, *(x[0] for x in parts[1:]))
 
     @jax.checkpoint
     def add(total: LossSums, inputs: tuple[Array, ...]) -> tuple[LossSums, None]:
-        part = _sums(inputs[0], kernel, *inputs[1:])
+        part = _sums(inputs[0], kernels, *inputs[1:])
         return jax.tree.map(jnp.add, total, part), None
 
     zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)
-    total, _ = jax.lax.scan(add, zero, tuple(map(split, (hidden, targets, weights, target_bytes))))
+    total, _ = jax.lax.scan(add, zero, parts)
     return total
 
 
@@ -67,12 +75,8 @@ def bits_per_byte(nll: float, num_bytes: float) -> float:
     return nll / math.log(2) / num_bytes if num_bytes else math.nan
 
 
-def _on_devices(x: Array) -> Array:
-    return activation(x, "batch", "sequence", *[None] * (x.ndim - 2))
-
-
-def _sums(hidden, kernel, targets, weights, target_bytes) -> LossSums:
-    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+def _sums(hidden, kernels, targets, weights, target_bytes) -> LossSums:
+    logits = jnp.einsum("drcte,dcev->drctv", hidden, kernels, preferred_element_type=jnp.float32)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     # A sum and not a gather, so that a device needs only its own part of the vocabulary.
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]

@@ -6,6 +6,7 @@ gradient trains, moved after each step (arXiv 2408.15664).
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -103,8 +104,8 @@ def moe_layer(
     layer and token of its own, forward, n - 1 times E entries of x and k pairs of weight and index, and again n - 1
     times E entries of output; backward the same. An all-to-all of copies for the k choices sends about 2 k (n - 1) / n
     times E instead: less where n > k, more where n < k; but its buffers either overflow, so that tokens are dropped,
-    or are as large as what is gathered here. Work per device does not grow with n, memory for sorted rows does:
-    n k times its tokens, because all of them may choose its experts.
+    or are as large as what is gathered here. Work per device does not grow with n; the sorted rows would, to n k times
+    its tokens, because all of them may choose its experts, and are therefore made and used in n parts.
 
     `tensor` adds partial sums of the scattered output, the shared experts' among them: together with the scatter as
     many bytes as one collective over both axes. Where XLA has no grouped matrix product for `ragged_dot`, as on a CPU,
@@ -215,7 +216,7 @@ def _local_layer(
         routed = jax.tree.map(lambda array: jax.lax.all_gather(array, axes.expert, tiled=True), routed)
     first = jax.lax.axis_index(axes.expert) * weights["gate_kernel"].shape[0] if axes.expert else 0
     own = [weights[f"{name}_kernel"] for name in ("gate", "up", "down")]
-    y = _routed_experts(routed[0], routed[1] - first, routed[2], *own)
+    y = _in_parts((routed[0], routed[1] - first, routed[2]), own, jax.lax.axis_size(axes.expert) if axes.expert else 1)
     if axes.expert:
         y = jax.lax.psum_scatter(y, axes.expert, tiled=True)
     if config.moe.num_shared:
@@ -236,6 +237,21 @@ def _sums(choice: Int[Array, "T k"], shares: Float[Array, "T N"], counted: Bool[
         entropy=jnp.sum(entropy * weight),
         tokens=jnp.sum(weight),
     )
+
+
+def _in_parts(routed: tuple[Array, Array, Array], own: list[Array], parts: int) -> Float[Array, "T E"]:
+    """`_routed_experts` of one part of the tokens after the other, where their number allows; recomputed backward.
+
+    With as many parts as there are devices along `expert`, no more assignments exist at a time than a device's own
+    tokens make.
+    """
+    tokens = routed[0]
+    parts = math.gcd(len(tokens), parts)
+    if parts == 1:
+        return _routed_experts(*routed, *own)
+    split = jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[1]), routed)
+    y = jax.lax.map(jax.checkpoint(lambda part: _routed_experts(*part, *own)), split)
+    return y.reshape(tokens.shape)
 
 
 def _routed_experts(

@@ -17,7 +17,7 @@ from train.metrics import read_metrics
 from train.positions import read_positions
 
 COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
-COLORS = (COLORS[0], COLORS[2], *COLORS[3:])  # blue and orange first, green left out
+COLORS = (COLORS[0], COLORS[2], COLORS[3], COLORS[5], COLORS[4])  # blue and orange first, no green, yellow last
 STYLES = ("o-", "s--", "^:", "D-.")
 
 

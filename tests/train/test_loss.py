@@ -61,10 +61,10 @@ def test_logits_of_all_tokens_never_exist_at_once_where_they_are_large(inputs):
 
     # Chunks of two tokens divide T, so that all logits would have the same number of elements however they are shaped.
     chunked, whole = program(B * V * 2), program(B * V * T)
-    assert f"f32[{B},{T},{V}]" in whole
-    for shape in (f"f32[{B},{T},{V}]", f"f32[5,{B},1,2,{V}]"):
+    assert f"f32[1,{B},1,{T},{V}]" in whole
+    for shape in (f"f32[1,{B},1,{T},{V}]", f"f32[5,1,{B},1,2,{V}]"):
         assert shape not in chunked
-    assert f"f32[{B},1,2,{V}]" in chunked
+    assert f"f32[1,{B},1,2,{V}]" in chunked
 
 
 def test_one_bit_per_byte_is_one_bit_per_byte():

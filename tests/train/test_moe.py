@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from nsa_jax.testing import assert_trees_close
 from train.config import ModelConfig, MoEConfig
 from train.moe import Routing, auxiliary_loss, moe_layer, moe_parameters, rebalanced, route, router_metrics
-from train.sharding import RULES
+from train.sharding import RULES, SHARE_AXES
 
 B, T, E, M, N, K = 8, 6, 16, 12, 4, 2
 CONFIG = ModelConfig(embed_dim=E, moe=MoEConfig(num_routed=N, num_shared=2, top_k=K, expert_dim=M))
@@ -191,19 +191,19 @@ def predicted(config, sizes):
     if size["tensor"] > 1:
         shard = B // (size["data"] * size["fsdp"] * size["expert"]), T // size["context"]
         moves += [f"all-reduce f32[{rows},{E}]", f"all-reduce f32[{shard[0]},{shard[1]},{E}]"]  # the output; x
-    mesh_axis = {"embed": "fsdp", "expert": "expert", "mlp": "tensor", "router": None}
+    rules = {"embed": SHARE_AXES, "expert": ("expert",), "mlp": ("tensor",), "router": ()}
     for name, parameter in moe_parameters(config).items():
         if name == "balance_bias":
             continue
-        axes = [mesh_axis[axis] for axis in parameter.axes]
+        axes = [rules[axis] for axis in parameter.axes]
 
         def shape(*whole, parameter=parameter, axes=axes):
-            parts = [n if axis in whole else n // size[axis] for n, axis in zip(parameter.shape, axes, strict=True)]
-            return f"f32[{','.join(map(str, parts))}]"
+            splits = [math.prod(size[axis] for axis in some if axis not in whole) for some in axes]
+            return f"f32[{','.join(str(n // split) for n, split in zip(parameter.shape, splits, strict=True))}]"
 
-        if size["fsdp"] > 1:
-            moves += [f"all-gather {shape('fsdp')}", f"reduce-scatter {shape()}"]
-        if any(n > 1 for axis, n in sizes.items() if axis not in axes):
+        if any(size[axis] > 1 for axis in SHARE_AXES):
+            moves += [f"all-gather {shape(*SHARE_AXES)}", f"reduce-scatter {shape()}"]
+        if any(n > 1 and axis not in sum(axes, ()) for axis, n in sizes.items()):
             moves += [f"all-reduce {shape()}"]
     return collections.Counter(moves)
 
