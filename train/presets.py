@@ -1,9 +1,10 @@
 """Runs by name. Each says what it should reach, on what, in how long, from a run that was made."""
 
 import dataclasses
+import dataclasses
 from pathlib import Path
 
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, RopeScaling
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -172,10 +173,35 @@ def paper_27b() -> TrainConfig:
     )
 
 
+def paper_27b_32k() -> TrainConfig:
+    """`paper-27b` continued at 32k tokens with YaRN, as in the NSA paper (section 4.1), on a multiple of 64 GPUs.
+
+    From the paper: the length and YaRN. Batch, steps (512 rows, 1000 steps, 16.8B tokens) and learning rate are our
+    choice; the batch's tokens are those of `paper-27b`. No run of it was made.
+
+    Start it where `paper-27b` has run, with the same tokenizer. Of n x 64 GPUs, also --optimizer.accumulate 64 / n.
+    """
+    before = paper_27b()
+    scaling = RopeScaling("yarn", factor=4, original_length=before.data.sequence_length)
+    return dataclasses.replace(
+        before,
+        model=dataclasses.replace(before.model, rope_scaling=scaling),
+        data=dataclasses.replace(before.data, sequence_length=32768, batch_size=512),
+        optimizer=dataclasses.replace(before.optimizer, learning_rate=4.2e-5, warmup_steps=100, accumulate=64),
+        checkpoint=CheckpointConfig(every=200),
+        mesh=MeshConfig(expert=8, context=8),
+        init_from=before.run_dir,
+        run_dir=Path("runs/paper-27b-32k"),
+        steps=1000,
+        eval_every=200,
+    )
+
+
 PRESETS = {
     "tiny": tiny,
     "tiny-moe": tiny_moe,
     "h100-60m": h100_60m,
     "h100-350m": h100_350m,
     "paper-27b": paper_27b,
+    "paper-27b-32k": paper_27b_32k,
 }
