@@ -1,7 +1,6 @@
 """Runs by name. Each says what it should reach, on what, in how long, from a run that was made."""
 
 import dataclasses
-import dataclasses
 from pathlib import Path
 
 from nsa_jax import NSAConfig, RopeScaling
