@@ -9,10 +9,8 @@ import pytest
 import train.model
 from nsa_jax import NSAConfig, num_compressed
 from train.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from train.model import Transformer
-from train.optimizer import make_optimizer
-from train.sharding import batch_sharding, check_divisible, make_mesh, mesh_shape, on_mesh, tree_shardings
-from train.step import make_init, make_train_step
+from train.plan import compile_here
+from train.sharding import check_divisible, make_mesh, mesh_shape, tree_shardings
 
 
 def test_data_takes_the_devices_that_are_left():
@@ -69,19 +67,10 @@ def gathered_heads(T):
         compress_block=16, compress_stride=8, select_block=16, num_selected=3, num_init=1, num_local=1, window=16
     )
     sizes = {"embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "mlp_dim": 24, "num_layers": 2}
-    model = Transformer(ModelConfig(**sizes, nsa=nsa, implementation="xla"), 50)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
-    init = make_init(model, optimizer)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    shardings = tree_shardings(boxed, mesh)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), shardings
+    config = TrainConfig(
+        model=ModelConfig(**sizes, nsa=nsa, implementation="xla"), data=DataConfig(sequence_length=T, batch_size=8)
     )
-    dtypes = {"weights": jnp.float32} | dict.fromkeys(("tokens", "targets", "target_bytes", "segment_ids"), jnp.int32)
-    batch = {key: jax.ShapeDtypeStruct((8, T), dtype, sharding=batch_sharding(mesh)) for key, dtype in dtypes.items()}
-    step = jax.jit(make_train_step(model, optimizer, accumulate=1, z_loss=0.0), out_shardings=(shardings, None))
-    program = on_mesh(lambda *arguments: step.lower(*arguments).compile().as_text(), mesh)(state, batch)
+    program = compile_here(config, 50, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).as_text()
     moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
     assert moved  # the parameters, which fsdp splits
     shapes = [tuple(map(int, s.split(","))) for result in moved for s in re.findall(r"\[([\d,]+)\]", result)]
