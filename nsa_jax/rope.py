@@ -22,6 +22,10 @@ class RopeScaling:
     `beta_slow` times, goes from one to the other linearly in the number of turns (equations 18 to 20), and multiplies
     logits by (0.1 ln factor + 1)^2 (equations 21 and 22).
 
+    Example:
+      >>> rope_frequencies(8, 10_000.0, RopeScaling("linear", factor=4)).tolist()
+      [0.25, 0.025, 0.0025, 0.00025]
+
     Raises:
       ValueError: `kind` is unknown; `factor` is below 1, or not 1 for `none`; `original_length` is missing for `yarn`
         or not positive; or not 0 < beta_slow < beta_fast.

@@ -268,7 +268,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
 def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
     """Held-out bits per byte by position, as they are logged."""
     model, mesh, buckets = prepared.model, prepared.mesh, prepared.config.position_buckets
-    stride = model.config.nsa.compress_stride
+    stride, length = model.config.nsa.compress_stride, prepared.config.data.sequence_length
     if not buckets:
         return {}
 
@@ -276,9 +276,9 @@ def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
         return loss_sums(model, params, batch)
 
     whole = NamedSharding(mesh, PartitionSpec())  # every host reads all buckets
-    step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets), out_shardings=whole)
+    step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets, length), out_shardings=whole)
     found = evaluate_positions(
-        in_turn(on_mesh(step, mesh)), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out)
+        in_turn(on_mesh(step, mesh)), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out), length
     )
     return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
 

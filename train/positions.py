@@ -54,8 +54,11 @@ def bucket_width(sequence_length: int, buckets: int) -> int:
     return -(-sequence_length // buckets)
 
 
-def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int) -> PositionSums:
-    """The loss of a batch by position: the number of tokens before it in its row, or in its segment where there are."""
+def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int, length: int) -> PositionSums:
+    """The loss of a batch by position: the number of tokens before it in its row, or in its segment where there are.
+
+    `length` positions are cut into buckets; what a mesh has padded rows with lies beyond them, without weight.
+    """
     # The loss is linear in the weights, so that its gradient with respect to them is each token's own loss, whichever
     # way the sum is computed and sharded.
     nll = jax.grad(lambda weights: loss(params, batch | {"weights": weights}).nll)(batch["weights"])
@@ -63,7 +66,7 @@ def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int
     rules = dict(RULES)
     axes = {"batch_axes": rules["batch"], "context_axes": rules["sequence"]}
     positions = token_positions((B, T), batch.get("segment_ids"), **axes)
-    weights = batch["weights"][..., None] * jax.nn.one_hot(positions // bucket_width(T, buckets), buckets)
+    weights = batch["weights"][..., None] * jax.nn.one_hot(positions // bucket_width(length, buckets), buckets)
     return PositionSums(
         nll=jnp.einsum("bt,btn->n", nll, weights),
         weight=jnp.einsum("btn->n", weights),
@@ -72,7 +75,7 @@ def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int
 
 
 def evaluate_positions(
-    step: Callable[[Any, dict[str, Any]], PositionSums], params: Any, batches: Iterable[dict[str, Any]]
+    step: Callable[[Any, dict[str, Any]], PositionSums], params: Any, batches: Iterable[dict[str, Any]], length: int
 ) -> list[Bucket]:
     """Held-out figures by position over all batches; buckets without text are left out.
 
@@ -80,11 +83,10 @@ def evaluate_positions(
       step: `position_sums` of a loss and a number of buckets, from parameters and a batch.
       params: of the model.
       batches: as `step` takes them.
+      length: tokens of a row, as given to `position_sums`.
     """
     totals: np.ndarray = np.zeros(())
-    length = 0
     for batch in batches:
-        length = batch["tokens"].shape[1]
         totals = totals + np.asarray(jax.device_get(step(params, batch)), np.float64)
     width = bucket_width(length, totals.shape[1])
     found = []
@@ -139,11 +141,12 @@ def report_positions(arguments: Arguments) -> None:
     found = evaluate_positions(
         jax.jit(
             lambda params, batch: position_sums(
-                lambda params, batch: loss_sums(saved.model, params, batch), params, batch, arguments.buckets
+                lambda params, batch: loss_sums(saved.model, params, batch), params, batch, arguments.buckets, length
             )
         ),
         saved.params,
         itertools.islice(batches, count),
+        length,
     )
     print(f"{'positions':>15} {'bits per byte':>15} {'nats per token':>15} {'tokens':>10}")
     for bucket in found:

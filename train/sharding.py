@@ -148,7 +148,6 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, free_split(logical("batch", "sequence"), mesh))
 
 
-@functools.cache
 def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
     """Which share of a batch's rows a process must load, and of how many: (index, count).
 
@@ -179,6 +178,9 @@ def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]
     return min(held[process_index]) // size, parts // size
 
 
+_data_shards_of_this_process = functools.cache(data_shards)  # asked for every batch
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str, jax.Array]:
     """This process's share of a batch's rows (`data_shards`) as arrays over the whole mesh.
 
@@ -186,7 +188,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str
     weight 0 up to a multiple of 2 * context * `stride`, the model's compress_stride.
     """
     sharding, context = batch_sharding(mesh), mesh.shape["context"]
-    index, count = data_shards(mesh)
+    index, count = _data_shards_of_this_process(mesh)
     if context > 1:
         batch = {key: to_zigzag(_padded(key, value, context, stride), context) for key, value in batch.items()}
 

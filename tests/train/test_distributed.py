@@ -28,6 +28,8 @@ from train.loop import prepare, run
 from train.metrics import read_metrics
 from train.sharding import MESH_AXES, data_shards
 
+pytestmark = pytest.mark.xdist_group("distributed")  # the runs that these tests share are made once
+
 STEPS, EVERY = 40, 4
 SETTINGS = {
     "steps": STEPS,

@@ -28,7 +28,7 @@ def test_the_papers_model_lowers_for_64_gpus_with_its_kernels(length, rows, mesh
         mesh=mesh,
     )
     program = lower_for_gpus(config, 102400, devices=64, device_kind="NVIDIA H100").as_text()
-    assert program.count("__gpu$xla.gpu.triton") > 50
+    assert program.count("__gpu$xla.gpu.triton") > 30  # of one layer, or two where the first differs
     assert "mhlo.num_partitions = 64" in program
 
 

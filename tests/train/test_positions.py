@@ -58,12 +58,12 @@ def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments
         return cross_entropy(*arguments, chunk_elements=B * 64 * 7)
 
     if way == "in chunks":
-        step = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5))
-        found = evaluate_positions(step, params, batches)
+        step = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5, T))
+        found = evaluate_positions(step, params, batches, T)
     else:
         mesh = make_mesh(MeshConfig(data=2, context=4))
-        step = jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5))
-        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh, 2) for made in batches))
+        step = jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5, T))
+        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh, 2) for made in batches), T)
     forward = jax.jit(
         lambda params, batch: logits(
             params, model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids")), MODEL
