@@ -213,9 +213,17 @@ def place(x: Array, split: PartitionSpec) -> Array:
 
 def take_rows(table: Array, indices: Array, split: PartitionSpec) -> Array:
     """table[indices], split over the mesh in context as told; `table` may be split too."""
-    # On Explicit axes JAX asks where the result of a gather shall lie; on others it does not want to be told.
-    out = free_split(split) if AxisType.Explicit in _free_kinds() else None
-    return place(table.at[indices].get(out_sharding=out), split)
+    return place(table.at[indices].get(out_sharding=_explicit(split)), split)
+
+
+def reshape(x: Array, shape: tuple[int, ...], split: PartitionSpec) -> Array:
+    """`x.reshape(shape)`, split over the mesh in context as told."""
+    return place(jax.lax.reshape(x, shape, out_sharding=_explicit(split)), split)
+
+
+def _explicit(split: PartitionSpec) -> PartitionSpec | None:
+    """Where a result shall lie, as JAX asks on Explicit axes; on others it does not want to be told."""
+    return free_split(split) if AxisType.Explicit in _free_kinds() else None
 
 
 def _free_kinds() -> set[AxisType]:

@@ -43,22 +43,22 @@ def collectives(program: str) -> list[Collective]:
       ValueError: a loop that communicates does not say how often it runs.
     """
     computations = _computations(program)
-    times = collections.Counter({entry: 1 for entry, (is_entry, _) in computations.items() if is_entry})
+    times: dict[str, float] = collections.defaultdict(float)
+    times |= {name: 1.0 for name, (is_entry, _) in computations.items() if is_entry}
     found = []
     for name in _callers_first(computations):
         for line in computations[name][1]:
             for callee, trips in _calls(line):
-                times[callee] += times[name] * trips
-            match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
+                times[callee] += times[name] * trips if times[name] else 0
+            match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
             if match is None:
                 continue
-            result, kind = match.groups()
-            if times[name] < 0:
+            types, kind, start = match.groups()
+            if not math.isfinite(times[name]):
                 raise ValueError(f"a loop of unknown length communicates: {line.strip()[:200]}")
             source = re.search(r'op_name="([^"]*)"', line)
-            found.append(
-                Collective(kind, _group_size(line), _bytes(result), times[name], source.group(1) if source else "")
-            )
+            size = _result_bytes(types, paired=start is not None and kind != "all-reduce")
+            found.append(Collective(kind, _group_size(line), size, int(times[name]), source.group(1) if source else ""))
     return found
 
 
@@ -83,12 +83,12 @@ def _computations(program: str) -> dict[str, tuple[bool, list[str]]]:
     return computations
 
 
-def _calls(line: str) -> Iterator[tuple[str, int]]:
-    """Computations that an instruction runs, and how often; a large negative number where it does not say."""
-    trips = 1
+def _calls(line: str) -> Iterator[tuple[str, float]]:
+    """Computations that an instruction runs, and how often; infinity where it does not say."""
+    trips = 1.0
     if " while(" in line:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        trips = int(known.group(1)) if known else -(10**9)
+        trips = float(known.group(1)) if known else math.inf
     for callee in re.findall(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
         yield callee, trips
     for callees in re.findall(r"branch_computations=\{([^}]*)\}", line):
@@ -126,12 +126,13 @@ def _group_size(line: str) -> int:
     return 2  # a permutation: pairs
 
 
-def _bytes(shapes: str) -> int:
-    """Of a result's type; of asynchronous ones, which pair operand and result, half is counted by the caller's kind."""
-    return sum(
-        ITEM_BYTES.get(kind, 4) * math.prod(map(int, filter(None, sizes.split(","))))
-        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    )
+def _result_bytes(types: str, *, paired: bool) -> int:
+    """Of an instruction's results; asynchronous ones are `paired` with operands that come first, and have counters."""
+    arrays = [(kind, sizes.split(",")) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", types)]
+    if paired:
+        arrays = [(kind, sizes) for kind, sizes in arrays if sizes != [""]]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(ITEM_BYTES.get(kind, 4) * math.prod(int(size) for size in sizes if size) for kind, sizes in arrays)
 
 
 def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, int]) -> dict[str, float]:

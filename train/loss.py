@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nsa_jax.sharding import devices_along
-from train.sharding import RULES, activation
+from nsa_jax.sharding import devices_along, reshape
+from train.sharding import RULES, activation, logical
 
 # Float32 logits that exist at once. Larger ones are computed chunk by chunk, and again in the backward pass.
 CHUNK_ELEMENTS = 1 << 26
@@ -47,7 +47,7 @@ def cross_entropy(
 
     def split(x: Array) -> Array:  # [B, T, ...] to [steps, D, rows, C, chunk, ...]; padding has weight 0
         rest = x.shape[2:]
-        x = activation(x.reshape(D, rows, C, tokens, *rest), "batch", None, "sequence", None, *[None] * len(rest))
+        x = reshape(x, (D, rows, C, tokens, *rest), logical("batch", None, "sequence", None, *[None] * len(rest)))
         x = jnp.pad(x, ((0, 0),) * 3 + ((0, steps * chunk - tokens),) + ((0, 0),) * len(rest))
         return jnp.moveaxis(x.reshape(D, rows, C, steps, chunk, *rest), 3, 0)
 

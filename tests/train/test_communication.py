@@ -71,7 +71,8 @@ PROGRAM = """HloModule jit_f
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = f32[4] while(%p), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
   %s = (f32[6], s32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add, metadata={op_name="jit(f)/sum"}
-  ROOT %m = f32[10] collective-permute(%s), source_target_pairs={{0,1}}
+  %n = (f32[10], f32[10], u32[], u32[]) collective-permute-start(%s), source_target_pairs={{0,1}}
+  ROOT %m = f32[10] collective-permute-done(%n)
 }
 """
 
