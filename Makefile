@@ -8,7 +8,7 @@ ARGS ?=
 WORKERS ?= 2
 DOCUMENTED = nsa_jax nsa_jax.nnx nsa_jax.layer nsa_jax.rope nsa_jax.decoding nsa_jax.sharding nsa_jax.context nsa_jax.testing nsa_jax.visualize nsa_jax.reference nsa_jax.visibility train.config train.presets train.loop train.model train.moe train.sharding train.communication train.plan train.distributed train.corpus train.chat train.tokenizer train.generate train.sampling train.positions train.report
 
-.PHONY: install train test lint docs notebooks clean
+.PHONY: install train test test-all lint docs notebooks clean
 
 install: $(VENV)/installed
 
@@ -22,7 +22,10 @@ $(VENV)/installed: pyproject.toml
 train: install  ## train a preset (default: tiny, on the standard library's source)
 	$(VENV)/bin/python -m train $(PRESET) $(ARGS)
 
-test: lint
+test: lint  ## every check but the exhaustive ones
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not exhaustive"
+
+test-all: lint
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: install

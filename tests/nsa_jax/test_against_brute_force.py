@@ -116,9 +116,22 @@ def assert_each_op_agrees(actual, expected, dtype):
 
 @each_dtype
 @each_implementation
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_each_op_agrees_on_random_problems(implementation, dtype, case: Case):
+    compare_each_op(implementation, dtype, case)
+
+
+@pytest.mark.exhaustive
+@each_dtype
+@each_implementation
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_each_op_agrees_on_many_random_problems(implementation, dtype, case: Case):
+    compare_each_op(implementation, dtype, case)
+
+
+def compare_each_op(implementation, dtype, case: Case):
     arrays = random_arrays(case, dtype)
     options = dict(config=case.config, scale=case.scale, query_offset=case.offset)
     expected = run_brute_force(arrays, **options)

@@ -223,6 +223,7 @@ def test_a_row_without_tokens_stays_as_it_is_and_a_freed_row_takes_a_new_prompt(
     assert_trees_close(out[:, 0], y[0, jnp.array([21, 12, 33])], 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_linen_and_nnx_decode_alike():
     layer, variables, x, _ = case("nsa")
     twin = nsa_jax.nnx.NSAttention(E, **HEADS, config=CONFIG, rngs=nnx.Rngs(0))

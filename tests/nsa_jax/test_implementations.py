@@ -49,7 +49,9 @@ def test_one_token_has_the_gradients_of_the_reference():
     assert jnp.abs(expected[1].slc_v).max() > 0
 
 
-@pytest.mark.parametrize("shape", ["odd length, small values, segments", "a slice of queries"])
+@pytest.mark.parametrize(
+    "shape", ["odd length, small values, segments", pytest.param("a slice of queries", marks=pytest.mark.exhaustive)]
+)
 def test_xla_matches_reference_in_many_chunks(shape, monkeypatch):
     monkeypatch.setattr(xla, "CHUNK_ELEMENTS", 600)
     assert_matches_reference(random_inputs(jax.random.key(1), CONFIG, **SHAPES[shape]), CONFIG, implementation="xla")

@@ -75,7 +75,7 @@ def communication(compiled):
 
 
 @KINDS
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.exhaustive)])
 def test_nothing_is_communicated_forward_or_backward(implementation, kind):
     mesh = make_mesh(kind, data=2, tensor=2)
     attention = sharded(nsa_jax.nsa_attention, **BOTH)

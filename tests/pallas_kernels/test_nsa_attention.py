@@ -104,6 +104,7 @@ def test_no_compressed_token_raises_not_implemented():
         nsa_attention.nsa_attention(*arrays, None, 0, scale=1.0, interpret=True, **CASES["plain"][-1])
 
 
+@pytest.mark.exhaustive
 def test_vmap_scan_and_remat_give_the_same_gradients():
     case = (2, 48, 4, 2, 32, 32, False, 0, COMPRESS | SELECT | {"window": 20})
     (*arrays, do), _ = inputs(case, jnp.float32)

@@ -129,7 +129,8 @@ def test_a_step_follows_loss_and_auxiliary_loss_and_moves_the_bias_once_by_the_l
     assert float(metrics.router.router_load_mean) == pytest.approx(uneven.mean())
 
 
-def test_a_step_on_a_mesh_equals_the_step_on_one_device(in_halves):
+@pytest.mark.exhaustive
+def test_a_step_in_microbatches_on_a_mesh_equals_the_step_on_one_device(in_halves):
     state, metrics, _ = one_step(2, make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), remat="full")
     expected, expected_metrics, _ = in_halves
     assert_trees_close(state.opt_state[1][0].mu, expected.opt_state[1][0].mu, 1e-5)
@@ -171,7 +172,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
         text = draw.integers(97, 123, draw.integers(20, 80)).astype(np.uint8).tobytes()
         (tmp_path / "corpus" / f"{i}.txt").write_bytes(text)
     config = TrainConfig(
-        model=dataclasses.replace(EVERYWHERE, num_layers=1),
+        model=dataclasses.replace(EVERYWHERE, num_layers=1, attention="full"),
         data=DataConfig(path=str(tmp_path / "corpus"), sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(warmup_steps=2),
         checkpoint=CheckpointConfig(every=3),
