@@ -136,6 +136,7 @@ def test_decode_attention_at_every_position_has_the_outputs_and_exactly_the_bloc
     np.testing.assert_array_equal(indices, jnp.moveaxis(blocks[0][:, at], 0, 1))
 
 
+@pytest.mark.exhaustive
 def test_triton_decodes_as_the_reference():
     config = NSAConfig(8, 4, 16, 3, 1, 1, 20)
     layer = nsa_jax.NSAttention(4, 2, 32, config=config, implementation="reference")

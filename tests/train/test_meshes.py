@@ -89,11 +89,12 @@ def alone(name):
 
 
 def cases():
-    """Every model on every mesh; by default full attention on all, and one of the sparse models on each."""
+    """Every model on every mesh; by default full and one sparse attention where tokens or experts are split."""
     for index, mesh in enumerate(MESHES):
-        sparse = "experts" if mesh.expert > 1 or index == 4 else "nsa"
+        sparse = "experts" if mesh.expert > 1 else "nsa"
         for name in MODELS:
-            marks = () if name in ("full", sparse) else (pytest.mark.exhaustive,)
+            by_default = (mesh.context > 2 or mesh.expert * mesh.tensor > 1) and name in ("full", sparse)
+            marks = () if by_default else (pytest.mark.exhaustive,)
             yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")
 
 
