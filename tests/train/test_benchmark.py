@@ -9,6 +9,7 @@ from train import benchmark
 from train.presets import PRESETS
 
 
+@pytest.mark.exhaustive
 def test_writes_a_row_for_each_attention_and_length(tmp_path, monkeypatch):
     tiny = PRESETS["tiny"]()
     small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_layers=1))

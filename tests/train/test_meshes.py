@@ -93,7 +93,8 @@ def cases():
     for index, mesh in enumerate(MESHES):
         sparse = "experts" if mesh.expert > 1 else "nsa"
         for name in MODELS:
-            by_default = (mesh.context > 2 or mesh.expert * mesh.tensor > 1) and name in ("full", sparse)
+            by_default = mesh.context > 2 or mesh.expert * mesh.tensor > 1 if name == sparse else mesh.context > 1
+            by_default = by_default and name in ("full", sparse)
             marks = () if by_default else (pytest.mark.exhaustive,)
             yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")
 

@@ -14,7 +14,7 @@ from train.presets import PRESETS
 @pytest.mark.parametrize(
     ("length", "rows", "mesh"),
     [
-        (8192, 64, MeshConfig(data=1, fsdp=8, expert=8)),
+        pytest.param(8192, 64, MeshConfig(data=1, fsdp=8, expert=8), marks=pytest.mark.exhaustive),
         (65536, 8, MeshConfig(data=1, expert=8, context=8)),
     ],
     ids=str,
