@@ -111,7 +111,7 @@ def test_values_and_gradients_are_those_of_one_device_and_the_same_bits_every_ti
 def test_kernels_lower_for_a_mesh_of_gpus_that_splits_the_tokens(device_kind):
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), problem(128, 3))
     device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((4,), ("context",), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((4,), ("context",), axis_types=(AUTO,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(attend(None, **AXES)).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") > 8
