@@ -101,8 +101,9 @@ def make_train_step(
             def add(total: Any, microbatch: dict[str, Array]) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, parts(microbatch)), None
 
-            shapes = jax.eval_shape(parts, {key: x[0] for key, x in split.items()})
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            sums_shapes, _ = jax.eval_shape(parts, {key: x[0] for key, x in split.items()})
+            zero_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_shapes)
+            zero = (zero_sums, jax.tree.map(jnp.zeros_like, state.params))  # which lie as the parameters do
             ((sums, routing), grads), _ = jax.lax.scan(add, zero, split)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
