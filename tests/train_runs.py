@@ -48,14 +48,17 @@ def arguments(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     return ["tiny", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
 
 
-def start(command: list[str], log: Path, *, cache: Path, umask: int = 0o022, xla_flags: str = "") -> subprocess.Popen:
+def start(
+    command: list[str], log: Path, *, cache: Path, umask: int = 0o022, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """A process, in a group of its own, whose output is added to a file.
 
-    `cache` is a place for compiled programs, so that only the first process compiles; `umask` tells who wrote a file.
+    `cache` is a place for compiled programs, so that only the first process compiles; `umask` tells who wrote a file;
+    `environment` is added to this process's own but for its XLA_FLAGS.
     """
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "XLA_FLAGS": xla_flags,
+        **(environment or {}),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -1,12 +1,14 @@
-"""Training speed against length, NSA and full attention side by side: `python -m train.benchmark`.
+"""Training speed against length and devices, NSA and full attention side by side: `python -m train.benchmark`.
 
-Prints a table and writes JSON: tokens per second, model FLOP utilisation and the compiler's count of memory of the
-whole update of a preset's model, on random tokens and from random parameters.
+Prints a table and writes JSON: tokens per second, model FLOP utilisation, the compiler's count of memory and what a
+device receives from others, of the whole update of a preset's model, on random tokens and from random parameters.
 """
 
 import dataclasses
 import json
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +19,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from train.config import TrainConfig
-from train.metrics import device_peak_flops, train_flops_per_token
-from train.model import Transformer
+from train.communication import collectives, overlap, predicted_bytes, received_bytes
+from train.config import MeshConfig, TrainConfig
+from train.metrics import peak_flops, total_parameters, train_flops_per_token
+from train.model import Transformer, padded_vocabulary
 from train.optimizer import make_optimizer
+from train.plan import abstract_step
 from train.presets import PRESETS
-from train.step import TrainState, make_init, make_train_step
+from train.sharding import MESH_AXES, check_divisible, make_mesh, tree_shardings
+from train.step import TrainState, make_init
 
 VOCABULARY = 258  # of the byte tokenizer
 ATTENTIONS: tuple[Literal["nsa", "full"], ...] = ("nsa", "full")
+TRACED = 2  # steps of a trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,98 +43,172 @@ class Arguments:
     """What to measure."""
 
     preset: str = "h100-350m"  # its model and optimiser
+    attentions: tuple[Literal["nsa", "full"], ...] = ATTENTIONS  # of the model
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)  # T
-    tokens_per_step: int = 65536  # rows are as many as make up this
+    meshes: tuple[str, ...] = ("data=1",)  # sizes of mesh axes, as in "fsdp=2,context=4", on the first of the devices
+    tokens_per_device: int = 65536  # of a step; rows are as many as make up this
     steps: int = 8  # timed, after two that are not
+    trace: bool = False  # two steps more, for how much of the communication is hidden behind computation
     out: Path = Path("train_speed.json")  # where the figures go
 
 
-def measure(config: TrainConfig, lengths: Sequence[int], tokens_per_step: int, steps: int) -> list[dict[str, Any]]:
-    """One row of figures for each length, with the attention that the config names.
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh from the sizes of its axes, of which those left out are 1.
 
     Raises:
-      ValueError: a length does not divide `tokens_per_step`.
+      ValueError: the text has another form or names another axis.
     """
+    sizes: dict[str, Any] = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"meshes: {text!r}: expected AXIS=SIZE,... with axes of {', '.join(MESH_AXES)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def measure(
+    config: TrainConfig, lengths: Sequence[int], tokens_per_device: int, steps: int, *, trace: bool = False
+) -> list[dict[str, Any]]:
+    """One row of figures for each length, with the attention and on the mesh that the config names.
+
+    Raises:
+      ValueError: a length does not divide the tokens of a step, there are too few devices, or the mesh does not fit.
+    """
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    count = math.prod(sizes.values())
+    if count > jax.device_count():
+        raise ValueError(f"meshes: {sizes}: expected at most {jax.device_count()} devices, those that there are")
+    tokens = tokens_per_device * count
     for T in lengths:
-        if T < 1 or tokens_per_step % T:
-            raise ValueError(f"lengths: {T}: expected a divisor of tokens_per_step = {tokens_per_step}")
-    model = Transformer(config.model, VOCABULARY)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    init = make_init(model, optimizer)
-    state: TrainState = jax.jit(lambda key: nn.meta.unbox(init(key)))(jax.random.key(config.seed))
-    update = jax.jit(make_train_step(model, optimizer, accumulate=1, z_loss=config.optimizer.z_loss), donate_argnums=0)
-    batches = [_random_batch(tokens_per_step // T, T) for T in lengths]
+        if T < 1 or tokens % T:
+            raise ValueError(f"lengths: {T}: expected a divisor of {tokens}, the tokens of a step")
+    configs = [_at_length(config, T, tokens // T) for T in lengths]
+    for each in configs:
+        check_divisible(each, padded_vocabulary(VOCABULARY), count)
+    mesh, peak = make_mesh(config.mesh, jax.devices()[:count]), peak_flops(jax.devices()[0].device_kind)
+    planned = [abstract_step(each, VOCABULARY, mesh) for each in configs]
+    state = _initial_state(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = [each.update.lower(each.state, each.batch) for each in planned]
     with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda batch: update.lower(state, batch).compile(), batches))
-    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+        compiled = list(pool.map(lambda each: each.compile(), lowered))
     rows = []
-    for T, batch, step in zip(lengths, batches, compiled, strict=True):
-        seconds = []
-        for _ in range(2 + steps):
-            begin = time.perf_counter()
-            state, metrics = step(state, batch)
-            loss = float(metrics.sums.nll) / tokens_per_step  # waits for the step
-            seconds.append(time.perf_counter() - begin)
-        speeds = sorted(tokens_per_step / s for s in seconds[2:])
-        speed = statistics.median(speeds)
-        flops = train_flops_per_token(config.model, T, VOCABULARY)
-        peak = device_peak_flops()
+    for each, plan, step in zip(configs, planned, compiled, strict=True):
+        batch = _random_batch(plan.batch)
+        state, seconds, loss = _time(step, state, batch, 2 + steps)
+        T = each.data.sequence_length
+        speeds = sorted(tokens / s for s in seconds[2:])
+        speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, VOCABULARY)
         memory: Any = step.memory_analysis()
-        rows.append(
-            {
-                "attention": config.model.attention,
-                "length": T,
-                "rows": tokens_per_step // T,
-                "parameters": num_params,
-                "tokens_per_second": speed,
-                "lowest": speeds[0],
-                "highest": speeds[-1],
-                "model_flop_utilisation": None if peak is None else speed * flops / peak,
-                "memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
-                "loss": loss,
-            }
-        )
+        row = {
+            "attention": config.model.attention,
+            "length": T,
+            "rows": tokens // T,
+            "mesh": {axis: size for axis, size in sizes.items() if size > 1},
+            "devices": count,
+            "parameters": total_parameters(state.params),
+            "tokens_per_second": speed,
+            "lowest": speeds[0],
+            "highest": speeds[-1],
+            "model_flop_utilisation": speed * flops / (count * peak) if peak else None,
+            "memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+            "loss": loss,
+        }
+        if count > 1:
+            row["received_bytes"] = received_bytes(collectives(step.as_text()))
+            row["predicted_bytes"] = predicted_bytes(each, VOCABULARY, sizes)
+        if trace:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    state, *_ = _time(step, state, batch, TRACED)
+                (trace_file,) = Path(folder).rglob("*.xplane.pb")
+                found = overlap(jax.profiler.ProfileData.from_file(str(trace_file)))
+            row["seconds_of_a_step"] = {name: seconds / TRACED for name, seconds in found.items()}
+        rows.append(row)
     return rows
 
 
-def _random_batch(rows: int, T: int) -> dict[str, jax.Array]:
-    tokens = jax.random.randint(jax.random.key(T), (rows, T + 1), 0, 256)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "weights": jnp.ones((rows, T), jnp.float32),
-        "target_bytes": jnp.ones((rows, T), jnp.int32),
-    }
+def _at_length(config: TrainConfig, T: int, rows: int) -> TrainConfig:
+    """The config with one microbatch of `rows` random rows of T tokens."""
+    data = dataclasses.replace(config.data, sequence_length=T, batch_size=rows, isolate_documents=False)
+    return dataclasses.replace(config, data=data, optimizer=dataclasses.replace(config.optimizer, accumulate=1))
+
+
+def _initial_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    init = make_init(Transformer(config.model, VOCABULARY), make_optimizer(config.optimizer, config.steps))
+    key = jax.random.key(config.seed)
+    shardings = tree_shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
+
+
+def _random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Every token counts, and as one byte. Which position a token has makes no difference."""
+    batch = {name: jnp.ones(x.shape, x.dtype) for name, x in shapes.items()}
+    for i, name in enumerate(("tokens", "targets")):
+        batch[name] = jax.random.randint(jax.random.key(i), shapes[name].shape, 0, 256)
+    return {name: jax.device_put(x, shapes[name].sharding) for name, x in batch.items()}
+
+
+def _time(
+    step: Any, state: TrainState, batch: dict[str, jax.Array], steps: int
+) -> tuple[TrainState, list[float], float]:
+    """The state after some steps, the seconds of each and the last loss."""
+    seconds, loss = [], float("nan")
+    for _ in range(steps):
+        begin = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = float(metrics.sums.nll) / batch["tokens"].size  # waits for the step
+        seconds.append(time.perf_counter() - begin)
+    return state, seconds, loss
 
 
 def main(arguments: Arguments) -> None:
     """Measures, prints and writes."""
     if arguments.preset not in PRESETS:
         raise SystemExit(f"error: preset = {arguments.preset!r}: expected one of {', '.join(PRESETS)}")
-    config = PRESETS[arguments.preset]()
-    rows = []
-    for attention in ATTENTIONS:
-        model = dataclasses.replace(config.model, attention=attention)
-        rows += measure(
-            dataclasses.replace(config, model=model), arguments.lengths, arguments.tokens_per_step, arguments.steps
-        )
-    table = Table("attention", "length", "rows", "tokens/s", "spread", "MFU", "GiB")
+    preset = PRESETS[arguments.preset]()
+    rows: list[dict[str, Any]] = []
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for attention in arguments.attentions:
+        for mesh in arguments.meshes:
+            model = dataclasses.replace(preset.model, attention=attention)
+            config = dataclasses.replace(preset, model=model, mesh=parse_mesh(mesh))
+            rows += measure(
+                config, arguments.lengths, arguments.tokens_per_device, arguments.steps, trace=arguments.trace
+            )
+            result = {**device, **dataclasses.asdict(arguments), "rows": rows}
+            arguments.out.write_text(json.dumps(result, indent=1, default=str))
+    Console().print(_table(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "attention", "mesh", "length", "rows", "tokens/s/device", "spread", "MFU", "GiB", "MB received", "ms hidden"
+    )
     for row in rows:
-        utilisation = row["model_flop_utilisation"]
+        count, utilisation = row["devices"], row["model_flop_utilisation"]
         table.add_row(
             row["attention"],
+            " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1 device",
             str(row["length"]),
             str(row["rows"]),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['lowest']:,.0f} to {row['highest']:,.0f}",
+            f"{row['tokens_per_second'] / count:,.0f}",
+            f"{row['lowest'] / count:,.0f} to {row['highest'] / count:,.0f}",
             "" if utilisation is None else f"{100 * utilisation:.1f}%",
             f"{row['memory_gib']:.1f}",
+            f"{sum(row['received_bytes'].values()) / 1e6:,.0f}" if count > 1 else "",
+            _hidden(row),
         )
-    Console().print(table)
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    arguments.out.write_text(
-        json.dumps({**device, **dataclasses.asdict(arguments), "rows": rows}, indent=1, default=str)
-    )
+    return table
+
+
+def _hidden(row: dict[str, Any]) -> str:
+    """Milliseconds of communication in a step, and of these the ones hidden behind computation."""
+    if "seconds_of_a_step" not in row:
+        return ""
+    seconds = row["seconds_of_a_step"]
+    return f"{1e3 * seconds['hidden_s']:.1f} of {1e3 * seconds['communication_s']:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the devices of a mesh send one another in a step: counted in the compiled program, and by formula."""
+"""What the devices of a mesh send one another in a step: counted in the compiled program, by formula, and in time."""
 
 import collections
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -133,6 +133,57 @@ def _result_bytes(types: str, *, paired: bool) -> int:
         arrays = [(kind, sizes) for kind, sizes in arrays if sizes != [""]]
         arrays = arrays[len(arrays) // 2 :]
     return sum(ITEM_BYTES.get(kind, 4) * math.prod(int(size) for size in sizes if size) for kind, sizes in arrays)
+
+
+def overlap(profile: Any) -> dict[str, float]:
+    """How much of the communication in a trace of GPUs is hidden behind computation.
+
+    Args:
+      profile: a `jax.profiler.ProfileData` of programs that communicate through NCCL.
+
+    Returns:
+      Seconds, of one GPU on average: "communication_s" in which a collective runs (or waits for the other GPUs),
+      "hidden_s" of these in which other kernels run too, and "computation_s" in which other kernels run.
+
+    Raises:
+      ValueError: the trace has no kernel of a GPU.
+    """
+    totals: dict[str, float] = dict.fromkeys(("communication_s", "hidden_s", "computation_s"), 0.0)
+    gpus = 0
+    for plane in profile.planes:
+        events = [
+            (event.name, event.start_ns, event.start_ns + event.duration_ns)
+            for line in plane.lines
+            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
+            for event in line.events
+        ]
+        if not events:
+            continue
+        gpus += 1
+        communication = _union((begin, end) for name, begin, end in events if name.startswith("nccl"))
+        computation = _union((begin, end) for name, begin, end in events if not name.startswith("nccl"))
+        both = _length(communication) + _length(computation) - _length(_union([*communication, *computation]))
+        totals["communication_s"] += _length(communication) / 1e9
+        totals["hidden_s"] += both / 1e9
+        totals["computation_s"] += _length(computation) / 1e9
+    if not gpus:
+        raise ValueError("profile: no kernel of a GPU in it")
+    return {name: seconds / gpus for name, seconds in totals.items()}
+
+
+def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same points in intervals that do not overlap, ascending."""
+    joined: list[tuple[float, float]] = []
+    for begin, end in sorted(intervals):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _length(intervals: Iterable[tuple[float, float]]) -> float:
+    return sum(end - begin for begin, end in intervals)
 
 
 def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, int]) -> dict[str, float]:

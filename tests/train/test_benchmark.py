@@ -15,7 +15,7 @@ def test_writes_a_row_for_each_attention_and_length(tmp_path, monkeypatch):
     small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_layers=1))
     monkeypatch.setitem(PRESETS, "small", lambda: small)
     out = tmp_path / "speed.json"
-    benchmark.main(benchmark.Arguments(preset="small", lengths=(64, 128), tokens_per_step=128, steps=1, out=out))
+    benchmark.main(benchmark.Arguments(preset="small", lengths=(64, 128), tokens_per_device=128, steps=1, out=out))
     rows = json.loads(out.read_text())["rows"]
     assert [(r["attention"], r["length"], r["rows"]) for r in rows] == [
         ("nsa", 64, 2),
@@ -31,7 +31,7 @@ def test_writes_a_row_for_each_attention_and_length(tmp_path, monkeypatch):
 
 
 def test_a_length_that_does_not_divide_the_step_is_refused():
-    with pytest.raises(ValueError, match="lengths: 100: expected a divisor of tokens_per_step = 128"):
+    with pytest.raises(ValueError, match="lengths: 100: expected a divisor of 128, the tokens of a step"):
         benchmark.measure(PRESETS["tiny"](), (100,), 128, 1)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,10 +42,18 @@ SETTINGS = {
 }
 FSDP = {"mesh.data": 1, "mesh.fsdp": 4}
 # As in conftest.py, and two devices for each process.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=2 "
+ON_CPUS = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+}
+ON_GPUS = [
+    {
+        "CUDA_VISIBLE_DEVICES": str(index),
+        "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    for index in range(2)
+]
 UMASKS = 0o022, 0o027  # of the two processes: the files of the second cannot be read by everybody
 
 Launch = Callable[..., dict[Path, subprocess.Popen]]
@@ -62,7 +71,9 @@ def launch(workspace):
     """Starts two processes, with an address to meet at, as a dict from logs to processes; all are killed at the end."""
     started: list[subprocess.Popen] = []
 
-    def two(name: str, command: Callable[[str, int], Sequence[str]]) -> dict[Path, subprocess.Popen]:
+    def two(
+        name: str, command: Callable[[str, int], Sequence[str]], environment: Sequence[dict] = (ON_CPUS, ON_CPUS)
+    ) -> dict[Path, subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -74,7 +85,7 @@ def launch(workspace):
                 log,
                 cache=workspace / "compiled",
                 umask=UMASKS[index],
-                xla_flags=XLA_FLAGS,
+                environment=environment[index],
             )
             started.append(processes[log])
         return processes
@@ -88,13 +99,15 @@ def settings_of(workspace: Path) -> dict:
     return {**SETTINGS, "data.path": workspace / "corpus"}
 
 
-def launch_run(workspace: Path, launch: Launch, run_dir: Path) -> dict[Path, subprocess.Popen]:
+def launch_run(
+    workspace: Path, launch: Launch, run_dir: Path, settings: dict = FSDP, **options: Any
+) -> dict[Path, subprocess.Popen]:
     def command(address: str, index: int) -> list[str]:
         meeting = {"coordinator-address": address, "num-processes": 2, "process-id": index}
         distributed = {f"distributed.{name}": value for name, value in meeting.items()}
-        return train_runs.train_command(run_dir, {**settings_of(workspace), **FSDP, **distributed})
+        return train_runs.train_command(run_dir, {**settings_of(workspace), **settings, **distributed})
 
-    return launch(run_dir.name, command)
+    return launch(run_dir.name, command, **options)
 
 
 def finish(processes: dict[Path, subprocess.Popen], code: int = 0) -> None:
@@ -186,7 +199,7 @@ def stopped(workspace, launch) -> tuple[Path, int]:
     """A run that was killed, started again and stopped by SIGTERM to its second process; what the kill left saved."""
     run_dir = workspace / "stopped"
     processes = launch_run(workspace, launch, run_dir)
-    train_runs.wait_until(processes, functools.partial(has_reached, run_dir, EVERY + 1, None))
+    train_runs.wait_until(processes, lambda: has_reached(run_dir, EVERY + 1, None) and latest_step(run_dir) >= EVERY)
     for process in processes.values():
         process.send_signal(signal.SIGKILL)
     finish(processes, -signal.SIGKILL)
@@ -205,6 +218,37 @@ def test_two_processes_killed_and_started_again_go_on_bit_for_bit(stopped, unint
     made = losses(run_dir)
     assert made == losses(uninterrupted)[: len(made)]
     assert len(made) > saved + EVERY
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["fsdp", "context"])
+def test_two_gpus_of_which_one_process_is_killed_go_on_bit_for_bit(workspace, launch, axis):
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    settings = {
+        **{f"mesh.{name}": 2 if name == axis else 1 for name in ("data", "fsdp", "context")},
+        "model.attention": "nsa",
+        "model.head-dim": 32,
+        "data.sequence-length": 256,
+    }
+
+    def run_on_gpus(name: str) -> dict[Path, subprocess.Popen]:
+        return launch_run(workspace, launch, workspace / name, settings, environment=ON_GPUS)
+
+    finish(run_on_gpus(f"{axis}_uninterrupted"))
+    run_dir = workspace / f"{axis}_killed"
+    processes = run_on_gpus(run_dir.name)
+    train_runs.wait_until(processes, lambda: has_reached(run_dir, EVERY + 1, None) and latest_step(run_dir) >= EVERY)
+    first, second = processes.values()
+    second.send_signal(signal.SIGKILL)
+    train_runs.kill(second)
+    train_runs.kill(first)  # as a launcher does when it has lost a process
+    saved = latest_step(run_dir)
+    assert EVERY <= saved < STEPS
+    finish(run_on_gpus(run_dir.name))
+    assert re.findall(r"resuming after step (\d+)", said(run_dir, 0)) == [str(saved)]
+    assert losses(run_dir) == losses(workspace / f"{axis}_uninterrupted")
+    assert [step for step, _ in losses(run_dir)] == list(range(1, STEPS + 1))
 
 
 def test_sigterm_to_one_process_makes_both_save_the_same_step_and_stop(stopped):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import chex
 import flax.linen as nn
@@ -15,10 +17,10 @@ from nsa_jax import NSAConfig
 from nsa_jax.testing import assert_trees_close
 from train.config import MeshConfig, ModelConfig, MoEConfig
 from train.model import Transformer
-from train.sharding import make_mesh, on_mesh, put_batch, tree_shardings
+from train.sharding import MESH_AXES, make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import make_init, make_train_step
 
-B, T, VOCABULARY = 8, 61, 50
+B, VOCABULARY = 8, 50
 NSA = ModelConfig(
     num_layers=2,
     embed_dim=16,
@@ -30,13 +32,28 @@ NSA = ModelConfig(
         compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_init=1, num_local=1, window=6
     ),
 )
-MODELS = {
-    "full": dataclasses.replace(NSA, attention="full"),
-    "nsa": NSA,
-    "experts": dataclasses.replace(
-        NSA, moe=MoEConfig(num_routed=8, num_shared=1, top_k=2, expert_dim=8, first_dense=1, aux_loss=0.01)
+LARGER = dataclasses.replace(  # as small as the Triton kernels take
+    NSA,
+    embed_dim=64,
+    head_dim=32,
+    mlp_dim=64,
+    nsa=NSAConfig(
+        compress_block=16, compress_stride=8, select_block=16, num_selected=4, num_init=1, num_local=1, window=40
     ),
-}
+)
+
+
+def models(nsa):
+    moe = MoEConfig(num_routed=8, num_shared=1, top_k=2, expert_dim=8, first_dense=1, aux_loss=0.01)
+    return {
+        "full": dataclasses.replace(nsa, attention="full"),
+        "nsa": nsa,
+        "experts": dataclasses.replace(nsa, moe=moe),
+    }
+
+
+MODELS = models(NSA)
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 MESHES = [
     MeshConfig(data=2),
     MeshConfig(data=1, fsdp=2),
@@ -52,7 +69,11 @@ MESHES = [
 ]
 
 
-def batch():
+def num_devices(mesh):
+    return math.prod(getattr(mesh, axis) for axis in MESH_AXES)
+
+
+def batch(T):
     """Rows of an odd length, in segments, of which not every token counts."""
     draw = np.random.default_rng(0)
     return {
@@ -64,18 +85,18 @@ def batch():
     }
 
 
-def one_step(config, mesh=None):
+def one_step(config, T, mesh=None):
     """Gradients and metrics; the same bits twice."""
     model, optimizer = Transformer(config, VOCABULARY), optax.trace(decay=0)  # which keeps the gradients
     init, key = make_init(model, optimizer), jax.random.key(0)
     step = make_train_step(model, optimizer, accumulate=1, z_loss=1e-3)
     if mesh is None:
         state = jax.jit(lambda key: nn.meta.unbox(init(key)))(key)
-        run, arguments = jax.jit(step), (state, jax.tree.map(jnp.asarray, batch()))
+        run, arguments = jax.jit(step), (state, jax.tree.map(jnp.asarray, batch(T)))
     else:
         shardings = tree_shardings(jax.eval_shape(init, key), mesh)
         state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
-        arguments = (state, put_batch(batch(), mesh, config.nsa.compress_stride))
+        arguments = (state, put_batch(batch(T), mesh, config.nsa.compress_stride))
         run = on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)
     first, second = (jax.device_get(run(*arguments)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
@@ -83,9 +104,7 @@ def one_step(config, mesh=None):
     return state.opt_state.trace, metrics
 
 
-@functools.cache
-def alone(name):
-    return one_step(MODELS[name])
+alone = functools.cache(one_step)
 
 
 def cases():
@@ -99,10 +118,32 @@ def cases():
             yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")
 
 
+def taking_turns(name, index):
+    """A mesh whose axes are Explicit or Auto: they take turns, over meshes and models."""
+    return dataclasses.replace(MESHES[index], explicit=(index + list(MODELS).index(name)) % 2 == 1)
+
+
 @pytest.mark.parametrize(("name", "index"), list(cases()))
 def test_a_step_on_a_mesh_equals_the_step_on_one_device(name, index):
-    # Explicit and Auto axes take turns, over meshes and models.
-    mesh = dataclasses.replace(MESHES[index], explicit=(index + list(MODELS).index(name)) % 2 == 1)
-    devices = make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor])
-    gradients, metrics = one_step(MODELS[name], devices)
-    assert_trees_close((gradients, metrics), alone(name), 1e-5)
+    mesh = taking_turns(name, index)
+    step = one_step(MODELS[name], 61, make_mesh(mesh, jax.devices()[: num_devices(mesh)]))
+    assert_trees_close(step, alone(MODELS[name], 61), 1e-5)
+
+
+def gpu_cases():
+    """Experts where they are split, all but them elsewhere."""
+    for index, mesh in enumerate(MESHES):
+        for name, dtype in itertools.product(("experts",) if mesh.expert > 1 else ("full", "nsa"), TOLERANCES):
+            yield pytest.param(name, index, dtype, id=f"{name}-{mesh}-{dtype}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "index", "dtype"), list(gpu_cases()))
+def test_a_step_on_gpus_equals_the_step_on_one(name, index, dtype):
+    mesh = taking_turns(name, index)
+    if num_devices(mesh) > jax.device_count():
+        pytest.skip(f"needs {num_devices(mesh)} GPUs")
+    config = dataclasses.replace(models(LARGER)[name], dtype=dtype)
+    with jax.default_matmul_precision("highest"):  # else float32 is multiplied in TF32
+        step = one_step(config, 301, make_mesh(mesh, jax.devices()[: num_devices(mesh)]))
+        assert_trees_close(step, alone(config, 301), TOLERANCES[dtype])
