@@ -70,7 +70,7 @@ def parse_mesh(text: str) -> MeshConfig:
 def measure(
     config: TrainConfig, lengths: Sequence[int], tokens_per_device: int, steps: int, *, trace: bool = False
 ) -> list[dict[str, Any]]:
-    """One row of figures for each length, with the attention and on the mesh that the config names.
+    """One row of figures for each length, with the attention and on the mesh (every size given) that the config names.
 
     Raises:
       ValueError: a length does not divide the tokens of a step, there are too few devices, or the mesh does not fit.

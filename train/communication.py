@@ -241,8 +241,9 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
             total["parameters"] += _others(F) * size * (passes if "layers" in names else 1)
         over_rows = shards // (sizes["expert"] if "expert" in names else 1)
         if not name.startswith("phi_"):
-            uses = 2 if name == "embedding" and model.tie_embeddings else 1  # each use's gradient is summed by itself
-            total["gradients"] += uses * 2 * (_others(over_rows) + _others(C)) * size
+            if name == "embedding":  # each use's gradient is summed by itself, that of the tokens' rows in float32
+                size = size / z * 4 + (size if model.tie_embeddings else 0)
+            total["gradients"] += 2 * (_others(over_rows) + _others(C)) * size
         elif C > 1:  # summed by hand, over everything at once
             total["gradients"] += 2 * _others(over_rows * C * R) * size
         else:

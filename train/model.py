@@ -200,8 +200,9 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, in the compute dtype."""
-        table = weight(self.embedding, ("vocab", "embed"), self.config.dtype)
-        return take_rows(table, tokens, logical("batch", "sequence", None))
+        # Rounded, then widened again: the gradient of a row is a sum over many tokens, to be taken in float32.
+        table = weight(self.embedding, ("vocab", "embed"), self.config.dtype).astype(jnp.float32)
+        return take_rows(table, tokens, logical("batch", "sequence", None)).astype(self.config.dtype)
 
     def decode(
         self,

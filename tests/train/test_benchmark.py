@@ -6,6 +6,7 @@ import json
 import pytest
 
 from train import benchmark
+from train.config import MeshConfig
 from train.presets import PRESETS
 
 
@@ -31,10 +32,36 @@ def test_writes_a_row_for_each_attention_and_length(tmp_path, monkeypatch):
 
 
 def test_a_length_that_does_not_divide_the_step_is_refused():
+    config = dataclasses.replace(PRESETS["tiny"](), mesh=MeshConfig(data=1))
     with pytest.raises(ValueError, match="lengths: 100: expected a divisor of 128, the tokens of a step"):
-        benchmark.measure(PRESETS["tiny"](), (100,), 128, 1)
+        benchmark.measure(config, (100,), 128, 1)
 
 
 def test_an_unknown_preset_is_refused():
     with pytest.raises(SystemExit, match="preset = 'nothing': expected one of"):
         benchmark.main(benchmark.Arguments(preset="nothing"))
+
+
+def test_a_mesh_is_told_by_its_axes():
+    assert benchmark.parse_mesh("fsdp=2,context=4") == MeshConfig(data=1, fsdp=2, context=4)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=2;context=2", ""])
+def test_what_is_no_mesh_is_refused(text):
+    with pytest.raises(ValueError, match="expected AXIS=SIZE"):
+        benchmark.parse_mesh(text)
+
+
+def test_more_devices_than_there_are_are_refused():
+    config = dataclasses.replace(PRESETS["tiny"](), mesh=benchmark.parse_mesh("fsdp=64"))
+    with pytest.raises(ValueError, match="expected at most 8 devices"):
+        benchmark.measure(config, (64,), 64, 1)
+
+
+def test_what_devices_receive_is_counted_and_predicted():
+    tiny = PRESETS["tiny"]()
+    small = dataclasses.replace(tiny.model, num_layers=1, attention="full", dtype="float32")
+    config = dataclasses.replace(tiny, model=small, mesh=benchmark.parse_mesh("fsdp=2"))
+    (row,) = benchmark.measure(config, (64,), 64, 1)
+    assert (row["rows"], row["devices"], row["mesh"]) == (2, 2, {"fsdp": 2})
+    assert sum(row["received_bytes"].values()) == pytest.approx(sum(row["predicted_bytes"].values()), rel=0.05)

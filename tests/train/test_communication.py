@@ -1,11 +1,12 @@
 """What devices send is counted in compiled programs, and is what the design predicts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from nsa_jax import NSAConfig
-from train.communication import Collective, collectives, predicted_bytes, received_bytes
+from train.communication import Collective, collectives, overlap, predicted_bytes, received_bytes
 from train.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from train.plan import compile_here
 from train.sharding import make_mesh
@@ -95,3 +96,20 @@ def test_collectives_are_counted_as_often_as_the_loops_around_them_run():
 def test_a_loop_of_unknown_length_that_communicates_is_refused():
     with pytest.raises(ValueError, match="a loop of unknown length communicates: %g = bf16"):
         collectives(PROGRAM.replace('"known_trip_count":{"n":"3"}', ""))
+
+
+def test_communication_is_hidden_where_other_kernels_run():
+    def event(name, begin, end):
+        return SimpleNamespace(name=name, start_ns=begin, duration_ns=end - begin)
+
+    def gpu(*streams):
+        lines = [SimpleNamespace(name=f"Stream #{i}", events=events) for i, events in enumerate(streams)]
+        return SimpleNamespace(name="/device:GPU:0", lines=[*lines, SimpleNamespace(name="XLA Ops", events=streams[0])])
+
+    host = SimpleNamespace(name="/host:CPU", lines=[SimpleNamespace(name="Stream", events=[event("nccl", 0, 99)])])
+    first = gpu([event("gemm", 0, 4e9), event("add", 3e9, 5e9)], [event("ncclDevKernel_AllGather", 4e9, 8e9)])
+    second = gpu([event("gemm", 0, 2e9)], [event("ncclDevKernel_AllGather", 4e9, 6e9)])
+    found = overlap(SimpleNamespace(planes=[host, first, second]))
+    assert found == {"communication_s": 3, "hidden_s": 0.5, "computation_s": 3.5}
+    with pytest.raises(ValueError, match="no kernel of a GPU"):
+        overlap(SimpleNamespace(planes=[host]))

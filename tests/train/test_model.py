@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
+from nsa_jax.testing import normwise_error
 from train.config import ModelConfig
 from train.model import Transformer, logits, padded_vocabulary
 from train.sharding import RULES
@@ -161,3 +162,18 @@ def test_a_model_on_kernels_can_be_traced_without_remat():
     config = dataclasses.replace(SMALL, attention="nsa", implementation="triton", head_dim=32, nsa=nsa, remat="none")
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     assert jax.eval_shape(Transformer(config, 50).init, jax.random.key(0), tokens)
+
+
+def test_gradients_of_embeddings_are_summed_in_float32():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    model, T = Transformer(config, VOCABULARY), 2048
+    ids = jax.random.randint(jax.random.key(0), (1, T), 0, 3)
+    params = nn.meta.unbox(model.init(jax.random.key(1), tokens(1)))["params"]
+    cotangent = jax.random.normal(jax.random.key(2), (1, T, config.embed_dim), jnp.bfloat16)
+
+    def embedded(params):
+        return jnp.vdot(model.apply({"params": params}, ids, method="embed").astype(jnp.float32), cotangent)
+
+    gradient = jax.jit(jax.grad(embedded))(params)["embedding"]
+    exact = jnp.zeros(gradient.shape).at[ids[0]].add(cotangent[0].astype(jnp.float32))
+    assert normwise_error(gradient, exact) < 4e-3  # one rounding to bfloat16
