@@ -58,6 +58,7 @@ def test_more_devices_than_there_are_are_refused():
         benchmark.measure(config, (64,), 64, 1)
 
 
+@pytest.mark.exhaustive
 def test_what_devices_receive_is_counted_and_predicted():
     tiny = PRESETS["tiny"]()
     small = dataclasses.replace(tiny.model, num_layers=1, attention="full", dtype="float32")

@@ -108,12 +108,13 @@ alone = functools.cache(one_step)
 
 
 def cases():
-    """Every model on every mesh; by default full and one sparse attention where tokens or experts are split."""
+    """Every model on every mesh; by default a sparse one on meshes of several axes, and full attention on two."""
     for index, mesh in enumerate(MESHES):
         sparse = "experts" if mesh.expert > 1 else "nsa"
+        several = sum(getattr(mesh, axis) > 1 for axis in MESH_AXES) > 1
         for name in MODELS:
-            by_default = mesh.context > 2 or mesh.expert * mesh.tensor > 1 if name == sparse else mesh.context > 1
-            by_default = by_default and name in ("full", sparse)
+            by_default = name == sparse and (several or mesh.context > 2)
+            by_default |= name == "full" and several and mesh.fsdp * mesh.context > 2
             marks = () if by_default else (pytest.mark.exhaustive,)
             yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")
 
