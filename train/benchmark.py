@@ -163,13 +163,24 @@ def _time(
     return state, seconds, loss
 
 
+def chosen_preset(name: str) -> TrainConfig:
+    """The preset of a command line; ends the program where there is none of this name."""
+    if name not in PRESETS:
+        raise SystemExit(f"error: preset = {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def write_figures(arguments: Any, rows: list[dict[str, Any]]) -> None:
+    """Writes what was measured so far to `arguments.out`, with the device and the arguments themselves."""
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    result = {**device, **dataclasses.asdict(arguments), "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=1, default=str))
+
+
 def main(arguments: Arguments) -> None:
     """Measures, prints and writes."""
-    if arguments.preset not in PRESETS:
-        raise SystemExit(f"error: preset = {arguments.preset!r}: expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[arguments.preset]()
+    preset = chosen_preset(arguments.preset)
     rows: list[dict[str, Any]] = []
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for attention in arguments.attentions:
         for mesh in arguments.meshes:
             model = dataclasses.replace(preset.model, attention=attention)
@@ -177,8 +188,7 @@ def main(arguments: Arguments) -> None:
             rows += measure(
                 config, arguments.lengths, arguments.tokens_per_device, arguments.steps, trace=arguments.trace
             )
-            result = {**device, **dataclasses.asdict(arguments), "rows": rows}
-            arguments.out.write_text(json.dumps(result, indent=1, default=str))
+            write_figures(arguments, rows)
     Console().print(_table(rows))
 
 

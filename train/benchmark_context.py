@@ -5,7 +5,6 @@ parallelism, batch 1, random queries, keys, values and gates, and the compiler's
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nsa_jax import BranchKV, NSAConfig, nsa_attention
+from nsa_jax import BranchKV, NSAConfig, nsa_attention, num_compressed
 from nsa_jax.context import received_bytes
 from nsa_jax.sharding import sharded
-from pallas_kernels.benchmarks.timing import time_call
+from pallas_kernels.benchmarks.timing import memory_gib, time_call
+from train.benchmark import write_figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,9 @@ def measure(arguments: Arguments, T: int, devices: int) -> dict[str, Any]:
         make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16), out_shardings=split)
         return make(jax.random.fold_in(key, i))
 
-    # On one device, as on several, one compressed token for every stride; the last stand for tokens beyond the end.
-    lengths = [T // config.compress_stride] * 2 + [T] * 4
-    if devices == 1:
-        lengths[:2] = [T // config.compress_stride - config.compress_block // config.compress_stride + 1] * 2
-    kv = BranchKV(*(normal(i, tokens, K, D) for i, tokens in enumerate(lengths)))
+    # On several devices there is a compressed token for every stride; the last stand for tokens beyond the end.
+    compressed = num_compressed(T, config) if devices == 1 else T // config.compress_stride
+    kv = BranchKV(*(normal(i, tokens, K, D) for i, tokens in enumerate([compressed] * 2 + [T] * 4)))
     q, cotangent = normal(6, T, H, D), normal(7, T, H, D)
     gates = jax.jit(lambda x: jax.nn.sigmoid(x.astype(jnp.float32)), out_shardings=split)(normal(8, T, H, 3))
     attention = sharded(nsa_attention, context_axes="context")
@@ -66,11 +64,8 @@ def measure(arguments: Arguments, T: int, devices: int) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         for name, f, inputs in (("forward", forward, (q, kv, gates)), ("both", both, (q, kv, gates, cotangent))):
             compiled = jax.jit(f).lower(*inputs).compile()
-            memory: Any = compiled.memory_analysis()
             row[f"{name}_ms"] = dataclasses.asdict(time_call(compiled, inputs))
-            row[f"{name}_memory_gib"] = (
-                memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-            ) / 2**30
+            row[f"{name}_memory_gib"] = memory_gib(compiled)
     row["backward_ms"] = row["both_ms"]["median"] - row["forward_ms"]["median"]
     row["received_forward_bytes"] = received_bytes(
         config, T=T, devices=devices, num_kv_heads=K, head_dim=D, v_head_dim=D, itemsize=2
@@ -90,9 +85,7 @@ def main(arguments: Arguments) -> None:
             except jax.errors.JaxRuntimeError as error:
                 rows.append({"T": T, "devices": devices, "error": str(error)[:300]})
             print(rows[-1], flush=True)
-            device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-            result = {**device, **dataclasses.asdict(arguments), "rows": rows}
-            arguments.out.write_text(json.dumps(result, indent=1, default=str))
+            write_figures(arguments, rows)
 
 
 if __name__ == "__main__":

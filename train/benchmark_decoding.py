@@ -6,11 +6,10 @@ and values to a few tokens below the context, random parameters, and the memory 
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,14 +17,11 @@ import jax.numpy as jnp
 import tyro
 
 from nsa_jax import cache_bytes
+from train.benchmark import ATTENTIONS, VOCABULARY, chosen_preset, write_figures
 from train.config import ModelConfig
 from train.generate import advance, in_compute_dtype
 from train.model import Transformer, init_caches
-from train.presets import PRESETS
 from train.sampling import Draw
-
-VOCABULARY = 258  # of the byte tokenizer
-ATTENTIONS: tuple[Literal["nsa", "full"], ...] = ("nsa", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +83,14 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
 
 def main(arguments: Arguments) -> None:
     """Measures, prints and writes."""
-    if arguments.preset not in PRESETS:
-        raise SystemExit(f"error: preset = {arguments.preset!r}: expected one of {', '.join(PRESETS)}")
-    config = PRESETS[arguments.preset]().model
+    config = chosen_preset(arguments.preset).model
     rows: list[dict[str, Any]] = []
     for attention in ATTENTIONS:
         for batch in arguments.batches:
             model = dataclasses.replace(config, attention=attention)
             rows.append(measure(model, batch, arguments.context, arguments.steps))
             print(rows[-1], flush=True)
-            device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-            result = {**device, **dataclasses.asdict(arguments), "rows": rows}
-            arguments.out.write_text(json.dumps(result, indent=1, default=str))
+            write_figures(arguments, rows)
 
 
 if __name__ == "__main__":

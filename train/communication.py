@@ -195,8 +195,9 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
       pass of the layers; the backward pass uses what the last of them gathered. Norms in float32, the rest rounded
       before.
     * "gradients": of every parameter, all-reduced over the devices that hold other tokens ("data", "fsdp", "expert" and
-      "context"; routed experts: not over "expert"). On GPUs and TPUs the compiler turns the all-reduce and the slice
-      that each of the F takes of it into a reduce-scatter, which is half of it.
+      "context"; routed experts: not over "expert"); that of the tokens' embeddings in float32. On GPUs and
+      TPUs the compiler turns the all-reduce and the slice that each of the F takes of it into a reduce-scatter, which
+      is half of it.
     * "tensor": all-reduces of [rows, tokens, embed_dim]: in every forward pass behind attention and (but for the last
       of two passes) the MLP, in the backward pass one for each projection that reads the residual stream; of the
       embeddings, and of the loss's gradient; of phi's and the gates' gradients, whose heads are split.

@@ -49,7 +49,7 @@ def measure(case: Case) -> dict[str, Any]:
         "forward_ms": dataclasses.asdict(timed),
         "forward_tflops": case.flops / timed.median / 1e9,
         "forward_gbytes_per_s": case.bytes / timed.median / 1e6,
-        "forward_memory_gib": _memory(forward),
+        "forward_memory_gib": memory_gib(forward),
     }
     if case.differentiable:
         cotangent = jax.random.normal(jax.random.key(1), *_shape_of(case))
@@ -63,7 +63,7 @@ def measure(case: Case) -> dict[str, Any]:
         both_timed = time_call(both_compiled, (cotangent, *case.arguments))
         row["forward_backward_ms"] = dataclasses.asdict(both_timed)
         row["backward_ms"] = both_timed.median - timed.median
-        row["forward_backward_memory_gib"] = _memory(both_compiled)
+        row["forward_backward_memory_gib"] = memory_gib(both_compiled)
     return row
 
 
@@ -72,6 +72,7 @@ def _shape_of(case: Case) -> tuple[tuple[int, ...], jnp.dtype]:
     return out.shape, out.dtype
 
 
-def _memory(compiled: Any) -> float:
+def memory_gib(compiled: Any) -> float:
+    """Arguments, results and temporary buffers of a compiled program on one device, by the compiler's count."""
     counted = compiled.memory_analysis()
     return (counted.argument_size_in_bytes + counted.output_size_in_bytes + counted.temp_size_in_bytes) / 2**30
