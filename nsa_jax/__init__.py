@@ -14,6 +14,7 @@ from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, i
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks, num_compressed
 from nsa_jax.linen import FullAttention, NSAttention
+from nsa_jax.remat import save_attention
 from nsa_jax.rope import RopeScaling
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "num_blocks",
     "num_compressed",
     "rollback",
+    "save_attention",
     "select_blocks",
     "selected_attention",
     "window_attention",

@@ -42,6 +42,13 @@ class AttentionInputs(NamedTuple):
     query_offset: QueryOffset = 0
 
 
+class Place(NamedTuple):
+    """Where queries stand among keys, as the implementations take it."""
+
+    starts: Int[Array, "B Tq"] | None  # of each query's segment; None: 0
+    query_offset: QueryOffset
+
+
 def nsa_attention(
     q: Float[Array, "B Tq H Dk"],
     kv: BranchKV,
@@ -84,13 +91,26 @@ def nsa_attention(
       ValueError: an argument's shape, dtype or value does not fit, named with what was expected.
       NotImplementedError: the named implementation does not support the arguments.
     """
+    check_branches(q, kv, gates, config)
+    place = Place(query_starts(q, segment_ids, query_offset, kv.slc_k.shape[1]), query_offset)
+    _check_token_length(q, kv.slc_k, query_offset)
+    return attend_branches(
+        q, kv, gates, place, place, config=config, scale=score_scale(q, scale), implementation=implementation
+    )
+
+
+def check_branches(
+    q: Float[Array, "B Tq H Dk"], kv: BranchKV, gates: Float[Array, "B Tq H 3"], config: NSAConfig, *, parts: int = 1
+) -> None:
+    """Raises ValueError for arrays that do not fit together; but for `kv.cmp_*`, they may be one of so many parts."""
     if not isinstance(kv, BranchKV):
         raise ValueError(f"kv = {type(kv).__name__}: expected an nsa_jax.BranchKV")
     if gates.shape != (*q.shape[:3], 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
         raise ValueError(f"gates: {_describe(gates)}: expected a float array of shape {(*q.shape[:3], 3)}")
-    T = kv.slc_k.shape[1]
-    if kv.win_k.shape[1] != T:
-        raise ValueError(f"kv.win_k has {kv.win_k.shape[1]} tokens and kv.slc_k {T}: expected the same number")
+    S = kv.slc_k.shape[1]
+    if kv.win_k.shape[1] != S:
+        raise ValueError(f"kv.win_k has {kv.win_k.shape[1]} tokens and kv.slc_k {S}: expected the same number")
+    T = S * parts
     if kv.cmp_k.shape[1] != num_compressed(T, config):
         raise ValueError(
             f"kv.cmp_k has {kv.cmp_k.shape[1]} compressed tokens: expected num_compressed({T}, config) = "
@@ -98,31 +118,42 @@ def nsa_attention(
         )
     for name in ("cmp", "slc", "win"):
         k, v = getattr(kv, f"{name}_k"), getattr(kv, f"{name}_v")
-        _check_attention(q, k, v, config, f"kv.{name}_")
+        check_attention(q, k, v, config, f"kv.{name}_")
         if (k.shape[2], v.shape[3]) != (kv.cmp_k.shape[2], kv.cmp_v.shape[3]):
             raise ValueError(
                 f"kv.{name}_v: {_describe(v)}: expected the number and size of heads of kv.cmp_v: {_describe(kv.cmp_v)}"
             )
-    starts = _query_starts(q, segment_ids, query_offset, T)
-    _check_token_length(q, kv.slc_k, query_offset)
-    scale = _scale(q, scale)
+
+
+def attend_branches(
+    q: Float[Array, "B Tq H Dk"],
+    kv: BranchKV,
+    gates: Float[Array, "B Tq H 3"],
+    place: Place,
+    window_place: Place,
+    *,
+    config: NSAConfig,
+    scale: float,
+    implementation: Implementation | None,
+) -> Float[Array, "B Tq H Dv"]:
+    """`nsa_attention` of checked arguments; the window's keys may be others than the T that blocks are chosen from."""
     for name in _fused(implementation):
         if kv.cmp_k.shape[1] == 0:  # a sequence too short for this branch has nothing to fuse
             break
         try:
             fused = _implementation_module(name).nsa_attention
-            return fused(q, kv, gates, starts, query_offset, config=config, scale=scale)
+            return fused(q, kv, gates, place, window_place, config=config, scale=scale)
         except NotImplementedError:
             if implementation is not None:
                 raise
 
-    def run(op: str, *arguments: Array) -> Any:
-        return _run(op, implementation, (*arguments, starts, query_offset), config, scale)
+    def run(op: str, *arguments: Any) -> Any:
+        return run_op(op, implementation, arguments, config, scale)
 
-    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v)
-    block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)))
-    o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices)
-    o_win = run("window_attention", q, kv.win_k, kv.win_v)
+    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v, *place)
+    block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)), *place)
+    o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices, *place)
+    o_win = run("window_attention", q, kv.win_k, kv.win_v, *window_place)
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
@@ -157,11 +188,11 @@ def compressed_attention(
       o [B, Tq, H, Dv] in the dtype of `q`, and the natural logarithm of the softmax's sum, lse [B, H, Tq] in float32
       (float64 for float64 inputs). Both are differentiable.
     """
-    _check_attention(q, k, v, config)
+    check_attention(q, k, v, config)
     _check_compressed_length(q, k, query_offset, config)
-    starts = _query_starts(q, segment_ids, query_offset, None)
+    starts = query_starts(q, segment_ids, query_offset, None)
     arguments = (q, k, v, starts, query_offset)
-    return _run("compressed_attention", implementation, arguments, config, _scale(q, scale))
+    return run_op("compressed_attention", implementation, arguments, config, score_scale(q, scale))
 
 
 def select_blocks(
@@ -196,14 +227,14 @@ def select_blocks(
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
     """
-    _check_attention(q, k, None, config)
+    check_attention(q, k, None, config)
     _check_compressed_length(q, k, query_offset, config)
     expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32)
     if lse.shape != expected or lse.dtype != dtype:
         raise ValueError(f"lse: {_describe(lse)}: expected {dtype} of shape (B, H, Tq) = {expected}")
-    starts = _query_starts(q, segment_ids, query_offset, None)
+    starts = query_starts(q, segment_ids, query_offset, None)
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    return _run("select_blocks", implementation, (q, k, lse, starts, query_offset), config, _scale(q, scale))
+    return run_op("select_blocks", implementation, (q, k, lse, starts, query_offset), config, score_scale(q, scale))
 
 
 def selected_attention(
@@ -235,16 +266,16 @@ def selected_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
     """
-    _check_attention(q, k, v, config)
+    check_attention(q, k, v, config)
     _check_token_length(q, k, query_offset)
     expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
     if block_indices.shape != expected or block_indices.dtype != jnp.int32:
         raise ValueError(
             f"block_indices: {_describe(block_indices)}: expected int32 of shape (B, K, Tq, n) = {expected}"
         )
-    starts = _query_starts(q, segment_ids, query_offset, k.shape[1])
+    starts = query_starts(q, segment_ids, query_offset, k.shape[1])
     arguments = (q, k, v, block_indices, starts, query_offset)
-    return _run("selected_attention", implementation, arguments, config, _scale(q, scale))
+    return run_op("selected_attention", implementation, arguments, config, score_scale(q, scale))
 
 
 def window_attention(
@@ -273,10 +304,10 @@ def window_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`.
     """
-    _check_attention(q, k, v, config)
+    check_attention(q, k, v, config)
     _check_token_length(q, k, query_offset)
-    starts = _query_starts(q, segment_ids, query_offset, k.shape[1])
-    return _run("window_attention", implementation, (q, k, v, starts, query_offset), config, _scale(q, scale))
+    starts = query_starts(q, segment_ids, query_offset, k.shape[1])
+    return run_op("window_attention", implementation, (q, k, v, starts, query_offset), config, score_scale(q, scale))
 
 
 def decode_attention(
@@ -321,7 +352,7 @@ def decode_attention(
     """
     if not isinstance(cache, NSACache):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
-    _check_attention(q, cache.win_k, cache.win_v, config)
+    check_attention(q, cache.win_k, cache.win_v, config)
     B, m, H, _ = q.shape
     if cache.lengths.shape != (B,) or cache.slc_k.shape[2] != config.select_block:
         raise ValueError(
@@ -338,10 +369,10 @@ def decode_attention(
         raise ValueError(f"query_offsets: {_describe(query_offsets)}: expected int32 of shape {(B,)}")
     arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
     arguments = (q, *arrays, gates, query_offsets, cache.block_tables)
-    return _run("decode_attention", implementation, arguments, config, _scale(q, scale))
+    return run_op("decode_attention", implementation, arguments, config, score_scale(q, scale))
 
 
-def _run(op: str, implementation: Implementation | None, arguments: tuple, config: NSAConfig, scale: float):
+def run_op(op: str, implementation: Implementation | None, arguments: tuple, config: NSAConfig, scale: float):
     """Calls one implementation by name, or the first of the fastest-first list that supports the arguments."""
     if implementation is not None:
         return getattr(_implementation_module(implementation), op)(*arguments, config=config, scale=scale)
@@ -377,11 +408,12 @@ def _implementation_module(name: str) -> ModuleType:
     return importlib.import_module(f"nsa_jax.{name}")
 
 
-def _scale(q: Array, scale: float | None) -> float:
+def score_scale(q: Array, scale: float | None) -> float:
+    """The factor of the scores; Dk ** -0.5 if None is given."""
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _query_starts(
+def query_starts(
     q: Array, segment_ids: Array | None, query_offset: QueryOffset, T: int | None
 ) -> Int[Array, "B Tq"] | None:
     """`segment_starts` at the queries' positions; None without segments, which kernels need not read then."""
@@ -402,7 +434,8 @@ def _query_starts(
     return jax.lax.dynamic_slice_in_dim(starts, query_offset, Tq, axis=1)
 
 
-def _check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig, prefix: str = "") -> None:
+def check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig, prefix: str = "") -> None:
+    """Raises ValueError for queries, keys or values that do not fit together; `prefix` begins the names of the keys."""
     if not isinstance(config, NSAConfig):
         raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
     for name, array in (("q", q), (f"{prefix}k", k), (f"{prefix}v", v)):

@@ -56,14 +56,21 @@ def compress(
     if method == "mean":
         sums = chunks.sum(axis=2, dtype=jnp.promote_types(x.dtype, jnp.float32))
         total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
-        return (total / config.compress_block).astype(x.dtype) + position.mean(axis=0)[None, None, None]
+        return add_bias((total / config.compress_block).astype(x.dtype), position.mean(axis=0))
 
     kernel = parameters["in_kernel"].astype(x.dtype)
     products = jnp.einsum("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
     hidden = functools.reduce(operator.add, (products[r, :, r : r + Nc] for r in range(parts)))
-    hidden += jnp.einsum("ld,ldf->f", position, kernel)[None, None, None]
+    hidden = add_bias(hidden, jnp.einsum("ld,ldf->f", position, kernel))
     if method == "linear":
         return hidden
-    hidden = jax.nn.silu(hidden + parameters["in_bias"].astype(x.dtype)[None, None, None])
+    hidden = jax.nn.silu(add_bias(hidden, parameters["in_bias"]))
     out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
-    return out + parameters["out_bias"].astype(x.dtype)[None, None, None]
+    return add_bias(out, parameters["out_bias"])
+
+
+def add_bias(x: Float[Array, "*N F"], bias: Float[Array, "*F"]) -> Float[Array, "*N F"]:
+    """x + bias in the dtype of x, with the gradient of the bias, a sum over all of N, taken in float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    bias = bias.astype(x.dtype).astype(wide)
+    return (x.astype(wide) + bias.reshape(*(1,) * (x.ndim - bias.ndim), *bias.shape)).astype(x.dtype)

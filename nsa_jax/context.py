@@ -29,9 +29,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nsa_jax import attention, compression, visibility
-from nsa_jax.attention import BranchKV, Implementation
+from nsa_jax.attention import BranchKV, Implementation, Place
 from nsa_jax.compression import Compression
 from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.remat import save_attention
 
 Axes = tuple[str, ...]
 Chunks = tuple[Array, Array]  # a device's early chunk and its late one
@@ -96,24 +97,30 @@ def nsa_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S H Dv"]:
     """`nsa_jax.nsa_attention` of a device's S = T / C tokens, with what `compress` below made of them."""
-    begins, ids = chunk_begins(q.shape[1], axes), _whole_ids(segment_ids, axes)
-    Nc = num_compressed(q.shape[1] * jax.lax.axis_size(axes), config)
-    cmp_k, cmp_v = (_whole(x, axes)[:, :Nc] for x in (kv.cmp_k, kv.cmp_v))
-    options: dict[str, Any] = {"config": config, "scale": scale, "implementation": implementation}
+    devices, S = jax.lax.axis_size(axes), q.shape[1]
+    Nc = num_compressed(S * devices, config)
+    kv = kv._replace(cmp_k=_whole(kv.cmp_k, axes)[:, :Nc], cmp_v=_whole(kv.cmp_v, axes)[:, :Nc])
+    attention.check_branches(q, kv, gates, config, parts=devices)
+    places = _places(segment_ids, S, axes)
+    w = min(config.window, S * devices - S // 2)  # no query sees more than this many tokens before its chunk
+    near = [_with_tokens_before(x, w, axes) for x in (kv.win_k, kv.win_v)]
+    near_places = [_place_among_near(place, w, q) for place in places]
+    options: dict[str, Any] = {
+        "config": config,
+        "scale": attention.score_scale(q, scale),
+        "implementation": implementation,
+    }
 
-    compressed, indices = [], []
-    for begin, part in zip(begins, _chunks(q), strict=True):
-        place = {"segment_ids": ids, "query_offset": begin, **options}
-        o, lse = attention.compressed_attention(part, cmp_k, cmp_v, **place)
-        compressed.append(o)
-        indices.append(attention.select_blocks(part, cmp_k, lse, **place))
+    def one_head(q: Array, gates: Array, kv: BranchKV, near: list[Chunks]) -> Array:
+        slc_k, slc_v = _whole(kv.slc_k, axes), _whole(kv.slc_v, axes)
+        outputs = []
+        for i, part in enumerate(_chunks(q)):
+            part_kv = BranchKV(kv.cmp_k, kv.cmp_v, slc_k, slc_v, *(x[i] for x in near))
+            part_gates = _chunks(gates)[i]
+            outputs.append(attention.attend_branches(part, part_kv, part_gates, places[i], near_places[i], **options))
+        return jnp.concatenate(outputs, axis=1)
 
-    def attend(part, k, v, block_indices, begin):
-        return attention.selected_attention(part, k, v, block_indices, segment_ids=ids, query_offset=begin, **options)
-
-    o_slc = _by_kv_head(attend, q, kv.slc_k, kv.slc_v, begins, axes, jnp.concatenate(indices, axis=2))
-    o_win = window_attention(q, kv.win_k, kv.win_v, axes=axes, segment_ids=segment_ids, **options)
-    return visibility.gated_sum(gates, jnp.concatenate(compressed, axis=1), o_slc, o_win)
+    return _by_kv_head(one_head, kv.slc_k.shape[2], q, gates, kv, near)
 
 
 def window_attention(
@@ -132,26 +139,28 @@ def window_attention(
     Receives the w tokens before each chunk, or, where the window reaches further than all but the own chunk, every key
     and value, one head after the other: that is causal attention.
     """
-    T, chunk = q.shape[1] * jax.lax.axis_size(axes), q.shape[1] // 2
-    begins, ids = chunk_begins(q.shape[1], axes), _whole_ids(segment_ids, axes)
-    options: dict[str, Any] = {"config": config, "scale": scale, "implementation": implementation}
-    if config.window > T - chunk:
+    attention.check_attention(q, k, v, config)
+    S, w, scale = q.shape[1], config.window, attention.score_scale(q, scale)
+    places = _places(segment_ids, S, axes)
 
-        def attend(part, k, v, _, begin):
-            return attention.window_attention(part, k, v, segment_ids=ids, query_offset=begin, **options)
+    def attend(q: Array, keys: Chunks, values: Chunks, places: list[Place]) -> Array:
+        parts = zip(_chunks(q), keys, values, places, strict=True)
+        outputs = [
+            attention.run_op("window_attention", implementation, (part, key, value, *place), config, scale)
+            for part, key, value, place in parts
+        ]
+        return jnp.concatenate(outputs, axis=1)
 
-        return _by_kv_head(attend, q, k, v, begins, axes)
+    if w > S * jax.lax.axis_size(axes) - S // 2:
 
-    w, out = config.window, []
-    if ids is None:
-        ids = jnp.zeros((q.shape[0], T), jnp.int32)
-    # Positions before the sequence are a segment of their own, which no query is in.
-    ids = jnp.pad(ids, ((0, 0), (w, 0)), constant_values=jnp.iinfo(jnp.int32).min)
+        def one_head(q: Array, k: Array, v: Array) -> Array:
+            k, v = _whole(k, axes), _whole(v, axes)
+            return attend(q, (k, k), (v, v), places)
+
+        return _by_kv_head(one_head, k.shape[2], q, k, v)
+
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
-    for begin, part, k_part, v_part in zip(begins, _chunks(q), keys, values, strict=True):
-        near = jax.lax.dynamic_slice_in_dim(ids, begin, w + chunk, axis=1)
-        out.append(attention.window_attention(part, k_part, v_part, segment_ids=near, query_offset=w, **options))
-    return jnp.concatenate(out, axis=1)
+    return attend(q, keys, values, [_place_among_near(place, w, q) for place in places])
 
 
 def compress(
@@ -210,44 +219,38 @@ def _whole(x: Float[Array, "B S ..."], axes: Axes) -> Float[Array, "B T ..."]:
     return chunks.reshape(B, devices * S, *rest)
 
 
-def _whole_ids(segment_ids: Int[Array, "B S"] | None, axes: Axes) -> Int[Array, "B T"] | None:
-    return None if segment_ids is None else _whole(segment_ids, axes)
+def _by_kv_head(one_head: Callable[..., Array], K: int, *arrays: Any) -> Float[Array, "B S H Dv"]:
+    """one_head(*arrays) of one K/V head after the other, each with its share of the heads of arrays [B, .., heads, ..].
 
-
-def _by_kv_head(
-    attend: Callable,
-    q: Float[Array, "B S H Dk"],
-    k: Float[Array, "B S K Dk"],
-    v: Float[Array, "B S K Dv"],
-    begins: tuple[Array, Array],
-    axes: Axes,
-    block_indices: Int[Array, "B K S n"] | None = None,
-) -> Float[Array, "B S H Dv"]:
-    """attend(q, k, v, block_indices, begin) of each chunk, with the whole sequence of one K/V head at a time.
-
-    The backward pass gathers a head's keys and values again, and what is computed from them.
+    The backward pass keeps what `save_attention` says, and does everything else, such as gathering keys, again.
     """
-    B, S, H, Dk = q.shape
-    K = k.shape[2]
 
-    @jax.checkpoint
-    def one_head(arrays):
-        q, k, v, indices = arrays
-        k, v = (_whole(x, axes)[:, :, None] for x in (k, v))
-        parts = (None, None) if indices is None else jnp.split(indices[:, None], 2, axis=2)
-        outputs = [
-            attend(*chunk, begin) for *chunk, begin in zip(_chunks(q), (k, k), (v, v), parts, begins, strict=True)
-        ]
-        return jnp.concatenate(outputs, axis=1)
+    def split(x: Array) -> Array:
+        B, length, heads, size = x.shape
+        return jnp.moveaxis(x.reshape(B, length, K, heads // K, size), 2, 0)
 
-    heads = (
-        jnp.moveaxis(q.reshape(B, S, K, H // K, Dk), 2, 0),
-        jnp.moveaxis(k, 2, 0),
-        jnp.moveaxis(v, 2, 0),
-        None if block_indices is None else jnp.moveaxis(block_indices, 1, 0),
-    )
-    o = jax.lax.map(one_head, heads)
-    return jnp.moveaxis(o, 0, 2).reshape(B, S, H, -1)
+    run = jax.checkpoint(one_head, policy=save_attention)
+    o = jax.lax.map(lambda share: run(*share), jax.tree.map(split, arrays))
+    K, B, S, G, Dv = o.shape
+    return jnp.moveaxis(o, 0, 2).reshape(B, S, K * G, Dv)
+
+
+def _places(segment_ids: Int[Array, "B S"] | None, S: int, axes: Axes) -> list[Place]:
+    """Of the queries of the own two chunks, among the keys of the whole sequence."""
+    begins = chunk_begins(S, axes)
+    if segment_ids is None:
+        return [Place(None, begin) for begin in begins]
+    starts = visibility.segment_starts(_whole(segment_ids, axes))
+    return [Place(jax.lax.dynamic_slice_in_dim(starts, begin, S // 2, axis=1), begin) for begin in begins]
+
+
+def _place_among_near(place: Place, w: int, q: Float[Array, "B S H Dk"]) -> Place:
+    """Of the queries of a chunk among the keys of this chunk and the w tokens before it.
+
+    What is there before the first token of the sequence belongs to no segment.
+    """
+    starts = jnp.zeros((q.shape[0], q.shape[1] // 2), jnp.int32) if place.starts is None else place.starts
+    return Place(jnp.maximum(starts - place.query_offset + w, 0), w)
 
 
 def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunks:

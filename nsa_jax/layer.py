@@ -22,7 +22,7 @@ from nsa_jax.attention import (
     on_gpu,
     window_attention,
 )
-from nsa_jax.compression import COMPRESSIONS, Compression, compress
+from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.sharding import MeshAxes, devices_along, place, sharded, token_positions
@@ -346,6 +346,7 @@ def join_heads(
 
 def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
     """g = sigmoid(MLP(x)), in float32 at least, order (compressed, selected, window)."""
-    hidden = jax.nn.silu(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]) + weights["gate_in_bias"][None, None])
-    logits = jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]) + weights["gate_out_bias"][None, None]
+    hidden = add_bias(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]), weights["gate_in_bias"])
+    hidden = jax.nn.silu(hidden)
+    logits = add_bias(jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]), weights["gate_out_bias"])
     return jax.nn.sigmoid(logits.astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -16,7 +16,7 @@ from pallas_kernels import selected_attention as selected
 from pallas_kernels import window_attention as window
 
 
-def nsa_attention(q, kv, gates, starts, query_offset, *, config: NSAConfig, scale: float):
+def nsa_attention(q, kv, gates, place, window_place, *, config: NSAConfig, scale: float):
     """All branches and their gated sum in one differentiable op: o [B, T, H, Dv]."""
     return nsa.nsa_attention(
         q,
@@ -27,8 +27,9 @@ def nsa_attention(q, kv, gates, starts, query_offset, *, config: NSAConfig, scal
         kv.win_k,
         kv.win_v,
         gates,
-        starts,
-        query_offset,
+        place.starts,
+        place.query_offset,
+        window_place=window_place,
         compress_block=config.compress_block,
         compress_stride=config.compress_stride,
         select_block=config.select_block,

@@ -48,6 +48,7 @@ class Arguments:
     meshes: tuple[str, ...] = ("data=1",)  # sizes of mesh axes, as in "fsdp=2,context=4", on the first of the devices
     tokens_per_device: int = 65536  # of a step; rows are as many as make up this
     steps: int = 8  # timed, after two that are not
+    remat: Literal["none", "dots", "attention", "full"] | None = None  # of the model; None: the preset's
     trace: bool = False  # two steps more, for how much of the communication is hidden behind computation
     out: Path = Path("train_speed.json")  # where the figures go
 
@@ -105,6 +106,7 @@ def measure(
             "attention": config.model.attention,
             "length": T,
             "rows": tokens // T,
+            "remat": config.model.remat,
             "mesh": {axis: size for axis, size in sizes.items() if size > 1},
             "devices": count,
             "parameters": total_parameters(state.params),
@@ -183,7 +185,8 @@ def main(arguments: Arguments) -> None:
     rows: list[dict[str, Any]] = []
     for attention in arguments.attentions:
         for mesh in arguments.meshes:
-            model = dataclasses.replace(preset.model, attention=attention)
+            remat = arguments.remat or preset.model.remat
+            model = dataclasses.replace(preset.model, attention=attention, remat=remat)
             config = dataclasses.replace(preset, model=model, mesh=parse_mesh(mesh))
             rows += measure(
                 config, arguments.lengths, arguments.tokens_per_device, arguments.steps, trace=arguments.trace

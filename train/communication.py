@@ -206,7 +206,8 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
       pass, and results back in the first; the same the other way in the backward pass; sums over "tensor" of results
       and of the residual stream's gradient.
     * "context": `nsa_jax.context.received_bytes`, again in every pass, the selected keys and values once more in the
-      backward pass, and gradients on the way back. Full attention: keys and values, likewise.
+      backward pass unless remat keeps what attention computed, and gradients on the way back. Full attention: keys and
+      values, likewise. Attention on kernels, that is: other implementations compute it again whatever remat says.
 
     Left out are scalars and single numbers per token.
 
@@ -270,7 +271,7 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
         once = received_bytes_over_context(
             model.nsa, T=T, devices=C, num_kv_heads=heads, head_dim=Dk, v_head_dim=Dv, itemsize=z
         )
-    total["context"] += layers * rows * ((passes + 1) * once + whole)
+    total["context"] += layers * rows * ((passes + 1) * once + (0 if model.remat == "attention" else whole))
     return {purpose: config.optimizer.accumulate * size for purpose, size in total.items()}
 
 

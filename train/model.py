@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax import FullAttention, NSAttention
+from nsa_jax import FullAttention, NSAttention, save_attention
 from nsa_jax.cache import Cache
 from nsa_jax.sharding import take_rows
 from train.config import ModelConfig, MoEConfig
@@ -22,7 +22,10 @@ VOCABULARY_MULTIPLE = 64
 Caches = tuple[Cache, ...]  # one for each layer
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, save_attention
+    ),
+    "attention": save_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

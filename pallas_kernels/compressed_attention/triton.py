@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention.tiling import Problem, Tile
 from pallas_kernels.compressed_attention.triton_backward import backward
+from pallas_kernels.residuals import named
 from pallas_kernels.tiles import exp2
 from pallas_kernels.triton_call import triton_call
 
@@ -67,7 +68,7 @@ def _attend(
 def _attend_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, offset: jax.Array, problem: Problem
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    o, lse = forward(q, k, v, starts, offset, problem)
+    o, lse = named(forward(q, k, v, starts, offset, problem))
     return (o, lse), (q, k, v, starts, offset, o, lse)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import block_selection
 from pallas_kernels.compressed_attention import tiling
 from pallas_kernels.compressed_attention import triton as compressed
+from pallas_kernels.residuals import named
 from pallas_kernels.selected_attention import triton as selected
 from pallas_kernels.window_attention import triton as window_branch
 
@@ -70,6 +71,7 @@ def nsa_attention(
     starts: Int[Array, "B Tq"] | None,
     query_offset: int | Int[Array, ""],
     block_indices: Int[Array, "B K Tq n"] | None = None,
+    window_place: tuple[Int[Array, "B Tq"] | None, int | Int[Array, ""]] | None = None,
     *,
     compress_block: int,
     compress_stride: int,
@@ -103,18 +105,22 @@ def nsa_attention(
         query_offset=query_offset if isinstance(query_offset, int) else None,
         interpret=interpret,
     )
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
     keys = Keys(cmp_k, cmp_v, slc_k, slc_v, win_k, win_v)
-    return _attend(q, keys, gates.astype(jnp.float32), starts, offset, block_indices, settings)
+    places = tuple(
+        (starts, jnp.asarray(offset, jnp.int32).reshape(1))
+        for starts, offset in ((starts, query_offset), window_place or (starts, query_offset))
+    )
+    return _attend(q, keys, gates.astype(jnp.float32), places, block_indices, settings)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, keys, gates, starts, offset, block_indices, settings):
-    return _forward(q, keys, gates, starts, offset, block_indices, settings)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, keys, gates, places, block_indices, settings):
+    return _forward(q, keys, gates, places, block_indices, settings)[0]
 
 
-def _forward(q, keys, gates, starts, offset, given, settings):
-    o_cmp, lse_cmp = compressed.forward(q, keys.cmp_k, keys.cmp_v, starts, offset, settings.compressed)
+def _forward(q, keys, gates, places, given, settings):
+    (starts, offset), (window_starts, window_offset) = places
+    o_cmp, lse_cmp = named(compressed.forward(q, keys.cmp_k, keys.cmp_v, starts, offset, settings.compressed))
     block_indices = given
     if given is None:
         block_indices = block_selection.select_blocks(
@@ -132,15 +138,21 @@ def _forward(q, keys, gates, starts, offset, given, settings):
             scale=settings.scale,
             interpret=settings.interpret,
         )
-    o_slc, lse_slc = selected.forward(q, keys.slc_k, keys.slc_v, block_indices, starts, offset, **settings.selected)
-    o_win, lse_win = window_branch.forward(q, keys.win_k, keys.win_v, starts, offset, **settings.window_branch)
+        block_indices = named(block_indices)
+    o_slc, lse_slc = named(
+        selected.forward(q, keys.slc_k, keys.slc_v, block_indices, starts, offset, **settings.selected)
+    )
+    o_win, lse_win = named(
+        window_branch.forward(q, keys.win_k, keys.win_v, window_starts, window_offset, **settings.window_branch)
+    )
     o = gates[..., 0:1] * o_cmp + gates[..., 1:2] * o_slc + gates[..., 2:3] * o_win
     outputs = ((o_cmp, lse_cmp), (o_slc, lse_slc), (o_win, lse_win))
-    return o.astype(q.dtype), (q, keys, gates, starts, offset, given, block_indices, outputs)
+    return o.astype(q.dtype), (q, keys, gates, places, given, block_indices, outputs)
 
 
 def _backward(settings, residuals, do):
-    q, keys, gates, starts, offset, given, block_indices, outputs = residuals
+    q, keys, gates, places, given, block_indices, outputs = residuals
+    (starts, offset), (window_starts, window_offset) = places
     (o_cmp, lse_cmp), (o_slc, lse_slc), (o_win, lse_win) = outputs
     g_cmp, g_slc, g_win = gates[..., 0], gates[..., 1], gates[..., 2]
     dq, cmp_dk, cmp_dv, cmp_delta = compressed.backward(
@@ -161,7 +173,7 @@ def _backward(settings, residuals, do):
         **settings.selected,
     )
     dq, win_dk, win_dv, win_delta = window_branch.backward(
-        q, keys.win_k, keys.win_v, o_win, do, lse_win, starts, offset, g_win, dq, **settings.window_branch
+        q, keys.win_k, keys.win_v, o_win, do, lse_win, window_starts, window_offset, g_win, dq, **settings.window_branch
     )
     B, Tq, H, _ = q.shape
     K = keys.slc_k.shape[2]
@@ -169,7 +181,7 @@ def _backward(settings, residuals, do):
         jnp.moveaxis(delta.reshape(B, K, Tq, H // K), 1, 2).reshape(B, Tq, H)
         for delta in (cmp_delta, slc_delta, win_delta)
     ]
-    no_gradients = (None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (starts, offset, given))
+    no_gradients = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (places, given))
     return dq, Keys(cmp_dk, cmp_dv, slc_dk, slc_dv, win_dk, win_dv), jnp.stack(dgates, axis=-1), *no_gradients
 
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
+from pallas_kernels.residuals import named
 from pallas_kernels.selected_attention.block_major import block_major_forward, block_major_tile
 from pallas_kernels.selected_attention.block_union import by_overlap
 from pallas_kernels.selected_attention.triton_backward import backward
@@ -186,7 +187,7 @@ def forward(q, k, v, block_indices, starts, offset, *, select_block, scale, inte
 
 def _forward(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
     options = dict(select_block=select_block, scale=scale, interpret=interpret)
-    o, lse = forward(q, k, v, block_indices, starts, offset, **options)
+    o, lse = named(forward(q, k, v, block_indices, starts, offset, **options))
     return o, (q, k, v, block_indices, starts, offset, o, lse)
 
 

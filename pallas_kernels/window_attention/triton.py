@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.residuals import named
 from pallas_kernels.tiles import (
     LEAST,
     LOG2_E,
@@ -145,7 +146,7 @@ def _window_attention(q, k, v, starts, offset, window, scale, interpret):
 
 
 def _forward(q, k, v, starts, offset, window, scale, interpret):
-    o, lse = forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret)
+    o, lse = named(forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret))
     return o, (q, k, v, starts, offset, o, lse)
 
 
