@@ -52,7 +52,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output layer is the transposed embedding
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
-    # What the backward pass computes again: nothing, all but products of matrices and attention, all but attention, all.
+    # What the backward pass computes again: nothing, all but matmuls and attention, all but attention, everything.
     remat: Literal["none", "dots", "attention", "full"] = "none"
 
 

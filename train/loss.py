@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nsa_jax.sharding import devices_along, reshape
+from train.rounding import widened, with_gradient_to
 from train.sharding import RULES, activation, logical
 
 # Float32 logits that exist at once. Larger ones are computed chunk by chunk, and again in the backward pass.
@@ -60,9 +61,11 @@ def cross_entropy(
     if steps == 1:
         return _sums(parts[0][0], kernels, *(x[0] for x in parts[1:]))
 
+    wide = widened(kernels)
+
     @jax.checkpoint
     def add(total: LossSums, inputs: tuple[Array, ...]) -> tuple[LossSums, None]:
-        part = _sums(inputs[0], kernels, *inputs[1:])
+        part = _sums(inputs[0], with_gradient_to(wide, kernels), *inputs[1:])
         return jax.tree.map(jnp.add, total, part), None
 
     zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.layer import Parameter
 from nsa_jax.sharding import free_axes, free_split, manual_axes
 from train.config import ModelConfig, MoEConfig
+from train.rounding import widened, with_gradient_to
 from train.sharding import RULES, logical
 
 COLLECTION = "routing"  # where a layer leaves its `Routing`, if the caller says that this collection may change
@@ -250,7 +251,8 @@ def _in_parts(routed: tuple[Array, Array, Array], own: list[Array], parts: int) 
     if parts == 1:
         return _routed_experts(*routed, *own)
     split = jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[1]), routed)
-    y = jax.lax.map(jax.checkpoint(lambda part: _routed_experts(*part, *own)), split)
+    wide = [widened(weight) for weight in own]
+    y = jax.lax.map(jax.checkpoint(lambda part: _routed_experts(*part, *map(with_gradient_to, wide, own))), split)
     return y.reshape(tokens.shape)
 
 

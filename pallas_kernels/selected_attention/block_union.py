@@ -75,7 +75,7 @@ def by_overlap(rows: Int[Array, "BK Tq n"], lone, shared, attend, *, interpret: 
     def alone():
         return attend(block_union(rows, lone.num_queries, interpret=interpret), lone)
 
-    if shared is None or rows.shape[1] < _ADAPTIVE_FROM:
+    if shared is None or rows.shape[0] * rows.shape[1] < _ADAPTIVE_FROM:
         return alone()
     shared_union = block_union(rows, shared.num_queries, interpret=interpret)
     blocks = jnp.sum(shared_union >= 0, axis=2).astype(jnp.float32)

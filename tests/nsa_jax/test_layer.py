@@ -10,6 +10,7 @@ from flax import nnx
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSAConfig, compress, num_compressed
+from nsa_jax.compression import add_bias
 from nsa_jax.testing import assert_trees_close
 
 CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
@@ -103,6 +104,38 @@ def test_bfloat16_computation_is_close_to_float32():
     actual = jax.jit(layer(config=every, dtype=jnp.bfloat16).apply)(variables, x)
     assert actual.dtype == jnp.bfloat16
     assert_trees_close(actual, expected.astype(jnp.bfloat16), 3e-2)
+
+
+def test_gradients_of_biases_are_summed_in_float32():
+    keys = jax.random.split(jax.random.key(7))
+    x, cotangent = (jax.random.normal(key, (4096, 24), jnp.bfloat16) for key in keys)
+    for bias in (jnp.ones(24), jnp.ones((4, 6))):
+        shape = (-1, *bias.shape)
+        _, pull = jax.vjp(lambda bias, shape=shape: add_bias(x.reshape(shape), bias), bias.astype(jnp.bfloat16))
+        (gradient,) = jax.jit(pull)(cotangent.reshape(shape))
+        assert_trees_close(
+            gradient, cotangent.reshape(shape).astype(jnp.float32).sum(axis=0).astype(jnp.bfloat16), 1e-6
+        )
+
+
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+def test_no_gradient_is_summed_in_bfloat16(compression):
+    x = jax.ShapeDtypeStruct((2, T, E), jnp.bfloat16)
+    module = layer(compression=compression, dtype=jnp.bfloat16)
+    variables = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))
+    program = jax.make_jaxpr(jax.grad(lambda v, x: module.apply(v, x).astype(jnp.float32).sum()))(variables, x)
+    sums = [equation for equation in equations(program) if equation.primitive.name in ("reduce_sum", "cumsum")]
+    assert sums
+    assert not [equation for equation in sums if equation.outvars[0].aval.dtype == jnp.bfloat16]
+
+
+def equations(program):
+    """Of a jaxpr and of all those inside it."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize("method", ["mlp", "linear", "mean"])

@@ -52,6 +52,25 @@ def test_chunks_change_neither_sums_nor_gradients(inputs, chunk):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
 
 
+def test_gradients_in_bfloat16_do_not_get_worse_with_the_number_of_chunks():
+    draw = np.random.default_rng(1)
+    T, V = 8192, 64
+    hidden, kernel = draw.standard_normal((1, T, 16)), draw.standard_normal((16, V))
+    targets, ones = jnp.asarray(draw.integers(0, V, (1, T)), jnp.int32), jnp.ones((1, T))
+
+    def gradient(dtype, chunks):
+        def nll(kernel):
+            inputs = (jnp.asarray(hidden, jnp.bfloat16).astype(dtype), kernel, targets, ones, targets)
+            return cross_entropy(*inputs, chunk_elements=T * V // chunks).nll
+
+        return jax.jit(jax.grad(nll))(jnp.asarray(kernel, jnp.bfloat16).astype(dtype)).astype(jnp.float32)
+
+    expected = gradient(jnp.float32, 1)
+    for chunks in (1, 256):
+        error = jnp.linalg.norm(gradient(jnp.bfloat16, chunks) - expected) / jnp.linalg.norm(expected)
+        assert error < 3e-3, chunks
+
+
 def test_logits_of_all_tokens_never_exist_at_once_where_they_are_large(inputs):
     def program(chunk_elements):
         def objective(hidden):

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from nsa_jax import NSAConfig
-from nsa_jax.testing import assert_trees_close
+from nsa_jax.testing import assert_trees_close, normwise_error
 from train.config import MeshConfig, ModelConfig, MoEConfig
 from train.model import Transformer
 from train.sharding import MESH_AXES, make_mesh, on_mesh, put_batch, tree_shardings
@@ -53,7 +53,7 @@ def models(nsa):
 
 
 MODELS = models(NSA)
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+DTYPES = ("float32", "bfloat16")
 MESHES = [
     MeshConfig(data=2),
     MeshConfig(data=1, fsdp=2),
@@ -134,17 +134,36 @@ def test_a_step_on_a_mesh_equals_the_step_on_one_device(name, index):
 def gpu_cases():
     """Experts where they are split, all but them elsewhere."""
     for index, mesh in enumerate(MESHES):
-        for name, dtype in itertools.product(("experts",) if mesh.expert > 1 else ("full", "nsa"), TOLERANCES):
+        for name, dtype in itertools.product(("experts",) if mesh.expert > 1 else ("full", "nsa"), DTYPES):
             yield pytest.param(name, index, dtype, id=f"{name}-{mesh}-{dtype}")
+
+
+def assert_as_good(actual, other, exact):
+    """In bfloat16 one device is 1e-2 and more from float32 itself, and sums in another order are as far from it.
+
+    Every leaf is within 1e-2 of the other's, or no further from the exact one than the other's and a quarter.
+    """
+    errors = {}
+    for (path, a), b, c in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(other), jax.tree.leaves(exact), strict=True
+    ):
+        errors[jax.tree_util.keystr(path)] = normwise_error(a, b), normwise_error(a, c), normwise_error(b, c)
+    wrong = {name: e for name, e in errors.items() if e[0] > 1e-2 and e[1] > 1.25 * e[2]}
+    assert not wrong, f"(from the other, from the exact, the other from the exact): {wrong}"
+    return max(errors.items(), key=lambda item: item[1][0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "index", "dtype"), list(gpu_cases()))
-def test_a_step_on_gpus_equals_the_step_on_one(name, index, dtype):
+def test_a_step_on_gpus_equals_the_step_on_one(name, index, dtype, record_property):
     mesh = taking_turns(name, index)
     if num_devices(mesh) > jax.device_count():
         pytest.skip(f"needs {num_devices(mesh)} GPUs")
     config = dataclasses.replace(models(LARGER)[name], dtype=dtype)
     with jax.default_matmul_precision("highest"):  # else float32 is multiplied in TF32
         step = one_step(config, 301, make_mesh(mesh, jax.devices()[: num_devices(mesh)]))
-        assert_trees_close(step, alone(config, 301), TOLERANCES[dtype])
+        if dtype == "float32":
+            assert_trees_close(step, alone(config, 301), 1e-5)
+        else:
+            exact = alone(dataclasses.replace(config, dtype="float32"), 301)
+            record_property("furthest", str(assert_as_good(step, alone(config, 301), exact)))
