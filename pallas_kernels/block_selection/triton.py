@@ -92,9 +92,11 @@ def select_blocks(
     selection = Selection(select_block, num_selected, num_init, num_local)
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
     q, k, lse = lax.stop_gradient((q, k, lse))
-    known_offset = query_offset if isinstance(query_offset, int) else None
-    spans = query_spans(Tq, Nc, num_blocks, known_offset, problem, selection)
-    run = functools.partial(choose, problem=problem, selection=selection, spans=spans)
+    if isinstance(query_offset, int):
+        spans = query_spans(Tq, Nc, num_blocks, query_offset, problem, selection)
+        run = functools.partial(choose, problem=problem, selection=selection, spans=spans)
+    else:
+        run = functools.partial(_choose_by_reach, problem=problem, selection=selection, num_blocks=num_blocks)
     # JAX 0.11 keeps a bare `pallas_call` whose result nothing uses, which flax's scan over layers takes for an error.
     return jax.jit(run)(q, k, lse, starts, offset)
 
@@ -124,26 +126,50 @@ class Span:
 
 
 def query_spans(
-    num_queries: int, num_keys: int, num_blocks: int, query_offset: int | None, problem: Problem, selection: Selection
+    num_queries: int, num_keys: int, num_blocks: int, query_offset: int, problem: Problem, selection: Selection
 ) -> list[Span]:
-    """Cuts a long sequence at a half and a quarter, because early queries have few blocks to choose from.
+    """Cuts a long sequence at a half and a quarter, because early queries have few blocks to choose from."""
+    cuts = [reach - query_offset for reach in _shorter_reaches(num_blocks, selection)]
+    bounds = [0, *(cut for cut in cuts if 0 < cut < num_queries), num_queries]
+    return [
+        _span(begin, end, query_offset + end, num_keys, num_blocks, problem, selection)
+        for begin, end in itertools.pairwise(bounds)
+    ]
 
-    Only where the offset is known when tracing; otherwise one span holds every query.
-    """
-    bounds = [0, num_queries]
-    if query_offset is not None and num_blocks >= _LEAST_BLOCKS_TO_CUT:
-        reach = num_blocks * selection.select_block
-        bounds[1:1] = [cut for cut in (reach // 4 - query_offset, reach // 2 - query_offset) if 0 < cut < num_queries]
-    spans = []
-    for begin, end in itertools.pairwise(bounds):
-        if query_offset is None:
-            spans.append(Span(begin, end, num_keys, num_blocks))
-            continue
-        last = query_offset + end - 1
-        seen = (last - problem.compress_block) // problem.compress_stride + 1
-        blocks = last // selection.select_block + 1
-        spans.append(Span(begin, end, max(1, min(num_keys, seen)), max(1, min(num_blocks, blocks))))
-    return spans
+
+def _choose_by_reach(
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    starts: jax.Array | None,
+    offset: jax.Array,
+    problem: Problem,
+    selection: Selection,
+    num_blocks: int,
+) -> jax.Array:
+    """`choose` of queries whose offset is found when running, by kernels sized for a quarter, a half or all blocks."""
+    Tq, Nc = q.shape[1], k.shape[1]
+    reaches = [reach for reach in _shorter_reaches(num_blocks, selection) if Tq <= reach]
+    ends = [*reaches, num_blocks * selection.select_block]
+    spans = [_span(0, Tq, end, Nc, num_blocks, problem, selection) for end in ends]
+    sized = [functools.partial(choose, problem=problem, selection=selection, spans=[span]) for span in spans]
+    beyond = sum((offset[0] + Tq > reach).astype(jnp.int32) for reach in reaches)
+    return lax.switch(beyond, sized, q, k, lse, starts, offset) if reaches else sized[0](q, k, lse, starts, offset)
+
+
+def _shorter_reaches(num_blocks: int, selection: Selection) -> list[int]:
+    """Lengths of sequences, ascending, that are worth kernels of their own beside those for all blocks."""
+    whole = num_blocks * selection.select_block
+    return [whole // 4, whole // 2] if num_blocks >= _LEAST_BLOCKS_TO_CUT else []
+
+
+def _span(
+    begin: int, end: int, reach: int, num_keys: int, num_blocks: int, problem: Problem, selection: Selection
+) -> Span:
+    """The span of queries of which the last stands before position `reach`."""
+    seen = (reach - 1 - problem.compress_block) // problem.compress_stride + 1
+    blocks = (reach - 1) // selection.select_block + 1
+    return Span(begin, end, max(1, min(num_keys, seen)), max(1, min(num_blocks, blocks)))
 
 
 def choose(

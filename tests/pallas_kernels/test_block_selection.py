@@ -22,6 +22,7 @@ CASES = {
 GPU_CASES = {
     "paper's blocks": (1, 2048, 64, 4, 128, 32, 16, 64, 16, 1, 2, False, 0),
     "segments, Dk 192": (2, 1777, 12, 2, 192, 32, 16, 64, 8, 1, 2, True, 0),
+    "so many blocks that kernels differ, offset": (1, 4500, 8, 2, 64, 16, 8, 16, 8, 1, 1, False, 3000),
     "one head a group, offset": (1, 3000, 4, 4, 64, 32, 16, 128, 4, 2, 1, False, 1001),
 }
 
@@ -100,6 +101,18 @@ def test_slabs_and_spans_change_nothing(monkeypatch):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("first", [0, 70, 130, 380])
+def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch, first):
+    monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
+    q, k, starts, _, compress, select = inputs(CASES["paper's blocks"])
+    expected, _, lse = expected_blocks(q, k, starts, 0, compress, select)
+    last = first + 60
+    run = functools.partial(select_blocks, **compress, **select, interpret=True)
+    part = (q[:, first:last], k, lse[:, :, first:last], starts, jnp.int32(first))
+    np.testing.assert_array_equal(jax.jit(run)(*part), expected[:, :, first:last])
+    assert str(jax.make_jaxpr(run)(*part)).count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
+
+
 def test_no_compressed_tokens_selects_the_only_block():
     q, k, lse = jnp.ones((1, 20, 2, 32)), jnp.ones((1, 0, 1, 32)), jnp.full((1, 2, 20), -jnp.inf)
     _, _, _, _, compress, select = inputs(CASES["paper's blocks"])
@@ -137,6 +150,7 @@ def test_unsupported_arguments_are_refused(dtype, heads, message):
         ((2, 1000, 12, 2, 192, 32, 16, 48, 5, 1, 2, True, 0), jnp.float16),
         ((1, 333, 64, 1, 80, 16, 8, 16, 16, 1, 2, False, 0), jnp.float32),
         ((1, 333, 2, 2, 32, 32, 16, 128, 2, 1, 1, False, 7), jnp.bfloat16),
+        ((1, 65536, 64, 4, 128, 32, 16, 64, 16, 1, 2, False, 49152), jnp.bfloat16),
     ],
 )
 def test_lowers_for_gpus(device, case, dtype):
@@ -144,7 +158,8 @@ def test_lowers_for_gpus(device, case, dtype):
     *_, compress, select = inputs((1, 333, *case[2:]))
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     abstract = jax.sharding.AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
-    run = jax.jit(lambda q, k, lse, starts: select_blocks(q, k, lse, starts, case[-1], **compress, **select))
+    offset = jnp.int32(case[-1]) if case[-1] else 0
+    run = jax.jit(lambda q, k, lse, starts: select_blocks(q, k, lse, starts, offset, **compress, **select))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)):
         text = run.trace(q, k, lse, starts).lower(lowering_platforms=("cuda",)).as_text()
     assert "score" in text
