@@ -155,7 +155,7 @@ def test_unsupported_arguments_are_refused(dtype, heads, message):
 )
 def test_lowers_for_gpus(device, case, dtype):
     q, k, starts = jax.eval_shape(lambda: inputs(case, dtype)[:3])
-    *_, compress, select = inputs((1, 333, *case[2:]))
+    *_, compress, select = inputs((1, 333, *case[2:-1], 0))
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     abstract = jax.sharding.AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
     offset = jnp.int32(case[-1]) if case[-1] else 0
