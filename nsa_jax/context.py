@@ -80,7 +80,8 @@ def received_bytes(
     if devices == 1:
         return 0
     others = (devices - 1) * (T // devices)  # tokens on other devices
-    halos = 2 * (config.window + config.compress_block - config.compress_stride)
+    window = min(config.window, T - T // (2 * devices))
+    halos = 2 * (window + config.compress_block - config.compress_stride)
     tokens = others + others // config.compress_stride + halos
     return tokens * num_kv_heads * (head_dim + v_head_dim) * itemsize
 

@@ -21,14 +21,13 @@ def save_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
     Combine it with others by `jax.checkpoint_policies.save_from_both_policies`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from nsa_jax import NSAttention
-      >>> layer = NSAttention(num_heads=8, num_kv_heads=2, head_dim=16)
-      >>> x = jnp.ones((1, 100, 64))
-      >>> variables = layer.init(jax.random.key(0), x)
-      >>> apply = jax.checkpoint(layer.apply, policy=save_attention)
-      >>> jax.grad(lambda x: apply(variables, x).sum())(x).shape
-      (1, 100, 64)
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from nsa_jax import NSAConfig, window_attention
+      >>> attend = functools.partial(window_attention, config=NSAConfig())
+      >>> attend = jax.checkpoint(attend, policy=save_attention)
+      >>> q, k, v = jnp.ones((1, 100, 4, 16)), jnp.ones((1, 100, 2, 16)), jnp.ones((1, 100, 2, 16))
+      >>> jax.jit(jax.grad(lambda q: attend(q, k, v).sum()))(q).shape
+      (1, 100, 4, 16)
 
     Args:
       primitive, avals, params: as `jax.checkpoint` gives them to its policies.

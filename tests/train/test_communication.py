@@ -38,7 +38,11 @@ EXPERTS = MoEConfig(num_routed=4, num_shared=1, top_k=2, expert_dim=16, first_de
         pytest.param(MeshConfig(data=2, fsdp=4), {}, marks=pytest.mark.exhaustive),
         (MeshConfig(data=1, fsdp=2, context=2, tensor=2), {}),
         (MeshConfig(data=1, fsdp=2, context=4, explicit=True), {"attention": "full"}),
-        (MeshConfig(data=4, context=2), {"remat": "attention", "implementation": "triton"}),
+        pytest.param(
+            MeshConfig(data=4, context=2),
+            {"remat": "attention", "implementation": "triton"},
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(
             MeshConfig(data=1, tensor=2, expert=4), {"attention": "full", "moe": EXPERTS}, marks=pytest.mark.exhaustive
         ),

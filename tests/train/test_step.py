@@ -79,8 +79,10 @@ def test_accumulated_microbatches_equal_one_batch_however_unequal_their_weights(
     assert_close(one_step(accumulate=accumulate), whole, 1e-5)
 
 
-def test_a_step_on_a_mesh_equals_the_step_on_one_device(whole):
-    sharded = one_step(mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+@pytest.mark.parametrize(("explicit", "accumulate"), [(False, 1), (True, 2)])
+def test_a_step_on_a_mesh_equals_the_step_on_one_device(whole, explicit, accumulate):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, explicit=explicit))
+    sharded = one_step(accumulate=accumulate, mesh=mesh)
     assert_close(sharded, whole, 1e-5)
     kernel = sharded[0].params["layers"]["mlp"]["gate_kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16 // 2, 24 // 2)
