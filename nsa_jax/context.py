@@ -115,9 +115,8 @@ def nsa_attention(
     def one_head(q: Array, gates: Array, kv: BranchKV, near: list[Chunks]) -> Array:
         slc_k, slc_v = _whole(kv.slc_k, axes), _whole(kv.slc_v, axes)
         outputs = []
-        for i, part in enumerate(_chunks(q)):
+        for i, (part, part_gates) in enumerate(zip(_chunks(q), _chunks(gates), strict=True)):
             part_kv = BranchKV(kv.cmp_k, kv.cmp_v, slc_k, slc_v, *(x[i] for x in near))
-            part_gates = _chunks(gates)[i]
             outputs.append(attention.attend_branches(part, part_kv, part_gates, places[i], near_places[i], **options))
         return jnp.concatenate(outputs, axis=1)
 

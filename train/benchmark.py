@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.communication import collectives, overlap, predicted_bytes, received_bytes
-from train.config import MeshConfig, TrainConfig
+from train.config import MeshConfig, Remat, TrainConfig
 from train.metrics import peak_flops, total_parameters, train_flops_per_token
 from train.model import Transformer, padded_vocabulary
 from train.optimizer import make_optimizer
@@ -48,7 +48,7 @@ class Arguments:
     meshes: tuple[str, ...] = ("data=1",)  # sizes of mesh axes, as in "fsdp=2,context=4", on the first of the devices
     tokens_per_device: int = 65536  # of a step; rows are as many as make up this
     steps: int = 8  # timed, after two that are not
-    remat: Literal["none", "dots", "attention", "full"] | None = None  # of the model; None: the preset's
+    remat: Remat | None = None  # of the model; None: the preset's
     trace: bool = False  # two steps more, for how much of the communication is hidden behind computation
     out: Path = Path("train_speed.json")  # where the figures go
 

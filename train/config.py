@@ -12,6 +12,8 @@ import tyro
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import RopeScaling
 
+Remat = Literal["none", "dots", "attention", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
@@ -53,7 +55,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the output layer is the transposed embedding
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     # What the backward pass computes again: nothing, all but matmuls and attention, all but attention, everything.
-    remat: Literal["none", "dots", "attention", "full"] = "none"
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,10 +93,15 @@ def select_blocks(
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
     q, k, lse = lax.stop_gradient((q, k, lse))
     if isinstance(query_offset, int):
-        spans = query_spans(Tq, Nc, num_blocks, query_offset, problem, selection)
-        run = functools.partial(choose, problem=problem, selection=selection, spans=spans)
+        by_reach = {Tq + query_offset: query_spans(Tq, Nc, num_blocks, query_offset, problem, selection)}
     else:
-        run = functools.partial(_choose_by_reach, problem=problem, selection=selection, num_blocks=num_blocks)
+        by_reach = spans_by_reach(Tq, Nc, num_blocks, problem, selection)
+
+    def run(*arrays: Any) -> jax.Array:
+        sized = [functools.partial(choose, problem=problem, selection=selection, spans=x) for x in by_reach.values()]
+        beyond = [(arrays[-1][0] + Tq > reach).astype(jnp.int32) for reach in list(by_reach)[:-1]]
+        return lax.switch(sum(beyond), sized, *arrays) if beyond else sized[0](*arrays)
+
     # JAX 0.11 keeps a bare `pallas_call` whose result nothing uses, which flax's scan over layers takes for an error.
     return jax.jit(run)(q, k, lse, starts, offset)
 
@@ -137,24 +142,18 @@ def query_spans(
     ]
 
 
-def _choose_by_reach(
-    q: jax.Array,
-    k: jax.Array,
-    lse: jax.Array,
-    starts: jax.Array | None,
-    offset: jax.Array,
-    problem: Problem,
-    selection: Selection,
-    num_blocks: int,
-) -> jax.Array:
-    """`choose` of queries whose offset is found when running, by kernels sized for a quarter, a half or all blocks."""
-    Tq, Nc = q.shape[1], k.shape[1]
-    reaches = [reach for reach in _shorter_reaches(num_blocks, selection) if Tq <= reach]
-    ends = [*reaches, num_blocks * selection.select_block]
-    spans = [_span(0, Tq, end, Nc, num_blocks, problem, selection) for end in ends]
-    sized = [functools.partial(choose, problem=problem, selection=selection, spans=[span]) for span in spans]
-    beyond = sum((offset[0] + Tq > reach).astype(jnp.int32) for reach in reaches)
-    return lax.switch(beyond, sized, q, k, lse, starts, offset) if reaches else sized[0](q, k, lse, starts, offset)
+def spans_by_reach(
+    num_queries: int, num_keys: int, num_blocks: int, problem: Problem, selection: Selection
+) -> dict[int, list[Span]]:
+    """Of queries whose offset is found when running: spans for a quarter, a half and all of the blocks.
+
+    By the position, ascending, that the last query must stand before.
+    """
+    shorter = [reach for reach in _shorter_reaches(num_blocks, selection) if num_queries <= reach]
+    return {
+        reach: [_span(0, num_queries, reach, num_keys, num_blocks, problem, selection)]
+        for reach in (*shorter, num_blocks * selection.select_block)
+    }
 
 
 def _shorter_reaches(num_blocks: int, selection: Selection) -> list[int]:
