@@ -7,7 +7,7 @@ other (zigzag), so that every device has as many visible keys. `to_zigzag` bring
 everything: whatever else a model does is done to each token alone.
 
 *What a device receives* of one layer's Native Sparse Attention, for each row of its batch, in numbers of the size of a
-key's, with the device's own K key/value heads and D = Dk + Dv:
+key's, with the device's own H query and K key/value heads, and D = Dk + Dv:
 
     compressed keys and values    (C - 1) / C * T / d * K D    all-gather, for all heads at once
     selected keys and values      (C - 1) / C * T * K D        all-gather, one K/V head after the other
@@ -17,18 +17,25 @@ key's, with the device's own K key/value heads and D = Dk + Dv:
 and (C - 1) / C * T int32 segment ids, where there are any, as often as they are asked for. Of full keys and values a
 device holds those of one head at a time. The backward pass receives the selected keys and values once more, because
 they are not kept, and then the gradients of all of the above on the way back: reduce-scatters instead of all-gathers.
+
+*Full attention* exchanges heads for tokens and back, both by all-to-all, forward and for the gradients:
+
+    queries and outputs           (C - 1) / C * T / C * H D    H a little more where it does not go round
+    keys and values               (C - 1) / C * T / C * K D    K the least common multiple of K and C
+
 `received_bytes` adds this up.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nsa_jax import attention, compression, visibility
+from nsa_jax import attention, compression, dense, visibility
 from nsa_jax.attention import BranchKV, Implementation, Place
 from nsa_jax.compression import Compression
 from nsa_jax.config import NSAConfig, num_compressed
@@ -65,25 +72,40 @@ def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
 
 
 def received_bytes(
-    config: NSAConfig, *, T: int, devices: int, num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int
+    attention: Literal["nsa", "full", "window"],
+    config: NSAConfig,
+    *,
+    T: int,
+    devices: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    itemsize: int,
 ) -> int:
     """Bytes that a device receives for one layer's forward pass of one row without segments (see the module).
 
     Args:
+      attention: Native Sparse Attention, causal attention, or that with the window of `config`.
       config: sizes of the branches.
       T: tokens of the sequence.
       devices: C, along the context axes.
-      num_kv_heads: K of a device.
+      num_heads, num_kv_heads: H and K of a device.
       head_dim, v_head_dim: Dk and Dv.
       itemsize: bytes of a number.
     """
     if devices == 1:
         return 0
     others = (devices - 1) * (T // devices)  # tokens on other devices
-    window = min(config.window, T - T // (2 * devices))
-    halos = 2 * (window + config.compress_block - config.compress_stride)
-    tokens = others + others // config.compress_stride + halos
-    return tokens * num_kv_heads * (head_dim + v_head_dim) * itemsize
+    pair = head_dim + v_head_dim
+    if attention == "full":
+        copies, group = head_exchange(num_heads, num_kv_heads, devices)
+        heads = num_kv_heads * copies // devices  # for which a device attends
+        return others * heads * (1 + group) * pair * itemsize
+    tokens = 2 * _window_reach(config, T, devices)
+    if attention == "nsa":
+        tokens += others + others // config.compress_stride + 2 * (config.compress_block - config.compress_stride)
+    return tokens * num_kv_heads * pair * itemsize
 
 
 def nsa_attention(
@@ -103,7 +125,7 @@ def nsa_attention(
     kv = kv._replace(cmp_k=_whole(kv.cmp_k, axes)[:, :Nc], cmp_v=_whole(kv.cmp_v, axes)[:, :Nc])
     attention.check_branches(q, kv, gates, config, parts=devices)
     places = _places(segment_ids, S, axes)
-    w = min(config.window, S * devices - S // 2)  # no query sees more than this many tokens before its chunk
+    w = _window_reach(config, S * devices, devices)
     near = [_with_tokens_before(x, w, axes) for x in (kv.win_k, kv.win_v)]
     near_places = [_place_among_near(place, w, q) for place in places]
     options: dict[str, Any] = {
@@ -134,33 +156,58 @@ def window_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S H Dv"]:
-    """`nsa_jax.window_attention` of a device's S = T / C tokens.
-
-    Receives the w tokens before each chunk, or, where the window reaches further than all but the own chunk, every key
-    and value, one head after the other: that is causal attention.
-    """
+    """`nsa_jax.window_attention` of a device's S = T / C tokens, with the w tokens before each of its chunks."""
     attention.check_attention(q, k, v, config)
-    S, w, scale = q.shape[1], config.window, attention.score_scale(q, scale)
-    places = _places(segment_ids, S, axes)
-
-    def attend(q: Array, keys: Chunks, values: Chunks, places: list[Place]) -> Array:
-        parts = zip(_chunks(q), keys, values, places, strict=True)
-        outputs = [
-            attention.run_op("window_attention", implementation, (part, key, value, *place), config, scale)
-            for part, key, value, place in parts
-        ]
-        return jnp.concatenate(outputs, axis=1)
-
-    if w > S * jax.lax.axis_size(axes) - S // 2:
-
-        def one_head(q: Array, k: Array, v: Array) -> Array:
-            k, v = _whole(k, axes), _whole(v, axes)
-            return attend(q, (k, k), (v, v), places)
-
-        return _by_kv_head(one_head, k.shape[2], q, k, v)
-
+    S, devices, scale = q.shape[1], jax.lax.axis_size(axes), attention.score_scale(q, scale)
+    w = _window_reach(config, S * devices, devices)
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
-    return attend(q, keys, values, [_place_among_near(place, w, q) for place in places])
+    places = [_place_among_near(place, w, q) for place in _places(segment_ids, S, axes)]
+    outputs = [
+        attention.run_op("window_attention", implementation, (part, key, value, *place), config, scale)
+        for part, key, value, place in zip(_chunks(q), keys, values, places, strict=True)
+    ]
+    return jnp.concatenate(outputs, axis=1)
+
+
+def causal_attention(
+    q: Float[Array, "B S H Dk"],
+    k: Float[Array, "B S K Dk"],
+    v: Float[Array, "B S K Dv"],
+    *,
+    axes: Axes,
+    window: int | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B S H Dv"]:
+    """`nsa_jax.dense.causal_attention` of a device's S = T / C tokens.
+
+    With a window it is `window_attention`. Else devices exchange heads for tokens, as in DeepSpeed-Ulysses (arXiv
+    2309.14509): each attends with H / C of the query heads over the whole sequence, in one call of the same dense
+    attention as on one device, and sends the outputs back. Where C does not divide K, every K/V head is repeated for
+    some of its query heads; where these are not enough to give each as many, zeros make up for the missing ones.
+    """
+    if window is not None:
+        return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
+    (B, S, H, Dk), K, devices = q.shape, k.shape[2], jax.lax.axis_size(axes)
+    repeats, group = head_exchange(H, K, devices)
+    q = q.reshape(B, S, K, H // K, Dk)
+    q = jnp.pad(q, ((0, 0),) * 3 + ((0, repeats * group - H // K), (0, 0)))
+    q = _heads_to_tokens(q.reshape(B, S, K * repeats * group, Dk), axes)
+    k, v = (_heads_to_tokens(jnp.repeat(x, repeats, axis=2), axes) for x in (k, v))
+    whole = None if segment_ids is None else _whole(segment_ids, axes)
+    o = _tokens_to_heads(dense.causal_attention(q, k, v, segment_ids=whole), axes)
+    o = o.reshape(B, S, K, repeats * group, o.shape[-1])[:, :, :, : H // K]
+    return o.reshape(B, S, H, -1)
+
+
+def head_exchange(num_heads: int, num_kv_heads: int, devices: int) -> tuple[int, int]:
+    """How `causal_attention` makes heads to go round: (copies of each K/V head, query heads of each copy).
+
+    Example:
+      >>> head_exchange(16, 1, 2), head_exchange(16, 4, 2), head_exchange(12, 4, 8), head_exchange(9, 3, 2)
+      ((2, 8), (1, 4), (2, 2), (2, 2))
+    """
+    repeats = devices // math.gcd(num_kv_heads, devices)
+    return repeats, -(-(num_heads // num_kv_heads) // repeats)
 
 
 def compress(
@@ -212,11 +259,34 @@ def _chunks(x: Array) -> Chunks:
 
 def _whole(x: Float[Array, "B S ..."], axes: Axes) -> Float[Array, "B T ..."]:
     """The whole sequence, in the order of positions."""
-    B, S, *rest = x.shape
+    return _by_position(jax.lax.all_gather(x, axes, axis=1, tiled=True), jax.lax.axis_size(axes))
+
+
+def _heads_to_tokens(x: Float[Array, "B S N D"], axes: Axes) -> Float[Array, "B T N/C D"]:
+    """All devices' tokens, in the order of positions, of this device's share of the heads."""
+    gathered = jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
+    return _by_position(gathered, jax.lax.axis_size(axes))
+
+
+def _tokens_to_heads(x: Float[Array, "B T N/C D"], axes: Axes) -> Float[Array, "B S N D"]:
+    """The inverse of `_heads_to_tokens`."""
+    B, T, *rest = x.shape
     devices = jax.lax.axis_size(axes)
-    gathered = jax.lax.all_gather(x.reshape(B, 2, S // 2, *rest), axes, axis=1)  # [B, C, 2, S / 2, ...]
-    chunks = jnp.concatenate([gathered[:, :, 0], gathered[:, ::-1, 1]], axis=1)
-    return chunks.reshape(B, devices * S, *rest)
+    chunks = x.reshape(B, 2, devices, T // (2 * devices), *rest)
+    zigzag = jnp.stack([chunks[:, 0], chunks[:, 1, ::-1]], axis=2).reshape(x.shape)
+    return jax.lax.all_to_all(zigzag, axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _by_position(x: Float[Array, "B T ..."], devices: int) -> Float[Array, "B T ..."]:
+    """Tokens of all devices, one after the other, in the order of positions."""
+    B, T, *rest = x.shape
+    chunks = x.reshape(B, devices, 2, T // (2 * devices), *rest)
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def _window_reach(config: NSAConfig, T: int, devices: int) -> int:
+    """So many tokens before a chunk its queries may see: the window, but no more than there can be."""
+    return min(config.window, T - T // (2 * devices))
 
 
 def _by_kv_head(one_head: Callable[..., Array], K: int, *arrays: Any) -> Float[Array, "B S H Dv"]:

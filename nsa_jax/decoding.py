@@ -39,11 +39,11 @@ from nsa_jax.cache import (
     write_nsa_tokens,
 )
 from nsa_jax.config import num_blocks
+from nsa_jax.dense import causal_attention, dense_attention
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
     compressed_tokens,
-    dense_attention,
     gates,
     join_heads,
     layer_inputs,
@@ -153,10 +153,7 @@ def full_layer_prefill(
     counts = _check(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
-    if continuing:
-        o = _attend_to_dense(q, before, cache, config, window)
-    else:
-        o = dense_attention(q, k, v, config, is_causal=True, window=window)
+    o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
     return join_heads(o, weights["o_kernel"], x), cache
 
 
@@ -176,9 +173,9 @@ def full_layer_decode_step(
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, config, lengths=jnp.maximum(cache.lengths, 1))
+        o = dense_attention(q, cache.k, cache.v, lengths=jnp.maximum(cache.lengths, 1))
     else:
-        o = _attend_to_dense(q, before, cache, config, window)
+        o = _attend_to_dense(q, before, cache, window)
     return join_heads(o, weights["o_kernel"], x), cache
 
 
@@ -253,14 +250,14 @@ def _attend_continuing(
     return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
 
 
-def _attend_to_dense(q, before: DenseCache, after: DenseCache, config: HeadConfig, window: int | None):
+def _attend_to_dense(q, before: DenseCache, after: DenseCache, window: int | None):
     """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
     position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
     key = jnp.arange(after.k.shape[1], dtype=jnp.int32)[None, None, None, :]
     mask = key <= position
     if window is not None:
         mask &= key > position - window
-    return dense_attention(q, after.k, after.v, config, mask=mask)
+    return dense_attention(q, after.k, after.v, mask=mask)
 
 
 def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:

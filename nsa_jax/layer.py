@@ -12,18 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
-from nsa_jax.attention import (
-    AttentionInputs,
-    BranchKV,
-    Implementation,
-    nsa_attention,
-    on_gpu,
-    window_attention,
-)
+from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, nsa_attention
 from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress
 from nsa_jax.config import NSAConfig
+from nsa_jax.dense import causal_attention
 from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.sharding import MeshAxes, devices_along, place, sharded, token_positions
 
@@ -229,19 +223,13 @@ def full_layer(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T E"]:
-    """Causal grouped-query attention through `jax.nn.dot_product_attention`: the dense baseline.
+    """Causal grouped-query attention: the dense baseline, `nsa_jax.dense.causal_attention` between projections.
 
-    With `window`, a query sees the last `window` positions, its own included. Where tokens are split over devices, it
-    is our own window attention, with a window as long as the sequence if there is none.
+    With `window`, a query sees the last `window` positions, its own included.
     """
     x, weights = layer_inputs(x, parameters, config)
     q, k, v = project_dense(weights, x, _positions(x, segment_ids, config), config)
-    if devices_along(config.context_axes) > 1:
-        sizes = NSAConfig(window=x.shape[1] if window is None else window)
-        o = sharded(window_attention, **config.mesh_axes)(q, k, v, config=sizes, segment_ids=segment_ids)
-    else:
-        mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        o = dense_attention(q, k, v, config, mask=mask, is_causal=True, window=window)
+    o = sharded(causal_attention, **config.mesh_axes)(q, k, v, window=window, segment_ids=segment_ids)
     return join_heads(o, weights["o_kernel"], x)
 
 
@@ -251,40 +239,6 @@ def project_dense(
     """Queries and keys, rotated, and values."""
     q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
     return rotate(q, positions, config), rotate(k, positions, config), v
-
-
-def dense_attention(
-    q: Float[Array, "B Tq H Dk"],
-    k: Float[Array, "B T K Dk"],
-    v: Float[Array, "B T K Dv"],
-    config: HeadConfig,
-    *,
-    mask: Bool[Array, "B 1 Tq T"] | None = None,
-    is_causal: bool = False,
-    window: int | None = None,
-    lengths: Int[Array, " B"] | None = None,
-) -> Float[Array, "B Tq H Dv"]:
-    """`jax.nn.dot_product_attention`, on cuDNN where it applies; `lengths` says how many keys of each row count."""
-    # The binding wants keys and values of one size: zeros change neither scores nor the columns that are kept.
-    size = max(config.head_dim, config.value_dim)
-    q, k, v = (jnp.pad(array, ((0, 0),) * 3 + ((0, size - array.shape[-1]),)) for array in (q, k, v))
-    o = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=config.head_dim**-0.5,
-        is_causal=is_causal,  # also where a window is given: without it cuDNN would look ahead
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn" if mask is None and _cudnn_applies(q) else "xla",
-    )
-    return o[..., : config.value_dim]
-
-
-def _cudnn_applies(q: Array) -> bool:
-    """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
-    return on_gpu() and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _phi_names(compression: Compression) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from nsa_jax import context
 from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
 from nsa_jax.compression import compress
+from nsa_jax.dense import causal_attention
 from nsa_jax.visibility import segment_positions
 
 MeshAxes = str | tuple[str, ...]
@@ -47,6 +48,7 @@ RESULTS: dict[Callable, Any] = {
     select_blocks: ARGUMENTS["block_indices"],
     selected_attention: _TOKENS,
     window_attention: _TOKENS,
+    causal_attention: _TOKENS,
     compress: _TOKENS,
     segment_positions: ARGUMENTS["segment_ids"],
 }
@@ -54,6 +56,7 @@ RESULTS: dict[Callable, Any] = {
 OVER_CONTEXT: dict[Callable, Callable] = {
     nsa_attention: context.nsa_attention,
     window_attention: context.window_attention,
+    causal_attention: context.causal_attention,
     compress: context.compress,
     segment_positions: context.segment_positions,
 }
@@ -96,11 +99,11 @@ def sharded(
 
     Args:
       op: `nsa_attention`, `compressed_attention`, `select_blocks`, `selected_attention`, `window_attention`,
-        `compress` or `visibility.segment_positions`.
+        `dense.causal_attention`, `compress` or `visibility.segment_positions`.
       batch_axes: the mesh axis, or axes, that split B.
       head_axes: the mesh axis, or axes, that split the K/V heads, and the query heads with them.
-      context_axes: the mesh axis, or axes, that split T; for `nsa_attention`, `window_attention`, `compress` and
-        `segment_positions`, without a query offset.
+      context_axes: the mesh axis, or axes, that split T; for `nsa_attention`, `window_attention`, `causal_attention`,
+        `compress` and `segment_positions`, without a query offset.
       mesh: None for the one in context (`jax.set_mesh`) when the result is called.
 
     Returns:
@@ -188,9 +191,10 @@ def free_axes(axes: MeshAxes | None, mesh: Mesh | AbstractMesh | None = None) ->
 def manual_axes(axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> set[str]:
     """The `axis_names` of a `jax.shard_map` that splits over some of the mesh's axes."""
     # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such axes to
-    # XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have no sharding.
+    # XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have no sharding; and
+    # those of one device, because cuDNN's attention wants to split itself where an axis is left.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return {axis for axis, kind in kinds.items() if axis in axes or kind == AxisType.Explicit}
+    return {axis for axis, kind in kinds.items() if axis in axes or kind == AxisType.Explicit or mesh.shape[axis] == 1}
 
 
 def free_split(split: PartitionSpec, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:

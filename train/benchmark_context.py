@@ -67,9 +67,8 @@ def measure(arguments: Arguments, T: int, devices: int) -> dict[str, Any]:
             row[f"{name}_ms"] = dataclasses.asdict(time_call(compiled, inputs))
             row[f"{name}_memory_gib"] = memory_gib(compiled)
     row["backward_ms"] = row["both_ms"]["median"] - row["forward_ms"]["median"]
-    row["received_forward_bytes"] = received_bytes(
-        config, T=T, devices=devices, num_kv_heads=K, head_dim=D, v_head_dim=D, itemsize=2
-    )
+    sizes = {"num_heads": H, "num_kv_heads": K, "head_dim": D, "v_head_dim": D, "itemsize": 2}
+    row["received_forward_bytes"] = received_bytes("nsa", config, T=T, devices=devices, **sizes)
     return row
 
 

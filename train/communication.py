@@ -206,8 +206,8 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
       pass, and results back in the first; the same the other way in the backward pass; sums over "tensor" of results
       and of the residual stream's gradient.
     * "context": `nsa_jax.context.received_bytes`, again in every pass, the selected keys and values once more in the
-      backward pass unless remat keeps what attention computed, and gradients on the way back. Full attention: keys and
-      values, likewise. Attention on kernels, that is: other implementations compute it again whatever remat says.
+      backward pass unless remat keeps what attention computed, and gradients on the way back. Attention on kernels,
+      that is: other implementations compute it again whatever remat says.
 
     Left out are scalars and single numbers per token.
 
@@ -264,14 +264,12 @@ def predicted_bytes(config: TrainConfig, vocab_size: int, sizes: Mapping[str, in
     along_expert = (passes + 1) * (residual + routing) + passes * routing + 2 * residual
     total["experts"] += with_experts * ((sizes["expert"] - 1) * along_expert + 2 * 2 * _others(R) * residual)
 
-    heads, Dk = model.num_kv_heads // R, model.head_dim
+    K, Dk = model.num_kv_heads // R, model.head_dim
     Dv = Dk if model.v_head_dim is None else model.v_head_dim
-    once = whole = _others(C) * T * heads * (Dk + Dv) * z
-    if nsa:
-        once = received_bytes_over_context(
-            model.nsa, T=T, devices=C, num_kv_heads=heads, head_dim=Dk, v_head_dim=Dv, itemsize=z
-        )
-    total["context"] += layers * rows * ((passes + 1) * once + (0 if model.remat == "attention" else whole))
+    heads = {"num_heads": model.num_heads // R, "num_kv_heads": K, "head_dim": Dk, "v_head_dim": Dv}
+    once = received_bytes_over_context(model.attention, model.nsa, T=T, devices=C, **heads, itemsize=z)
+    again = _others(C) * T * K * (Dk + Dv) * z if nsa and model.remat != "attention" else 0
+    total["context"] += layers * rows * ((passes + 1) * once + again)
     return {purpose: config.optimizer.accumulate * size for purpose, size in total.items()}
 
 

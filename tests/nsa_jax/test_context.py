@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import nsa_jax
 from nsa_jax import NSAConfig, compress, nsa_attention, window_attention
 from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
+from nsa_jax.dense import causal_attention
 from nsa_jax.sharding import sharded
 from nsa_jax.testing import assert_trees_close, random_inputs
 from train.communication import collectives
@@ -120,9 +121,9 @@ def test_kernels_lower_for_a_mesh_of_gpus_that_splits_the_tokens(device_kind):
 def test_devices_receive_what_the_formula_says_and_whole_keys_of_one_head_at_a_time():
     T, C, K = 256, 4, 2
     program, _ = run_split({"context": C}, T, 0)
-    sizes = {"T": T, "devices": C, "num_kv_heads": K, "head_dim": D, "v_head_dim": D, "itemsize": 4}
+    sizes = {"T": T, "devices": C, "num_heads": 4, "num_kv_heads": K, "head_dim": D, "v_head_dim": D, "itemsize": 4}
     rows = 2
-    forward = rows * received_bytes(CONFIG, **sizes)
+    forward = rows * received_bytes("nsa", CONFIG, **sizes)
     selected = rows * (C - 1) * (T // C) * K * 2 * D * 4  # again for the backward pass
     phi = sum(x.nbytes for x in problem(T, 0)[1].values())
     found = collectives(program)
@@ -131,6 +132,25 @@ def test_devices_receive_what_the_formula_says_and_whole_keys_of_one_head_at_a_t
     whole_head = rows * T * D * 4
     assert max(x.result_bytes for x in found if x.kind == "all-gather") == whole_head
     assert {x.kind for x in found} == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (8, 4), (3, 3), (4, 1)])
+def test_full_attention_exchanges_heads_and_gathers_nothing(heads):
+    T, C, B = 64, 4, 2
+    q, k, v = (jnp.ones((B, T, heads[i], size)) for i, size in ((0, 8), (1, 8), (1, 16)))
+    attention = sharded(causal_attention, context_axes="context")
+
+    def both(q, k, v):
+        o, vjp = jax.vjp(attention, q, k, v)
+        return o, vjp(o)
+
+    with jax.set_mesh(make_mesh(AUTO, {"context": C})):
+        arguments = [jax.device_put(x, PartitionSpec(None, "context")) for x in (q, k, v)]
+        found = collectives(jax.jit(both).lower(*arguments).compile().as_text())
+    sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "head_dim": 8, "v_head_dim": 16, "itemsize": 4}
+    forward = B * received_bytes("full", CONFIG, T=T, devices=C, **sizes)
+    assert {x.kind for x in found} == {"all-to-all"}
+    assert sum(x.received_bytes for x in found) == 2 * forward
 
 
 @pytest.mark.parametrize(("T", "devices"), [(8, 1), (8, 2), (96, 4)])
@@ -170,13 +190,14 @@ LAYER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 LAYERS = {
     "nsa": nsa_jax.NSAttention(**LAYER, config=CONFIG),
     "full": nsa_jax.FullAttention(**LAYER),
+    "full, uneven": nsa_jax.FullAttention(num_heads=6, num_kv_heads=2, head_dim=8, v_head_dim=16),
     "window": nsa_jax.FullAttention(**LAYER, window=24),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "num_segments", "kind"),
-    [("nsa", 3, AUTO), ("full", 3, EXPLICIT), ("full", 0, AUTO), ("window", 3, AUTO)],
+    [("nsa", 3, AUTO), ("full", 3, EXPLICIT), ("full", 0, AUTO), ("full, uneven", 3, AUTO), ("window", 3, AUTO)],
 )
 def test_layers_equal_those_of_one_device_with_all_gradients(name, num_segments, kind):
     T, devices = 128, 4

@@ -38,6 +38,7 @@ EXPERTS = MoEConfig(num_routed=4, num_shared=1, top_k=2, expert_dim=16, first_de
         pytest.param(MeshConfig(data=2, fsdp=4), {}, marks=pytest.mark.exhaustive),
         (MeshConfig(data=1, fsdp=2, context=2, tensor=2), {}),
         (MeshConfig(data=1, fsdp=2, context=4, explicit=True), {"attention": "full"}),
+        (MeshConfig(data=1, context=8), {"attention": "window"}),
         pytest.param(
             MeshConfig(data=4, context=2),
             {"remat": "attention", "implementation": "triton"},
@@ -55,7 +56,9 @@ def test_a_step_sends_what_is_predicted_and_nothing_else(mesh, changes):
     devices = make_mesh(mesh)
     found = received_bytes(collectives(compile_here(config, VOCABULARY, devices).as_text()))
     expected = predicted_bytes(config, VOCABULARY, devices.shape)
-    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter", "collective-permute"}
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+    exchanged = expected["context"] if config.model.attention == "full" else 0
+    assert found.get("all-to-all", 0) == pytest.approx(exchanged, rel=1e-3)
     assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.05)
     if mesh.expert == 1:  # else gathers and sums are both the experts'
         assert found["all-reduce"] == pytest.approx(expected["gradients"] + expected["tensor"], rel=0.05)

@@ -1,0 +1,70 @@
+"""Dense attention through `jax.nn.dot_product_attention`: the baseline that sparse attention is measured against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nsa_jax.attention import on_gpu, window_attention
+from nsa_jax.config import NSAConfig
+
+
+def causal_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """Attention of every query to all positions up to its own, in its segment; with `window`, to the last so many.
+
+    That is `dense_attention`, but for windows and, on a GPU, for what JAX's cuDNN attention does not take (segments, 32
+    bits, large heads), where XLA would write T x T scores: these are our own `window_attention`, with a window as long
+    as the sequence if there is none.
+
+    Args:
+      q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv], H a multiple of K.
+      window: positions that a query sees, its own included; None: all.
+      segment_ids: int32 [B, T], non-decreasing along T.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of `q`.
+    """
+    on_cudnn = segment_ids is None and _cudnn_applies(q, v)
+    if window is not None or (on_gpu() and not on_cudnn):
+        sizes = NSAConfig(window=q.shape[1] if window is None else window)
+        return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return dense_attention(q, k, v, mask=mask, is_causal=True)
+
+
+def dense_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    mask: Bool[Array, "B 1 Tq T"] | None = None,
+    is_causal: bool = False,
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B Tq H Dv"]:
+    """`jax.nn.dot_product_attention`, on cuDNN where it applies; `lengths` says how many keys of each row count."""
+    Dk, Dv = q.shape[-1], v.shape[-1]
+    # The binding wants keys and values of one size: zeros change neither scores nor the columns that are kept.
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
+    o = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=Dk**-0.5,
+        is_causal=is_causal,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn" if mask is None and _cudnn_applies(q, v) else "xla",
+    )
+    return o[..., :Dv]
+
+
+def _cudnn_applies(q: Array, v: Array) -> bool:
+    """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
+    size = max(q.shape[-1], v.shape[-1])
+    return on_gpu() and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
