@@ -89,9 +89,10 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         return window_attention(q, k, v, None, 0, window=shape.window, scale=scale)
 
     def whole(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, indices, lse):
-        # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to.
+        # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to. A
+        # barrier does not do: the compiler drops what comes out of it unused, and the selection with it.
         found = select(*jax.lax.stop_gradient((q, cmp_k)), lse)
-        indices, _ = jax.lax.optimization_barrier((indices, found))
+        indices = jnp.where(found < -1, found, indices)
         sizes = {**blocks, **choice, "window": shape.window}
         return nsa_attention(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, None, 0, indices, **sizes)
 
