@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PRESET ?= tiny
 ARGS ?=
 WORKERS ?= 2
-DOCUMENTED = nsa_jax nsa_jax.nnx nsa_jax.layer nsa_jax.rope nsa_jax.decoding nsa_jax.sharding nsa_jax.context nsa_jax.remat nsa_jax.testing nsa_jax.visualize nsa_jax.reference nsa_jax.visibility train.config train.presets train.loop train.model train.moe train.sharding train.communication train.plan train.distributed train.corpus train.chat train.tokenizer train.generate train.sampling train.positions train.report
+DOCUMENTED = nsa_jax nsa_jax.nnx nsa_jax.layer nsa_jax.rope nsa_jax.dense nsa_jax.decoding nsa_jax.sharding nsa_jax.context nsa_jax.remat nsa_jax.testing nsa_jax.visualize nsa_jax.reference nsa_jax.visibility train.config train.presets train.loop train.model train.moe train.sharding train.communication train.plan train.distributed train.corpus train.chat train.tokenizer train.generate train.sampling train.positions train.report
 
 .PHONY: install train test test-all lint docs notebooks clean
 

@@ -131,7 +131,7 @@ def test_errors_other_than_not_implemented_are_not_swallowed(inputs, monkeypatch
         nsa_jax.window_attention(inputs.q, inputs.kv.win_k, inputs.kv.win_v, config=CONFIG)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.exhaustive), "xla"])
 def test_ops_work_under_jit_vmap_remat_and_scan(inputs, implementation):
     def attend(q, kv, gates):
         return nsa_jax.nsa_attention(q, kv, gates, config=CONFIG, implementation=implementation)

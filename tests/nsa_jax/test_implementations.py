@@ -57,7 +57,7 @@ def test_xla_matches_reference_in_many_chunks(shape, monkeypatch):
     assert_matches_reference(random_inputs(jax.random.key(1), CONFIG, **SHAPES[shape]), CONFIG, implementation="xla")
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.exhaustive)])
 def test_xla_matches_reference_in_16_bits(dtype):
     inputs = random_inputs(jax.random.key(2), CONFIG, dtype=dtype, **SHAPES["plain"])
     assert_matches_reference(inputs, CONFIG, implementation="xla")

@@ -1,22 +1,28 @@
-"""The training benchmark on a model small enough for a CPU."""
+"""The benchmarks of training and of decoding on a model small enough for a CPU."""
 
 import dataclasses
 import json
 
 import pytest
 
-from train import benchmark
+from train import benchmark, benchmark_decoding
 from train.config import MeshConfig
 from train.presets import PRESETS
 
 
-@pytest.mark.exhaustive
-def test_writes_a_row_for_each_attention_and_length(tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """A preset of one layer."""
     tiny = PRESETS["tiny"]()
-    small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_layers=1))
-    monkeypatch.setitem(PRESETS, "small", lambda: small)
+    one_layer = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_layers=1))
+    monkeypatch.setitem(PRESETS, "small", lambda: one_layer)
+    return "small"
+
+
+@pytest.mark.exhaustive
+def test_writes_a_row_for_each_attention_and_length(tmp_path, small):
     out = tmp_path / "speed.json"
-    benchmark.main(benchmark.Arguments(preset="small", lengths=(64, 128), tokens_per_device=128, steps=1, out=out))
+    benchmark.main(benchmark.Arguments(preset=small, lengths=(64, 128), tokens_per_device=128, steps=1, out=out))
     rows = json.loads(out.read_text())["rows"]
     assert [(r["attention"], r["length"], r["rows"]) for r in rows] == [
         ("nsa", 64, 2),
@@ -66,3 +72,14 @@ def test_what_devices_receive_is_counted_and_predicted():
     (row,) = benchmark.measure(config, (64,), 64, 1)
     assert (row["rows"], row["devices"], row["mesh"]) == (2, 2, {"fsdp": 2})
     assert sum(row["received_bytes"].values()) == pytest.approx(sum(row["predicted_bytes"].values()), rel=0.05)
+
+
+@pytest.mark.exhaustive
+def test_decoding_writes_a_row_for_each_attention_and_batch(tmp_path, small):
+    out = tmp_path / "speed.json"
+    benchmark_decoding.main(benchmark_decoding.Arguments(preset=small, context=128, batches=(1, 2), steps=2, out=out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["attention"], r["batch"]) for r in rows] == [("nsa", 1), ("nsa", 2), ("full", 1), ("full", 2)]
+    for row in rows:
+        assert 0 < row["lowest"] <= row["tokens_per_second"] <= row["highest"]
+    assert rows[1]["cache_gib"] == pytest.approx(2 * rows[0]["cache_gib"], rel=0.01)

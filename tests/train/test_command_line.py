@@ -2,6 +2,7 @@ import dataclasses
 import re
 
 import pytest
+import train_runs
 
 from nsa_jax import RopeScaling
 from train.__main__ import main, parse
@@ -111,8 +112,9 @@ def test_the_merged_config_is_printed(capsys, tmp_path):
 
 def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
     run = ["tiny", "--run-dir", str(tmp_path / "run"), "--steps", "1", "--eval-batches", "1", "--sample-tokens", "0"]
-    small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--optimizer.warmup-steps", "0"]
-    assert main([*run, *small, "--model.num-layers", "1"]) == 0
+    train_runs.write_corpus(tmp_path / "corpus")
+    small = ["--data.path", str(tmp_path / "corpus"), "--data.sequence-length", "64", "--data.batch-size", "8"]
+    assert main([*run, *small, "--optimizer.warmup-steps", "0", "--model.num-layers", "1"]) == 0
     capsys.readouterr()
     command = ["generate", "--run", str(tmp_path / "run"), "--prompt", "def ", "--max-tokens", "4", "--num-samples=2"]
     assert main(command) == 0

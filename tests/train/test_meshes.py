@@ -113,7 +113,7 @@ def cases():
         sparse = "experts" if mesh.expert > 1 else "nsa"
         several = sum(getattr(mesh, axis) > 1 for axis in MESH_AXES) > 1
         for name in MODELS:
-            by_default = name == sparse and (several or mesh.context > 2) and mesh.fsdp * mesh.expert < 4
+            by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4
             by_default |= name == "full" and several and mesh.fsdp * mesh.context > 2
             marks = () if by_default else (pytest.mark.exhaustive,)
             yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from train import plan
 from train.__main__ import WRONG_SETTING, main
 from train.config import MeshConfig
 from train.plan import lower_for_gpus
@@ -45,3 +46,12 @@ def test_the_command_says_what_a_step_takes(capsys):
 def test_a_mesh_that_does_not_fit_is_refused(capsys):
     assert main(["plan", "--devices", "8", "tiny", "--mesh.fsdp", "3"]) == WRONG_SETTING
     assert "fsdp 3" in capsys.readouterr().err
+
+
+def test_full_attention_is_planned_where_there_is_no_cudnn(capsys, monkeypatch):
+    def lower_for_gpus(*_, **__):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(plan, "lower_for_gpus", lower_for_gpus)
+    assert main(["plan", "--devices", "2", "--no-compile", "tiny", "--model.attention", "full"]) == 0
+    assert re.search(r"not lowered for NVIDIA H100: .* cuDNN's, .*\n824,256 parameters", capsys.readouterr().out)

@@ -77,6 +77,7 @@ def gathered_heads(T):
     return [shape for shape in shapes if len(shape) >= 4 and {T, num_compressed(T, nsa)} & set(shape)]
 
 
+@pytest.mark.exhaustive
 def test_a_train_step_moves_parameters_but_no_heads(monkeypatch):
     assert gathered_heads(T=80) == []
     monkeypatch.setattr(train.model, "RULES", (("batch", ()), ("kv_heads", ()), ("sequence", ())))
