@@ -72,7 +72,7 @@ def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
 
 
 def received_bytes(
-    attention: Literal["nsa", "full", "window"],
+    kind: Literal["nsa", "full", "window"],
     config: NSAConfig,
     *,
     T: int,
@@ -86,7 +86,7 @@ def received_bytes(
     """Bytes that a device receives for one layer's forward pass of one row without segments (see the module).
 
     Args:
-      attention: Native Sparse Attention, causal attention, or that with the window of `config`.
+      kind: of attention: Native Sparse Attention, causal attention, or that with the window of `config`.
       config: sizes of the branches.
       T: tokens of the sequence.
       devices: C, along the context axes.
@@ -98,12 +98,12 @@ def received_bytes(
         return 0
     others = (devices - 1) * (T // devices)  # tokens on other devices
     pair = head_dim + v_head_dim
-    if attention == "full":
+    if kind == "full":
         copies, group = head_exchange(num_heads, num_kv_heads, devices)
         heads = num_kv_heads * copies // devices  # for which a device attends
         return others * heads * (1 + group) * pair * itemsize
     tokens = 2 * _window_reach(config, T, devices)
-    if attention == "nsa":
+    if kind == "nsa":
         tokens += others + others // config.compress_stride + 2 * (config.compress_block - config.compress_stride)
     return tokens * num_kv_heads * pair * itemsize
 
@@ -192,7 +192,9 @@ def causal_attention(
     q = q.reshape(B, S, K, H // K, Dk)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, repeats * group - H // K), (0, 0)))
     q = _heads_to_tokens(q.reshape(B, S, K * repeats * group, Dk), axes)
-    k, v = (_heads_to_tokens(jnp.repeat(x, repeats, axis=2), axes) for x in (k, v))
+    wide = jnp.promote_types(q.dtype, jnp.float32)  # in which the copies' gradients are summed
+    copies = (jnp.repeat(x.astype(wide), repeats, axis=2).astype(x.dtype) for x in (k, v))
+    k, v = (_heads_to_tokens(x, axes) for x in copies)
     whole = None if segment_ids is None else _whole(segment_ids, axes)
     o = _tokens_to_heads(dense.causal_attention(q, k, v, segment_ids=whole), axes)
     o = o.reshape(B, S, K, repeats * group, o.shape[-1])[:, :, :, : H // K]

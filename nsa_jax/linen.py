@@ -113,7 +113,8 @@ class NSAttention(nn.Module):
 class FullAttention(nn.Module):
     """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
 
-    Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies. With `window`, sliding-window attention.
+    Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies; on a GPU our own kernels do what cuDNN does
+    not take. With `window`, sliding-window attention, always our own.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import sums
 
 import nsa_jax
 from nsa_jax import NSAConfig, compress, nsa_attention, window_attention
@@ -151,6 +152,15 @@ def test_full_attention_exchanges_heads_and_gathers_nothing(heads):
     forward = B * received_bytes("full", CONFIG, T=T, devices=C, **sizes)
     assert {x.kind for x in found} == {"all-to-all"}
     assert sum(x.received_bytes for x in found) == 2 * forward
+
+
+def test_gradients_of_repeated_heads_are_summed_in_float32():
+    q, k = jnp.ones((1, 64, 4, 16), jnp.bfloat16), jnp.ones((1, 64, 1, 16), jnp.bfloat16)
+    attention = sharded(causal_attention, context_axes="context")
+    with jax.set_mesh(make_mesh(AUTO, {"context": 4})):
+        program = jax.make_jaxpr(jax.grad(lambda k: attention(q, k, k).astype(jnp.float32).sum()))(k)
+    assert len(sums(program)) > 2
+    assert jnp.bfloat16 not in sums(program)
 
 
 @pytest.mark.parametrize(("T", "devices"), [(8, 1), (8, 2), (96, 4)])
