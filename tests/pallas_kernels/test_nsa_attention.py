@@ -92,7 +92,7 @@ def check(case, dtype, tolerance, interpret):
     return functools.partial(run, arrays, starts, offset), actual
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), *list(CASES)[1:]])
 def test_forward_and_gradients_equal_dense(name):
     check(CASES[name], jnp.float32, 2e-6, interpret=True)
 

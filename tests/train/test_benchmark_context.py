@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from train import benchmark_context
 
 
+@pytest.mark.exhaustive
 def test_writes_a_row_for_each_length_and_number_of_devices(tmp_path):
     out = tmp_path / "speed.json"
     benchmark_context.main(
