@@ -20,8 +20,8 @@ they are not kept, and then the gradients of all of the above on the way back: r
 
 *Full attention* exchanges heads for tokens and back, both by all-to-all, forward and for the gradients:
 
-    queries and outputs           (C - 1) / C * T / C * H D    H a little more where it does not go round
-    keys and values               (C - 1) / C * T / C * K D    K the least common multiple of K and C
+    queries and outputs           (C - 1) / C * T / C * H D              where H does not go round, a little more
+    keys and values               (C - 1) / C * T / C * lcm(K, C) D
 
 `received_bytes` adds this up.
 """
@@ -187,6 +187,7 @@ def causal_attention(
     """
     if window is not None:
         return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
+    attention.check_attention(q, k, v, NSAConfig())
     (B, S, H, Dk), K, devices = q.shape, k.shape[2], jax.lax.axis_size(axes)
     repeats, group = head_exchange(H, K, devices)
     q = q.reshape(B, S, K, H // K, Dk)
@@ -280,7 +281,7 @@ def _tokens_to_heads(x: Float[Array, "B T N/C D"], axes: Axes) -> Float[Array, "
 
 
 def _by_position(x: Float[Array, "B T ..."], devices: int) -> Float[Array, "B T ..."]:
-    """Tokens of all devices, one after the other, in the order of positions."""
+    """`from_zigzag` by moving whole chunks: what it takes by index, gradients would have to scatter."""
     B, T, *rest = x.shape
     chunks = x.reshape(B, devices, 2, T // (2 * devices), *rest)
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.attention import on_gpu, window_attention
+from nsa_jax.attention import check_attention, on_gpu, window_attention
 from nsa_jax.config import NSAConfig
 
 
@@ -16,20 +16,30 @@ def causal_attention(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """Attention of every query to all positions up to its own, in its segment; with `window`, to the last so many.
+    """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1); with `window`, of the last so many positions.
 
     That is `dense_attention`, but for windows and, on a GPU, for what JAX's cuDNN attention does not take (segments, 32
     bits, large heads), where XLA would write T x T scores: these are our own `window_attention`, with a window as long
     as the sequence if there is none.
 
+    Example:
+      >>> q, k = jnp.ones((1, 100, 4, 16)), jnp.ones((1, 100, 2, 16))
+      >>> causal_attention(q, k, k).shape
+      (1, 100, 4, 16)
+
     Args:
-      q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv], H a multiple of K.
+      q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype, H a multiple of K;
+        scores are divided by the root of Dk.
       window: positions that a query sees, its own included; None: all.
       segment_ids: int32 [B, T], non-decreasing along T.
 
     Returns:
       [B, T, H, Dv] in the dtype of `q`.
+
+    Raises:
+      ValueError: the shapes or dtypes of `q`, `k` and `v` do not fit together, or `window` is not positive.
     """
+    check_attention(q, k, v, NSAConfig())
     on_cudnn = segment_ids is None and _cudnn_applies(q, v)
     if window is not None or (on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)

@@ -97,10 +97,11 @@ def select_blocks(
     else:
         by_reach = spans_by_reach(Tq, Nc, num_blocks, problem, selection)
 
-    def run(*arrays: Any) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, lse: jax.Array, starts: jax.Array | None, offset: jax.Array) -> jax.Array:
         sized = [functools.partial(choose, problem=problem, selection=selection, spans=x) for x in by_reach.values()]
-        beyond = [(arrays[-1][0] + Tq > reach).astype(jnp.int32) for reach in list(by_reach)[:-1]]
-        return lax.switch(sum(beyond), sized, *arrays) if beyond else sized[0](*arrays)
+        beyond = [(offset[0] + Tq > reach).astype(jnp.int32) for reach in list(by_reach)[:-1]]
+        chosen = functools.partial(lax.switch, sum(beyond), sized) if beyond else sized[0]
+        return chosen(q, k, lse, starts, offset)
 
     # JAX 0.11 keeps a bare `pallas_call` whose result nothing uses, which flax's scan over layers takes for an error.
     return jax.jit(run)(q, k, lse, starts, offset)

@@ -154,6 +154,17 @@ def test_full_attention_exchanges_heads_and_gathers_nothing(heads):
     assert sum(x.received_bytes for x in found) == 2 * forward
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_dense_attention_names_the_argument_that_does_not_fit(devices):
+    q, k = jnp.ones((1, 64, 4, 16)), jnp.ones((1, 64, 3, 16))
+    attention = sharded(causal_attention, context_axes="context")
+    with jax.set_mesh(make_mesh(AUTO, {"context": devices})):
+        with pytest.raises(ValueError, match=r"k: float32.*: expected a number of heads that divides q's 4"):
+            attention(q, k, k)
+        with pytest.raises(ValueError, match=r"v: bfloat16.*: expected a float dtype, the same as q's float32"):
+            attention(q, q, q.astype(jnp.bfloat16))
+
+
 def test_gradients_of_repeated_heads_are_summed_in_float32():
     q, k = jnp.ones((1, 64, 4, 16), jnp.bfloat16), jnp.ones((1, 64, 1, 16), jnp.bfloat16)
     attention = sharded(causal_attention, context_axes="context")
