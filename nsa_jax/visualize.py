@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
-import matplotlib.style
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 from matplotlib.axes import Axes
@@ -39,10 +38,9 @@ from nsa_jax.attention import (
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.nnx import NSAttention
 from nsa_jax.testing import reference_selection
+from pallas_kernels.benchmarks.plot import COLORS
 
 BRANCHES = ("compressed", "selected", "window")
-# Told apart by everybody, in grey too: https://jfly.uni-koeln.de/color/
-COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
 COLORMAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
 LONGEST = 4096  # tokens of a map that is quadratic in them
 

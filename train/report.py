@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 from matplotlib.figure import Figure
 
+from pallas_kernels.benchmarks.plot import COLORS
 from train.config import from_json
 from train.metrics import read_metrics
 from train.positions import read_positions
 
-COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
-COLORS = (COLORS[0], COLORS[2], COLORS[3], COLORS[5], COLORS[4])  # blue and orange first, no green, yellow last
+LINE_COLORS = [COLORS[i] for i in (0, 2, 3, 5, 4)]  # blue and orange first, no green, yellow last
 STYLES = ("o-", "s--", "^:", "D-.")
 
 
@@ -40,7 +39,7 @@ def draw_curves(runs: dict[str, Path], tokens_per_step: int | None = None) -> Fi
         entries = _entries(run)
         if not entries:
             raise ValueError(f"{run}: no metrics to draw")
-        color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
+        color, style = LINE_COLORS[index % len(LINE_COLORS)], STYLES[index % len(STYLES)]
         unit = (sizes[name] or 1) / 1e6 if over_tokens else 1
         steps, train = _curve(entries, "bits_per_byte")
         axes.plot([step * unit for step in steps], train, color=color, alpha=0.3, lw=0.8, label=f"{name}, training")
@@ -81,7 +80,7 @@ def plot_loads(runs: dict[str, Path], path: Path) -> None:
         steps, loads = _curve(_entries(run), "router_load_mean")
         if not steps:
             raise ValueError(f"{run}: no loads of experts to draw")
-        axes.plot(steps, loads, color=COLORS[index % len(COLORS)], label=name)
+        axes.plot(steps, loads, color=LINE_COLORS[index % len(LINE_COLORS)], label=name)
     axes.axhline(1.0, color="black", linewidth=1, linestyle=":", label="even")
     axes.set(xlabel="step", ylabel="largest load / mean load, mean over layers", ylim=(0, None))
     _finish(figure, path)
@@ -102,7 +101,7 @@ def plot_positions(files: dict[str, Path], path: Path) -> None:
     for index, (name, file) in enumerate(files.items()):
         buckets = read_positions(file)
         centres = [(bucket.begin + bucket.end - 1) / 2 for bucket in buckets]
-        color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
+        color, style = LINE_COLORS[index % len(LINE_COLORS)], STYLES[index % len(STYLES)]
         axes.plot(centres, [bucket.bits_per_byte for bucket in buckets], style, color=color, markersize=4, label=name)
     axes.set(xlabel="position in the sequence (tokens before)", ylabel="held-out bits per byte", xlim=(0, None))
     _finish(figure, path)

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.style import library
 from matplotlib.ticker import FuncFormatter
 
-COLORS = matplotlib.style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
+# Of every picture. Told apart by everybody, in grey too: https://jfly.uni-koeln.de/color/
+COLORS = library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
 LINES = {
     ("nsa", "random"): ("NSA, random selection", "o-", COLORS[0]),
     ("nsa", "local"): ("NSA, local selection", "s-", COLORS[1]),
