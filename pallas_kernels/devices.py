@@ -1,6 +1,7 @@
 """What a GPU can do, by its CUDA compute capability, on devices that are there and on abstract ones.
 
-Support is decided by lists of what is known to work, never of what is not: a device that no table here knows is refused.
+Support is decided by lists of what is known to work, never of what is not: a device that no table here knows is
+refused.
 """
 
 import dataclasses
@@ -16,17 +17,21 @@ KINDS: dict[Capability, tuple[str, ...]] = {
     (7, 0): ("V100", "TITAN V"),
     (7, 5): ("T4", "T4G", "RTX 2060", "RTX 2070", "RTX 2080", "RTX 4000", "RTX 5000", "RTX 6000", "RTX 8000"),
     (8, 0): ("A100", "A800", "A30"),
-    (8, 6): ("A2", "A10", "A10G", "A16", "A40")
-    + tuple(f"RTX {model}" for model in (3050, 3060, 3070, 3080, 3090))
-    + tuple(f"RTX A{model}" for model in (2000, 3000, 4000, 4500, 5000, 5500, 6000)),
+    (8, 6): (
+        *("A2", "A10", "A10G", "A16", "A40"),
+        *("RTX 3050", "RTX 3060", "RTX 3070", "RTX 3080", "RTX 3090"),
+        *("RTX A2000", "RTX A3000", "RTX A4000", "RTX A4500", "RTX A5000", "RTX A5500", "RTX A6000"),
+    ),
     (8, 7): ("Orin",),
-    (8, 9): ("L4", "L20", "L40", "L40S")
-    + tuple(f"RTX {model}" for model in (4050, 4060, 4070, 4080, 4090))
-    + tuple(f"RTX {model} Ada" for model in (2000, 4000, 4500, 5000, 5880, 6000)),
+    (8, 9): (
+        *("L4", "L20", "L40", "L40S"),
+        *("RTX 4050", "RTX 4060", "RTX 4070", "RTX 4080", "RTX 4090"),
+        *("RTX 2000 Ada", "RTX 4000 Ada", "RTX 4500 Ada", "RTX 5000 Ada", "RTX 5880 Ada", "RTX 6000 Ada"),
+    ),
     (9, 0): ("H100", "H200", "H800", "H20", "GH200"),
     (10, 0): ("B100", "B200", "GB200"),
     (10, 3): ("B300", "GB300"),
-    (12, 0): tuple(f"RTX {model}" for model in (5050, 5060, 5070, 5080, 5090)) + ("RTX PRO",),
+    (12, 0): ("RTX 5050", "RTX 5060", "RTX 5070", "RTX 5080", "RTX 5090", "RTX PRO"),
     (12, 1): ("GB10",),
 }
 
