@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pallas_kernels.benchmarks.plot import COLORS
+from pallas_kernels.palette import COLORS
 from train.config import from_json
 from train.metrics import read_metrics
 from train.positions import read_positions
