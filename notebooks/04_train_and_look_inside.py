@@ -23,7 +23,8 @@
 # Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from one H100.
 
 # %%
-# Installs the package where it is missing (on Colab), and says where this runs.
+# Installs the package where it is missing, and says where this runs. On Colab, clone the repository first and change to
+# its folder notebooks: the trainer is run from a clone and never installed.
 import importlib.util
 import os
 import subprocess
@@ -31,12 +32,13 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
+HERE = Path.cwd()  # the folder `notebooks` of a clone
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[train]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
     importlib.invalidate_caches()
+if importlib.util.find_spec("train") is None:
+    sys.path.append(str(HERE.parent))
 
 import jax
 
