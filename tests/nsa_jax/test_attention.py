@@ -99,7 +99,7 @@ def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
 
 
 def test_a_named_implementation_never_falls_back(inputs):
-    with pytest.raises(NotImplementedError, match="implementation = 'mosaic': .*there is no compressed_attention"):
+    with pytest.raises(NotImplementedError, match=r"implementation = 'mosaic': .*there is no compressed_attention"):
         nsa_jax.nsa_attention(inputs.q, inputs.kv, inputs.gates, config=CONFIG, implementation="mosaic")
 
 
