@@ -15,14 +15,14 @@ from collections.abc import Sequence
 
 import tyro
 
-from train.checkpoint import CheckpointError
+from train.checkpoints.checkpointer import CheckpointError
 from train.config import TrainConfig, to_json
 from train.presets import PRESETS
 
 # Commands on a run by name: a module that has their `Arguments`, and the function that takes them.
 COMMANDS = {
-    "generate": ("train.generate", "continue_prompt"),
-    "positions": ("train.positions", "report_positions"),
+    "generate": ("train.generation.generator", "continue_prompt"),
+    "positions": ("train.commands.positions", "report_positions"),
 }
 FAILED, WRONG_SETTING, SIGNALLED = 1, 2, 128
 
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         # After parsing, because importing JAX takes seconds that --help need not wait for.
         import jax
 
-        from train.distributed import start
         from train.loop import Interrupted, NonFiniteError, prepare, run
+        from train.parallel.distributed import start
 
         start(config.distributed)
         if jax.process_index() == 0:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _plan(arguments: Sequence[str]) -> int:
-    from train.plan import Arguments, plan
+    from train.commands.plan import Arguments, plan
 
     own, rest = tyro.cli(Arguments, prog="python -m train plan", args=list(arguments), return_unknown_args=True)
     try:

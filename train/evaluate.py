@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.loss import LossSums, bits_per_byte
-from train.sharding import put_batch
+from train.model.loss import LossSums, bits_per_byte
+from train.parallel.sharding import put_batch
 
 
 def evaluate(

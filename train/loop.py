@@ -17,25 +17,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.checkpoint import Checkpointer
+from train.checkpoints.checkpointer import Checkpointer
+from train.checkpoints.saved import check_start, starting_parameters
+from train.commands.positions import evaluate_positions, position_sums
 from train.config import TrainConfig, check, differences, from_json, to_json
 from train.console import Console
-from train.corpus import Corpus, load_corpus
-from train.data import Batch, held_out_batches, train_batches
-from train.distributed import gather, in_turn, stop_signals, together
+from train.data.corpus import Corpus, load_corpus
+from train.data.loader import Batch, held_out_batches, train_batches
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.evaluate import evaluate
-from train.generate import generate
-from train.loss import LossSums, bits_per_byte
+from train.generation.generator import generate
+from train.generation.sampling import Sampling
 from train.metrics import MetricsLog, active_parameters, device_peak_flops, total_parameters, train_flops_per_token
-from train.model import Transformer, padded_vocabulary
+from train.model.loss import LossSums, bits_per_byte
+from train.model.transformer import Transformer, padded_vocabulary
 from train.optimizer import learning_rate_schedule, make_optimizer
-from train.positions import evaluate_positions, position_sums
-from train.report import plot_curves
-from train.sampling import Sampling
-from train.saved import check_start, starting_parameters
-from train.sharding import check_divisible, data_shards, make_mesh, on_mesh, put_batch, tree_shardings
+from train.parallel.distributed import gather, in_turn, stop_signals, together
+from train.parallel.sharding import check_divisible, data_shards, make_mesh, on_mesh, put_batch, tree_shardings
+from train.plot import plot_curves
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
-from train.tokenizer import Tokenizer, load_tokenizer
 
 # What a resumed run may change. Everything else would make it another run.
 CHANGEABLE = (

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from train.config import ModelConfig, TrainConfig
-from train.model import padded_vocabulary
+from train.model.transformer import padded_vocabulary
 
 # Dense bf16 peak in FLOP/s, by a part of the device kind. The first that matches counts: narrower names come first.
 PEAK_FLOPS = (

@@ -6,8 +6,8 @@ import pytest
 
 from train.config import MeshConfig
 from train.evaluate import evaluate
-from train.loss import LossSums
-from train.sharding import make_mesh
+from train.model.loss import LossSums
+from train.parallel.sharding import make_mesh
 
 
 def test_tokens_and_bytes_count_once_however_they_lie_in_batches():

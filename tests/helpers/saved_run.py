@@ -1,0 +1,25 @@
+"""A run's folder without the run: an untrained model in checkpoints, and the settings beside them."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+
+from train.checkpoints.checkpointer import Checkpointer
+from train.config import TrainConfig, to_json
+from train.loop import Prepared, prepare
+from train.step import make_init
+
+
+def save_untrained(config: TrainConfig, steps: tuple[int, ...] = (1,)) -> Prepared:
+    """Writes what a run of `config` would have left after each of `steps`, every time with other parameters."""
+    prepared = prepare(config)
+    init = jax.jit(lambda key: nn.meta.unbox(make_init(prepared.model, prepared.optimizer)(key)))
+    with Checkpointer(config.run_dir / "checkpoints", config.checkpoint) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, init(jax.random.key(step)), prepared.train_batches)
+    prepared.train_batches.close()
+    (config.run_dir / "config.json").write_text(to_json(dataclasses.replace(config, steps=max(steps))))
+    (config.run_dir / "facts.json").write_text(json.dumps(prepared.facts))
+    return prepared
