@@ -103,7 +103,8 @@ from IPython.utils.capture import capture_output
 
 from nsa_jax import NSAConfig
 from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from train.loop import prepare, run
+from train.loop import run
+from train.prepare import prepare
 
 STEPS = 4 if FAST else 300
 model = ModelConfig(

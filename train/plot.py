@@ -1,11 +1,8 @@
-"""Pictures of runs: `python -m train.report picture.png name=run ...` draws several into one.
+"""Pictures of runs: their curves, the loads of their experts, their loss by position.
 
-A run is its folder, or its metrics file alone. With --loads, how evenly its experts are used; with files of
-`python -m train positions --out` instead of runs, held-out loss by position.
+A run is its folder, or its metrics file alone.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +66,7 @@ def _tokens_per_step(run: Path) -> int | None:
 
 
 def plot_loads(runs: dict[str, Path], path: Path) -> None:
-    """The largest load of an expert over the mean load, averaged over layers, as a PNG; runs as of `draw_curves`.
+    """The largest load of an expert over the mean load, averaged over layers, as a PNG; for runs see `draw_curves`.
 
     Raises:
       ValueError: a run holds no metrics of experts.
@@ -121,26 +118,3 @@ def _entries(run: Path) -> list[dict[str, Any]]:
 def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def main(arguments: list[str]) -> None:
-    """Draws the runs named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("picture", type=Path, help="the PNG to write")
-    parser.add_argument("runs", nargs="+", metavar="name=run", help="a run folder or metrics file, and its name")
-    parser.add_argument("--loads", action="store_true", help="draw how evenly experts are used")
-    parser.add_argument("--tokens-per-step", type=int, help="where there is a metrics file only")
-    options = parser.parse_args(arguments)
-    if not all("=" in run for run in options.runs):
-        parser.error("every run is given as name=run")
-    runs = {name: Path(path) for name, path in (run.split("=", 1) for run in options.runs)}
-    if options.loads:
-        plot_loads(runs, options.picture)
-    elif all(path.suffix == ".json" for path in runs.values()):
-        plot_positions(runs, options.picture)
-    else:
-        plot_curves(runs, options.picture, options.tokens_per_step)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

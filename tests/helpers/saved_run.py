@@ -8,7 +8,7 @@ import jax
 
 from train.checkpoints.checkpointer import Checkpointer
 from train.config import TrainConfig, to_json
-from train.loop import Prepared, prepare
+from train.prepare import Prepared, prepare
 from train.step import make_init
 
 

@@ -5,9 +5,9 @@ import pytest
 from helpers import train_runs
 
 from nsa_jax import RopeScaling
-from train.__main__ import main, parse
+from train.__main__ import main
 from train.config import TrainConfig, from_json
-from train.presets import PRESETS, tiny
+from train.presets import PRESETS, parse, tiny
 
 
 def field_names(kind: type, prefix: str = ""):

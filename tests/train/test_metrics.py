@@ -9,7 +9,8 @@ import pytest
 
 from nsa_jax import NSAConfig
 from train.config import ModelConfig, TrainConfig
-from train.metrics import MetricsLog, peak_flops, read_metrics, train_flops_per_token
+from train.metrics import MetricsLog, read_metrics
+from train.model.flops import peak_flops, train_flops_per_token
 from train.model.transformer import Transformer, padded_vocabulary
 
 NSA = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=2, num_init=1, num_local=1, window=3)

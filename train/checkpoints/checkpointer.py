@@ -1,49 +1,40 @@
 """Checkpoints on Orbax: parameters, optimiser, step, random state and data position, committed together or not at all.
 
-A checkpoint is the folder `<directory>/<step>`, which Orbax writes under a temporary name and renames when it is whole:
-
-    state/      the arrays, each under its path in the state ("params/embedding")
-    metadata/   one JSON: format, step, metrics, data position, and shape, dtype and checksum of every array
-
-The checksums are what tells damage that decompresses well (a flipped bit, a block of zeros) from what was saved.
+What lies in a checkpoint's folder is described in `train.checkpoints.storage`.
 """
 
 import contextlib
 import itertools
-import json
 import logging
-import math
 import os
-import re
 import shutil
-import sys
 import time
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from train.checkpoints.errors import CheckpointError, DamagedError, reason_of, without_echoes
+from train.checkpoints.storage import (
+    FORMAT,
+    best_first,
+    checksums_of,
+    committed_steps,
+    described,
+    flatten,
+    read_checkpoint,
+    read_scores,
+    score_of,
+    with_checksum,
+)
 from train.config import CheckpointConfig
-from train.parallel.distributed import gather, in_turn, together
+from train.parallel.distributed import gather, together
 
-FORMAT = 1
-SCORE = "held_out_bits_per_byte"  # the metric that makes a checkpoint one of the best; lower is better
 LOGGER = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none that fits could be read; the message says which and why."""
-
-
-class _DamagedError(Exception):
-    """What is on disk is not what was saved."""
 
 
 class DataIterator(Protocol):
@@ -69,7 +60,7 @@ class _KeepLastAndBest:
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        best = _best_first({step: score for step, score in self.scores.items() if step in steps})
+        best = best_first({step: score for step, score in self.scores.items() if step in steps})
         kept = {*steps[-self.keep_last :], *best[: self.keep_best]}
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
@@ -103,12 +94,12 @@ class Checkpointer:
     @property
     def latest_step(self) -> int | None:
         """The newest step that is wholly on disk."""
-        return max(_committed_steps(self.directory), default=None)
+        return max(committed_steps(self.directory), default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step on disk with the lowest held-out bits per byte; of equal ones the newest."""
-        return next(iter(_best_first(_read_scores(self.directory))), None)
+        return next(iter(best_first(read_scores(self.directory))), None)
 
     def save(
         self, step: int, state: Any, data_iterator: DataIterator, metrics: Mapping[str, float] | None = None
@@ -125,24 +116,24 @@ class Checkpointer:
             CheckpointError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
-        if step in _committed_steps(self.directory):
+        if step in committed_steps(self.directory):
             return
-        arrays = _flatten(state)
-        checksums = _checksums(arrays)
+        arrays = flatten(state)
+        checksums = checksums_of(arrays)
         content: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-            "arrays": {name: _describe(arrays[name]) | {"checksum": checksums[name]} for name in arrays},
+            "arrays": {name: described(arrays[name]) | {"checksum": checksums[name]} for name in arrays},
             "data": self._gather_positions(data_iterator),
         }
         try:
             manager = self._open()
-            self._policy.scores = _read_scores(self.directory) | _score(step, content["metrics"])
+            self._policy.scores = read_scores(self.directory) | score_of(step, content["metrics"])
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(_with_checksum(content))
+                    state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(with_checksum(content))
                 ),
                 force=True,
             )
@@ -171,10 +162,10 @@ class Checkpointer:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in sorted(_committed_steps(self.directory), reverse=True):
+        for step in sorted(committed_steps(self.directory), reverse=True):
             try:
-                content, arrays = _read(self.directory, step, _flatten(abstract_state))
-            except _DamagedError as error:
+                content, arrays = read_checkpoint(self.directory, step, flatten(abstract_state))
+            except DamagedError as error:
                 damaged[step] = str(error)
                 continue
             self._move_aside(damaged)
@@ -197,7 +188,7 @@ class Checkpointer:
             CheckpointError: there is no such checkpoint, it is damaged, or it is of another architecture.
         """
         self.wait()
-        steps = sorted(_committed_steps(self.directory), reverse=True)
+        steps = sorted(committed_steps(self.directory), reverse=True)
         if not steps:
             raise CheckpointError(f"no checkpoint in {self.directory}")
         if step is not None and step not in steps:
@@ -205,8 +196,8 @@ class Checkpointer:
         damaged = []
         for candidate in steps if step is None else [step]:
             try:
-                _, arrays = _read(self.directory, candidate, _flatten({"params": abstract_parameters}))
-            except _DamagedError as error:
+                _, arrays = read_checkpoint(self.directory, candidate, flatten({"params": abstract_parameters}))
+            except DamagedError as error:
                 damaged.append(f"checkpoint of step {candidate} in {self.directory} is damaged: {error}")
                 LOGGER.warning(damaged[-1])
                 continue
@@ -250,7 +241,7 @@ class Checkpointer:
         # Not in the constructor: opening makes the folder and removes what killed saves left behind, which only the
         # one process that writes may do.
         if self._manager is None:
-            self._quiet.enter_context(_without_echoes())
+            self._quiet.enter_context(without_echoes())
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -275,7 +266,7 @@ class Checkpointer:
             f"the last good checkpoint is step {latest} and remains" if latest is not None else "there is no other"
         )
         return CheckpointError(
-            f"could not save the checkpoint of step {step} in {self.directory}: {_reason(error)}; {remains}"
+            f"could not save the checkpoint of step {step} in {self.directory}: {reason_of(error)}; {remains}"
         )
 
     def _clear_away(self, step: int, attempts: int = 20) -> None:
@@ -325,7 +316,7 @@ class Checkpointer:
         except Exception as error:
             raise CheckpointError(
                 f"the data position in the checkpoint of step {step} in {self.directory} does not fit this data:"
-                f" {_reason(error)}"
+                f" {reason_of(error)}"
             ) from error
         if jax.process_index() == 0:
             LOGGER.warning(
@@ -337,185 +328,3 @@ class Checkpointer:
                 count,
                 step,
             )
-
-
-def _committed_steps(directory: Path) -> list[int]:
-    # Until a folder is whole its name has a suffix. One that a kill left half deleted fails the checks of reading.
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
-def _score(step: int, metrics: Mapping[str, float]) -> dict[int, float]:
-    value = metrics.get(SCORE, math.nan)
-    return {} if math.isnan(value) else {step: value}
-
-
-def _read_scores(directory: Path) -> dict[int, float]:
-    scores: dict[int, float] = {}
-    for step in _committed_steps(directory):
-        with contextlib.suppress(_DamagedError):
-            scores |= _score(step, _read_metadata(directory, step)["metrics"])
-    return scores
-
-
-def _best_first(scores: Mapping[int, float]) -> list[int]:
-    return sorted(scores, key=lambda step: (scores[step], -step))
-
-
-def _flatten(state: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _describe(array: Any) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    # One after the other: on simulated devices, more sums over devices in flight than there are threads wait for each
-    # other for ever.
-    return {name: int(_checksum(array)) for name, array in arrays.items()}
-
-
-@in_turn
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    # A sum modulo 2^32 does not depend on its order, hence not on the sharding. The bits are mixed first, so that
-    # two flipped sign bits do not cancel.
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x45D9F3B)
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x45D9F3B)
-    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
-
-
-def _with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {"crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode()), "content": content}
-
-
-def _read_metadata(directory: Path, step: int) -> dict[str, Any]:
-    path = directory / str(step) / "metadata" / "metadata"  # Orbax names a JSON item's file so
-    try:
-        stored = json.loads(path.read_text())
-        intact = stored == _with_checksum(stored["content"])
-    except PermissionError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"its metadata cannot be read: {_reason(error)}") from error
-    if not intact:
-        raise _DamagedError("its metadata is not what was saved")
-    content = stored["content"]
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {content['format']}, this version reads format {FORMAT}")
-    return content
-
-
-def _read(directory: Path, step: int, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Metadata and expected arrays of one checkpoint, with the same verdict on every host."""
-    with together(CheckpointError, _DamagedError):  # before the arrays, which all hosts read together
-        content = _read_metadata(directory, step)
-    _check_architecture(directory, step, content["arrays"], expected)
-    with together(CheckpointError, _DamagedError):
-        arrays = _read_arrays(directory / str(step) / "state", expected, content["arrays"])
-    return content, arrays
-
-
-def _check_architecture(
-    directory: Path, step: int, found: Mapping[str, Any], expected: Mapping[str, Any], shown: int = 4
-) -> None:
-    roots = {name.split("/")[0] for name in expected}
-    differences = []
-    vocabulary = False
-    for name in [*expected, *(name for name in found if name not in expected and name.split("/")[0] in roots)]:
-        saved = {key: value for key, value in found.get(name, {}).items() if key != "checksum"}
-        wanted = _describe(expected[name]) if name in expected else {}
-        if saved != wanted:
-            differences.append(f"{name}: {_in_words(saved)} in the checkpoint, {_in_words(wanted)} expected")
-            vocabulary |= "embed" in name and bool(saved) and bool(wanted)
-    if differences:
-        more = f"; and {len(differences) - shown} more" if len(differences) > shown else ""
-        hint = " (the tokenizer's vocabulary or the model's width differs)" if vocabulary else ""
-        raise CheckpointError(
-            f"checkpoint of step {step} in {directory} is of another architecture{hint}:"
-            f" {'; '.join(differences[:shown])}{more}"
-        )
-
-
-def _in_words(description: Mapping[str, Any]) -> str:
-    return f"{description['shape']} {description['dtype']}" if description else "absent"
-
-
-def _read_arrays(path: Path, expected: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, jax.Array]:
-    # An uncommitted array must come back uncommitted, or it cannot meet arrays on other devices; the way there is
-    # over the host.
-    shardings = {name: x.sharding if getattr(x, "committed", True) else None for name, x in expected.items()}
-    structs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in expected.items()}
-    restore_args = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if shardings[name] is None
-        else ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=struct.shape, dtype=struct.dtype)
-        for name, struct in structs.items()
-    }
-    try:
-        with _without_echoes(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays = reader.restore(
-                path, args=ocp.args.PyTreeRestore(structs, restore_args=restore_args, partial_restore=True)
-            )
-        arrays = {name: jnp.asarray(arrays[name]) for name in expected}
-        checksums = _checksums(arrays)
-    except Exception as error:
-        if _is_of_this_machine(error):
-            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
-        raise _DamagedError(f"its arrays cannot be read: {_reason(error)}") from error
-    for name, checksum in checksums.items():
-        if checksum != saved[name]["checksum"]:
-            raise _DamagedError(f"{name} is not what was saved")
-    return arrays
-
-
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
-    """Keep Orbax from printing hundreds of lines about an error that is raised here anyway."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return record.exc_info is None
-
-    def report(unraisable: Any) -> None:
-        # When one array fails, Orbax closes its event loop while others are on their way.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    before = sys.unraisablehook
-    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
-    for logger in loggers:
-        logger.addFilter(is_news)
-    sys.unraisablehook = report
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for logger in loggers:
-            logger.removeFilter(is_news)
-
-
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _is_of_this_machine(error: BaseException) -> bool:
-    """Whether reading failed for want of memory or rights, which says nothing against the checkpoint."""
-    error = _root(error)
-    codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
-    return isinstance(error, (MemoryError, PermissionError)) or any(code in str(error) for code in codes)
-
-
-def _reason(error: BaseException, limit: int = 240) -> str:
-    # TensorStore appends its whole specification in brackets; the cause is what stands last before them.
-    error = _root(error)
-    text = re.sub(r" \[[\w ]+='.*", "", " ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= limit else f"...{text[-limit:]}"

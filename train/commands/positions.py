@@ -1,100 +1,25 @@
 """Held-out loss by position in the sequence: how much a longer context helps, and where it begins to hurt.
 
 `python -m train positions --run FOLDER --sequence-length N --out lengths.json` evaluates a run at any length;
-`python -m train.report picture.png name=lengths.json ...` draws several such files into one picture.
+`python -m train report picture.png name=lengths.json ...` draws several such files into one picture.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
 from nsa_jax import RopeScaling
 from nsa_jax.rope import ScalingKind
-from nsa_jax.sharding import token_positions
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import load_model, read_config
 from train.config import TrainConfig
 from train.data.corpus import load_corpus
 from train.data.loader import held_out_batches
-from train.model.loss import LossSums, bits_per_byte
-from train.parallel.sharding import RULES
+from train.evaluate import Bucket, evaluate_positions, position_sums
 from train.step import loss_sums
-
-Loss = Callable[[Any, dict[str, Array]], LossSums]  # from parameters and a batch
-
-
-class PositionSums(NamedTuple):
-    """Sums over the tokens of each bucket of positions."""
-
-    nll: Float[Array, " buckets"]  # weighted, in nats
-    weight: Float[Array, " buckets"]
-    bytes: Float[Array, " buckets"]  # of UTF-8
-
-
-class Bucket(NamedTuple):
-    """Held-out figures of positions begin .. end - 1."""
-
-    begin: int
-    end: int
-    bits_per_byte: float
-    nats_per_token: float
-    tokens: float  # the sum of their weights
-
-
-def bucket_width(sequence_length: int, buckets: int) -> int:
-    """Positions in a bucket; the last of the buckets may have fewer."""
-    return -(-sequence_length // buckets)
-
-
-def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int, length: int) -> PositionSums:
-    """The loss of a batch by position: the number of tokens before it in its row, or in its segment where there are.
-
-    `length` positions are cut into buckets; what a mesh has padded rows with lies beyond them, without weight.
-    """
-    # The loss is linear in the weights, so that its gradient with respect to them is each token's own loss, whichever
-    # way the sum is computed and sharded.
-    nll = jax.grad(lambda weights: loss(params, batch | {"weights": weights}).nll)(batch["weights"])
-    B, T = nll.shape
-    rules = dict(RULES)
-    axes = {"batch_axes": rules["batch"], "context_axes": rules["sequence"]}
-    positions = token_positions((B, T), batch.get("segment_ids"), **axes)
-    weights = batch["weights"][..., None] * jax.nn.one_hot(positions // bucket_width(length, buckets), buckets)
-    return PositionSums(
-        nll=jnp.einsum("bt,btn->n", nll, weights),
-        weight=jnp.einsum("btn->n", weights),
-        bytes=jnp.einsum("bt,btn->n", batch["target_bytes"].astype(jnp.float32), weights),
-    )
-
-
-def evaluate_positions(
-    step: Callable[[Any, dict[str, Any]], PositionSums], params: Any, batches: Iterable[dict[str, Any]], length: int
-) -> list[Bucket]:
-    """Held-out figures by position over all batches; buckets without text are left out.
-
-    Args:
-      step: `position_sums` of a loss and a number of buckets, from parameters and a batch.
-      params: of the model.
-      batches: as `step` takes them.
-      length: tokens of a row, as given to `position_sums`.
-    """
-    totals: np.ndarray = np.zeros(())
-    for batch in batches:
-        totals = totals + np.asarray(jax.device_get(step(params, batch)), np.float64)
-    width = bucket_width(length, totals.shape[1])
-    found = []
-    for i, (nll, weight, num_bytes) in enumerate(totals.T.tolist()):
-        if num_bytes:
-            end = min((i + 1) * width, length)
-            found.append(Bucket(i * width, end, bits_per_byte(nll, num_bytes), nll / weight, weight))
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +38,7 @@ class Arguments:
     out: Path | None = None  # JSON file to write
 
 
-def report_positions(arguments: Arguments) -> None:
+def positions(arguments: Arguments) -> None:
     """Prints held-out loss by position as a table, and writes it as JSON where asked.
 
     Raises:
@@ -163,7 +88,7 @@ def report_positions(arguments: Arguments) -> None:
 
 
 def read_positions(path: Path) -> list[Bucket]:
-    """The buckets of a file that `report_positions` wrote.
+    """The buckets of a file that `positions` wrote.
 
     Raises:
       ValueError: it is no such file.

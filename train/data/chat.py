@@ -7,13 +7,14 @@ looks like a marker remains text.
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from train.config import DataConfig
-from train.data.tokenizer import Tokenizer
+if TYPE_CHECKING:  # the config reads the names of the formats, of which this is one
+    from train.config import DataConfig
+    from train.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 LEARNT = "assistant"
@@ -61,7 +62,7 @@ def from_document(document: bytes) -> list[Message]:
 
 
 def encode(
-    messages: Sequence[Message], tokenizer: Tokenizer, config: DataConfig
+    messages: Sequence[Message], tokenizer: "Tokenizer", config: "DataConfig"
 ) -> tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
     """Token ids of a conversation, and which of them are learnt: the assistant's content and the end of its turn."""
     parts = []
@@ -74,11 +75,11 @@ def encode(
     return ids, np.repeat([learnt for _, learnt in parts], [len(part) for part, _ in parts])
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
+def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", config: "DataConfig") -> list[int]:
     """What a model that was trained on conversations continues with its answer, the beginning of text included."""
     ids, _ = encode(messages, tokenizer, config)
     return np.concatenate([[tokenizer.bos_id], ids, *_header(LEARNT, tokenizer, config)]).tolist()
 
 
-def _header(role: str, tokenizer: Tokenizer, config: DataConfig) -> list[np.ndarray]:
+def _header(role: str, tokenizer: "Tokenizer", config: "DataConfig") -> list[np.ndarray]:
     return [tokenizer.encode_marker(config.chat_start), tokenizer.encode(f"{role}\n")]

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax import FullAttention, NSAttention, save_attention
+from nsa_jax import save_attention
 from nsa_jax.cache import Cache
 from nsa_jax.sharding import take_rows
 from train.config import ModelConfig, MoEConfig
+from train.model.attention.kind import make_attention
 from train.model.moe import COLLECTION, MoE
-from train.parallel.sharding import RULES, activation, logical, weight
+from train.parallel.sharding import activation, logical, weight
 
 # Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -129,33 +130,6 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
     """
     attention = make_attention(config)
     return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for _ in range(config.num_layers))
-
-
-def make_attention(config: ModelConfig, name: str | None = None) -> Any:
-    """The attention layer that `config.attention` names; nothing else in the model depends on it."""
-    mesh_axes = dict(RULES)
-    heads: dict[str, Any] = {
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "v_head_dim": config.v_head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "dtype": jnp.dtype(config.dtype),
-        "batch_axes": mesh_axes["batch"],
-        "head_axes": mesh_axes["kv_heads"],
-        "context_axes": mesh_axes["sequence"],
-        "name": name,
-    }
-    if config.attention == "nsa":
-        return NSAttention(
-            **heads,
-            config=config.nsa,
-            compression=config.compression,
-            share_kv=config.share_kv,
-            implementation=config.implementation,
-        )
-    return FullAttention(**heads, window=config.nsa.window if config.attention == "window" else None)
 
 
 class Transformer(nn.Module):

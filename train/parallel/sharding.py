@@ -14,6 +14,7 @@ from jaxtyping import DTypeLike
 from nsa_jax.context import to_zigzag
 from nsa_jax.sharding import free_split, place
 from train.config import MeshConfig, TrainConfig
+from train.model.attention import attention_kind
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -61,7 +62,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> None:
-    """Raises ValueError where a mesh axis does not divide what is split along it."""
+    """Raises ValueError where a mesh axis does not divide what is split along it, or the attention refuses the mesh."""
     sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
     tensor, moe = sizes["tensor"], config.model.moe
     rows = config.data.batch_size // config.optimizer.accumulate
@@ -86,14 +87,7 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
-    nsa, length, context = config.model.nsa, config.data.sequence_length, sizes["context"]
-    chunk = padded_length(length, context, nsa.compress_stride) // (2 * context)
-    needed = nsa.compress_block - nsa.compress_stride
-    if context > 1 and config.model.attention == "nsa" and chunk < needed:
-        raise ValueError(
-            f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} "
-            f"tokens are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
-        )
+    attention_kind(config.model.attention).check(config, sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

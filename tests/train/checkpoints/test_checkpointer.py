@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from train import checkpoint
-from train.checkpoints.checkpointer import SCORE, Checkpointer, CheckpointError
+from train.checkpoints.checkpointer import Checkpointer
+from train.checkpoints.errors import CheckpointError
+from train.checkpoints.storage import SCORE
 from train.config import CheckpointConfig
 
 # When TensorStore fails on one array, Orbax closes its event loop while other arrays are still on their way.

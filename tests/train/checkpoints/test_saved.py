@@ -12,7 +12,8 @@ from nsa_jax import NSAConfig, RopeScaling
 from train.checkpoints.saved import load_model, starting_parameters
 from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from train.config import check as check_config
-from train.loop import prepare, run
+from train.loop import run
+from train.prepare import prepare
 
 
 @pytest.fixture(scope="module")

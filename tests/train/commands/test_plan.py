@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from train.__main__ import WRONG_SETTING, main
+from train.__main__ import main
 from train.commands import plan
-from train.commands.plan import lower_for_gpus
+from train.commands.exit_codes import WRONG_SETTING
 from train.config import MeshConfig
+from train.parallel.lowering import lower_for_gpus
 from train.presets import PRESETS
 
 

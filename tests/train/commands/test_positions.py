@@ -13,8 +13,9 @@ from helpers.saved_run import save_untrained
 
 from nsa_jax import NSAConfig, RopeScaling
 from train.__main__ import main
-from train.commands.positions import Arguments, _scaling, evaluate_positions, position_sums
+from train.commands.positions import Arguments, _scaling
 from train.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.evaluate import evaluate_positions, position_sums
 from train.model.loss import cross_entropy
 from train.model.transformer import Transformer, logits
 from train.parallel.sharding import make_mesh, on_mesh, put_batch

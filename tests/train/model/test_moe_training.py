@@ -14,6 +14,7 @@ from rich.console import Console as RichConsole
 
 from nsa_jax import NSAConfig
 from nsa_jax.testing import assert_trees_close
+from train.commands.generate import Arguments, generate
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,15 +25,17 @@ from train.config import (
     TrainConfig,
 )
 from train.console import Console
-from train.generation.generator import Arguments, continue_prompt, in_compute_dtype
+from train.generation.generator import in_compute_dtype
 from train.generation.sampling import Sampling
-from train.loop import _introduce, prepare, run
-from train.metrics import active_parameters, read_metrics, total_parameters, train_flops_per_token
+from train.loop import _introduce, run
+from train.metrics import read_metrics
+from train.model.flops import active_parameters, total_parameters, train_flops_per_token
 from train.model.loss import cross_entropy
 from train.model.moe import auxiliary_loss
 from train.model.transformer import Transformer, extend, init_caches, output_kernel
 from train.optimizer import decays, make_optimizer
 from train.parallel.sharding import make_mesh, on_mesh, put_batch, tree_shardings
+from train.prepare import prepare
 from train.presets import paper_27b
 from train.step import make_init, make_train_step
 
@@ -204,7 +207,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
     for x, y in zip(jax.tree.leaves(again.state), jax.tree.leaves(result.state), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
-    continue_prompt(Arguments(config.run_dir, "ab", sampling=Sampling(max_tokens=4)))
+    generate(Arguments(config.run_dir, "ab", sampling=Sampling(max_tokens=4)))
     assert capsys.readouterr().out.startswith("ab")
 
 

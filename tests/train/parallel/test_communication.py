@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from nsa_jax import NSAConfig
-from train.commands.plan import compile_here
 from train.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from train.parallel.communication import Collective, collectives, overlap, predicted_bytes, received_bytes
+from train.parallel.communication import Collective, collectives, overlap, received_bytes
+from train.parallel.lowering import compile_here
 from train.parallel.sharding import make_mesh
+from train.parallel.traffic import predicted_bytes
 
 VOCABULARY = 50
 CONFIG = TrainConfig(

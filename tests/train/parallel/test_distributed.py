@@ -20,14 +20,16 @@ from helpers import train_runs
 from helpers.train_runs import arguments, has_reached, latest_step, losses, metrics_file
 
 import train.parallel.distributed
-from train.__main__ import parse
-from train.checkpoints.checkpointer import Checkpointer, _checksum, _flatten, _read_metadata
+from train.checkpoints.checkpointer import Checkpointer
+from train.checkpoints.storage import checksum, flatten, read_metadata
 from train.config import DistributedConfig
 from train.data.loader import train_batches
-from train.loop import prepare, run
+from train.loop import run
 from train.metrics import read_metrics
 from train.parallel.distributed import start
 from train.parallel.sharding import MESH_AXES, data_shards
+from train.prepare import prepare
+from train.presets import parse
 
 pytestmark = pytest.mark.xdist_group("distributed")  # the runs that these tests share are made once
 
@@ -264,12 +266,12 @@ def test_one_process_goes_on_with_what_two_saved(workspace, stopped, uninterrupt
     saved = latest_step(run_dir)
     config = in_this_process(workspace, run_dir, steps=STEPS)
     prepared = prepare(config)
-    content = _read_metadata(run_dir / "checkpoints", saved)
+    content = read_metadata(run_dir / "checkpoints", saved)
     with Checkpointer(run_dir / "checkpoints", config.checkpoint) as checkpointer:
         step, state = checkpointer.restore_latest(prepared.abstract_state, prepared.train_batches)
     assert step == saved == int(state.step)
-    for name, array in _flatten(state).items():
-        assert int(_checksum(array)) == content["arrays"][name]["checksum"], name
+    for name, array in flatten(state).items():
+        assert int(checksum(array)) == content["arrays"][name]["checksum"], name
     assert len(content["data"]) == 2
     caplog.clear()
     run(prepare(config), plain=True)

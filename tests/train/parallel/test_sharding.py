@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import train.model.transformer
+import train.model.attention.kind
 from nsa_jax import NSAConfig, num_compressed
-from train.commands.plan import compile_here
 from train.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from train.parallel.lowering import compile_here
 from train.parallel.sharding import check_divisible, make_mesh, mesh_shape, tree_shardings
 
 
@@ -80,5 +80,5 @@ def gathered_heads(T):
 @pytest.mark.exhaustive
 def test_a_train_step_moves_parameters_but_no_heads(monkeypatch):
     assert gathered_heads(T=80) == []
-    monkeypatch.setattr(train.model.transformer, "RULES", (("batch", ()), ("kv_heads", ()), ("sequence", ())))
+    monkeypatch.setattr(train.model.attention.kind, "RULES", (("batch", ()), ("kv_heads", ()), ("sequence", ())))
     assert gathered_heads(T=80)  # what the partitioner does by itself

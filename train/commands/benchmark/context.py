@@ -1,4 +1,4 @@
-"""One layer's attention with its tokens split over devices: `python -m train.benchmark_context`.
+"""One layer's attention with its tokens split over devices: `python -m train benchmark context`.
 
 Prints and writes milliseconds of forward, and of forward and backward, of `nsa_jax.nsa_attention` under context
 parallelism, batch 1, random queries, keys, values and gates, and the compiler's count of memory on a device.
@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nsa_jax import BranchKV, NSAConfig, nsa_attention, num_compressed
 from nsa_jax.context import received_bytes
 from nsa_jax.sharding import sharded
 from pallas_kernels.benchmarks.timing import memory_gib, time_call
-from train.commands.benchmark.speed import write_figures
+from train.commands.benchmark.figures import write_figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def measure(arguments: Arguments, T: int, devices: int) -> dict[str, Any]:
     return row
 
 
-def main(arguments: Arguments) -> None:
+def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes; what does not fit a device's memory is written as an error."""
     rows: list[dict[str, Any]] = []
     for T in arguments.lengths:
@@ -85,7 +84,3 @@ def main(arguments: Arguments) -> None:
                 rows.append({"T": T, "devices": devices, "error": str(error)[:300]})
             print(rows[-1], flush=True)
             write_figures(arguments, rows)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Arguments))

@@ -1,4 +1,4 @@
-"""Decoding speed of a whole model, NSA and full attention side by side: `python -m train.benchmark_decoding`.
+"""Decoding speed of a whole model, NSA and full attention side by side: `python -m train benchmark decoding`.
 
 Prints and writes tokens per second of the sampling step of a preset's model, with caches that are full of random keys
 and values to a few tokens below the context, random parameters, and the memory of the caches.
@@ -14,14 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 
 from nsa_jax import cache_bytes
-from train.commands.benchmark.speed import ATTENTIONS, VOCABULARY, chosen_preset, write_figures
+from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
 from train.config import ModelConfig
 from train.generation.generator import advance, in_compute_dtype
 from train.generation.sampling import Draw
 from train.model.transformer import Transformer, init_caches
+from train.presets import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,9 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
     }
 
 
-def main(arguments: Arguments) -> None:
+def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes."""
-    config = chosen_preset(arguments.preset).model
+    config = named(arguments.preset).model
     rows: list[dict[str, Any]] = []
     for attention in ATTENTIONS:
         for batch in arguments.batches:
@@ -91,7 +91,3 @@ def main(arguments: Arguments) -> None:
             rows.append(measure(model, batch, arguments.context, arguments.steps))
             print(rows[-1], flush=True)
             write_figures(arguments, rows)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Arguments))

@@ -1,11 +1,10 @@
-"""Training speed against length and devices, NSA and full attention side by side: `python -m train.benchmark`.
+"""Training speed against length and devices, NSA and full attention side by side: `python -m train benchmark speed`.
 
 Prints a table and writes JSON: tokens per second, model FLOP utilisation, the compiler's count of memory and what a
 device receives from others, of the whole update of a preset's model, on random tokens and from random parameters.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import tempfile
@@ -13,28 +12,27 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from train.commands.plan import abstract_step
-from train.config import MeshConfig, Remat, TrainConfig
-from train.metrics import peak_flops, total_parameters, train_flops_per_token
+from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
+from train.config import Attention, MeshConfig, Remat, TrainConfig
+from train.model.flops import peak_flops, total_parameters, train_flops_per_token
 from train.model.transformer import Transformer, padded_vocabulary
 from train.optimizer import make_optimizer
-from train.parallel.communication import collectives, overlap, predicted_bytes, received_bytes
+from train.parallel.communication import collectives, overlap, received_bytes
+from train.parallel.lowering import abstract_step
 from train.parallel.sharding import MESH_AXES, check_divisible, make_mesh, tree_shardings
-from train.presets import PRESETS
+from train.parallel.traffic import predicted_bytes
+from train.presets import named
 from train.step import TrainState, make_init
 
-VOCABULARY = 258  # of the byte tokenizer
-ATTENTIONS: tuple[Literal["nsa", "full"], ...] = ("nsa", "full")
 TRACED = 2  # steps of a trace
 
 
@@ -43,7 +41,7 @@ class Arguments:
     """What to measure."""
 
     preset: str = "h100-350m"  # its model and optimiser
-    attentions: tuple[Literal["nsa", "full"], ...] = ATTENTIONS  # of the model
+    attentions: tuple[Attention, ...] = ATTENTIONS  # of the model
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)  # T
     meshes: tuple[str, ...] = ("data=1",)  # sizes of mesh axes, as in "fsdp=2,context=4", on the first of the devices
     tokens_per_device: int = 65536  # of a step; rows are as many as make up this
@@ -87,48 +85,67 @@ def measure(
     configs = [_at_length(config, T, tokens // T) for T in lengths]
     for each in configs:
         check_divisible(each, padded_vocabulary(VOCABULARY), count)
-    mesh, peak = make_mesh(config.mesh, jax.devices()[:count]), peak_flops(jax.devices()[0].device_kind)
+    mesh = make_mesh(config.mesh, jax.devices()[:count])
     planned = [abstract_step(each, VOCABULARY, mesh) for each in configs]
     state = _initial_state(config, mesh)
     with jax.set_mesh(mesh):
         lowered = [each.update.lower(each.state, each.batch) for each in planned]
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda each: each.compile(), lowered))
-    rows = []
+    rows, parameters = [], total_parameters(state.params)
     for each, plan, step in zip(configs, planned, compiled, strict=True):
         batch = _random_batch(plan.batch)
         state, seconds, loss = _time(step, state, batch, 2 + steps)
-        T = each.data.sequence_length
-        speeds = sorted(tokens / s for s in seconds[2:])
-        speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, VOCABULARY)
-        memory: Any = step.memory_analysis()
-        row = {
-            "attention": config.model.attention,
-            "length": T,
-            "rows": tokens // T,
-            "remat": config.model.remat,
-            "mesh": {axis: size for axis, size in sizes.items() if size > 1},
-            "devices": count,
-            "parameters": total_parameters(state.params),
-            "tokens_per_second": speed,
-            "lowest": speeds[0],
-            "highest": speeds[-1],
-            "model_flop_utilisation": speed * flops / (count * peak) if peak else None,
-            "memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
-            "loss": loss,
-        }
-        if count > 1:
-            row["received_bytes"] = received_bytes(collectives(step.as_text()))
-            row["predicted_bytes"] = predicted_bytes(each, VOCABULARY, sizes)
+        speeds = [tokens / s for s in seconds[2:]]
+        row = _row(each, sizes, step, speeds, parameters=parameters, loss=loss)
         if trace:
-            with tempfile.TemporaryDirectory() as folder:
-                with jax.profiler.trace(folder):
-                    state, *_ = _time(step, state, batch, TRACED)
-                (trace_file,) = Path(folder).rglob("*.xplane.pb")
-                found = overlap(jax.profiler.ProfileData.from_file(str(trace_file)))
-            row["seconds_of_a_step"] = {name: seconds / TRACED for name, seconds in found.items()}
+            state, row["seconds_of_a_step"] = _overlap(step, state, batch)
         rows.append(row)
     return rows
+
+
+def _row(
+    config: TrainConfig,
+    sizes: dict[str, int],
+    step: jax.stages.Compiled,
+    speeds: list[float],
+    *,
+    parameters: int,
+    loss: float,
+) -> dict[str, Any]:
+    """Figures of a compiled step that ran at these speeds, in tokens per second of all devices."""
+    T, count = config.data.sequence_length, math.prod(sizes.values())
+    speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, VOCABULARY)
+    memory, peak = cast(Any, step.memory_analysis()), peak_flops(jax.devices()[0].device_kind)
+    row = {
+        "attention": config.model.attention,
+        "length": T,
+        "rows": config.data.batch_size,
+        "remat": config.model.remat,
+        "mesh": {axis: size for axis, size in sizes.items() if size > 1},
+        "devices": count,
+        "parameters": parameters,
+        "tokens_per_second": speed,
+        "lowest": min(speeds),
+        "highest": max(speeds),
+        "model_flop_utilisation": speed * flops / (count * peak) if peak else None,
+        "memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "loss": loss,
+    }
+    if count > 1:
+        row["received_bytes"] = received_bytes(collectives(step.as_text() or ""))
+        row["predicted_bytes"] = predicted_bytes(config, VOCABULARY, sizes)
+    return row
+
+
+def _overlap(step: Any, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, float]]:
+    """The state after some traced steps, and the seconds of one of them in which devices communicate and compute."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            state, *_ = _time(step, state, batch, TRACED)
+        (trace_file,) = Path(folder).rglob("*.xplane.pb")
+        found = overlap(jax.profiler.ProfileData.from_file(str(trace_file)))
+    return state, {name: seconds / TRACED for name, seconds in found.items()}
 
 
 def _at_length(config: TrainConfig, T: int, rows: int) -> TrainConfig:
@@ -165,23 +182,9 @@ def _time(
     return state, seconds, loss
 
 
-def chosen_preset(name: str) -> TrainConfig:
-    """The preset of a command line; ends the program where there is none of this name."""
-    if name not in PRESETS:
-        raise SystemExit(f"error: preset = {name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
-
-
-def write_figures(arguments: Any, rows: list[dict[str, Any]]) -> None:
-    """Writes what was measured so far to `arguments.out`, with the device and the arguments themselves."""
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    result = {**device, **dataclasses.asdict(arguments), "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1, default=str))
-
-
-def main(arguments: Arguments) -> None:
+def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes."""
-    preset = chosen_preset(arguments.preset)
+    preset = named(arguments.preset)
     rows: list[dict[str, Any]] = []
     for attention in arguments.attentions:
         for mesh in arguments.meshes:
@@ -222,7 +225,3 @@ def _hidden(row: dict[str, Any]) -> str:
         return ""
     seconds = row["seconds_of_a_step"]
     return f"{1e3 * seconds['hidden_s']:.1f} of {1e3 * seconds['communication_s']:.1f}"
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Arguments))
