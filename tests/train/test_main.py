@@ -1,62 +1,54 @@
+"""The command line: which command runs, and how it ends."""
+
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 from helpers import train_runs
 
-from nsa_jax import RopeScaling
 from train.__main__ import main
-from train.config import TrainConfig, from_json
-from train.presets import PRESETS, parse, tiny
+from train.commands import COMMANDS
+from train.config import from_json
+from train.presets import tiny
 
 
-def field_names(kind: type, prefix: str = ""):
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            yield from field_names(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
+def test_help_lists_every_command_without_importing_jax():
+    program = (
+        "import sys; from train.__main__ import main; code = main(['--help']); "
+        "assert not {'jax', 'flax', 'orbax', 'grain'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=train_runs.ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", done.stdout, flags=re.M), name
 
 
-def test_help_lists_every_preset_and_every_field_with_its_comment(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_takes(capsys, name):
     with pytest.raises(SystemExit) as exit_:
-        parse(["--help"])
+        main([*name.split(), "--help"])
     assert exit_.value.code == 0
-    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    for name in PRESETS:
-        assert name in text
-    names = list(field_names(TrainConfig))
-    assert "model.nsa.window" in names
-    for name in names:
-        assert re.search(rf"--{re.escape(name.replace('_', '-'))}\b", text), name
-    for comment in (
-        "rows per optimiser step over all hosts",  # beside the field
-        "The one flag that comparisons change",  # above the field
-        "tokens that one compressed token stands for",  # of the library's config
-        "steps between checkpoints",
-    ):
-        assert comment.lower() in text.lower(), comment
+    assert "usage: python -m train" in capsys.readouterr().out
 
 
-def test_a_preset_is_changed_by_its_flags_and_nothing_else():
-    assert parse(["tiny"]) == tiny()
-    experts = dataclasses.replace(
-        tiny().model, moe=dataclasses.replace(tiny().model.moe, num_routed=6, score="sigmoid")
-    )
-    flags = ["--model.moe.num-routed", "6", "--model.moe.score", "sigmoid"]
-    assert parse(["tiny", *flags]) == dataclasses.replace(tiny(), model=experts)
-    expected = dataclasses.replace(
-        tiny(), steps=7, model=dataclasses.replace(tiny().model, attention="full", num_layers=3)
-    )
-    assert parse(["tiny", "--steps", "7", "--attention", "full", "--model.num-layers", "3"]) == expected
-    assert parse(["tiny", "--steps", "7", "--model.attention", "full", "--model.num_layers", "3"]) == expected
+def test_train_is_the_command_where_none_is_named(capsys, tmp_path):
+    arguments = ["tiny", "--run-dir", str(tmp_path / "run"), "--data.path", "absent"]
+    assert main(arguments) == 2
+    without = capsys.readouterr()
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr() == without
 
 
-def test_every_field_of_the_rope_scaling_is_set_by_a_flag():
-    flags = {"kind": "yarn", "factor": "4", "original-length": "1024", "beta-fast": "16", "beta-slow": "2"}
-    arguments = [part for name, value in flags.items() for part in (f"--model.rope-scaling.{name}", value)]
-    assert parse(["tiny", *arguments]).model.rope_scaling == RopeScaling("yarn", 4, 1024, 16, 2)
+def test_an_incomplete_command_is_answered_with_those_that_begin_so(capsys):
+    assert main(["benchmark"]) == main(["benchmark", "nothing"]) == 2
+    assert main(["benchmark", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "benchmark decoding" in out
+    assert "positions" not in out
 
 
 @pytest.mark.parametrize(
@@ -108,19 +100,3 @@ def test_the_merged_config_is_printed(capsys, tmp_path):
     assert printed == dataclasses.replace(
         tiny(), seed=5, run_dir=tmp_path / "run", data=dataclasses.replace(tiny().data, path="absent")
     )
-
-
-def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
-    run = ["tiny", "--run-dir", str(tmp_path / "run"), "--steps", "1", "--eval-batches", "1", "--sample-tokens", "0"]
-    train_runs.write_corpus(tmp_path / "corpus")
-    small = ["--data.path", str(tmp_path / "corpus"), "--data.sequence-length", "64", "--data.batch-size", "8"]
-    assert main([*run, *small, "--optimizer.warmup-steps", "0", "--model.num-layers", "1"]) == 0
-    capsys.readouterr()
-    command = ["generate", "--run", str(tmp_path / "run"), "--prompt", "def ", "--max-tokens", "4", "--num-samples=2"]
-    assert main(command) == 0
-    lines = capsys.readouterr().out
-    assert lines.count("def ") >= 2
-    assert main(["generate", "--run", str(tmp_path / "none")]) == 2
-    assert "expected the folder of a run" in capsys.readouterr().err
-    assert main([*command, "--top-p", "3"]) == 2
-    assert "top_p = 3.0" in capsys.readouterr().err

@@ -15,7 +15,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from nsa_jax import NSAConfig
 from nsa_jax.testing import assert_trees_close
-from train import loop
 from train.__main__ import main
 from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from train.config import check as check_config
@@ -23,9 +22,11 @@ from train.data.chat import Message, encode, encode_prompt, from_document, to_do
 from train.data.corpus import load_corpus
 from train.data.loader import held_out_batches, train_batches
 from train.data.tokenizer import ByteTokenizer, load_tokenizer
+from train.loop import run
 from train.metrics import read_metrics
 from train.model.loss import cross_entropy
 from train.model.transformer import Transformer
+from train.prepare import prepare
 from train.step import loss_sums
 
 BYTE = ByteTokenizer()
@@ -156,8 +157,8 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_conversations_one_by_o
     assert batch["segment_ids"].max() >= 2  # two conversations and more share a row
     model = Transformer(MODEL, BYTE.vocab_size)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, ALIGN), jnp.int32)))["params"]
-    run = jax.jit(jax.value_and_grad(lambda params, batch: loss_sums(model, params, batch).nll))
-    packed = run(params, batch)
+    loss_and_gradient = jax.jit(jax.value_and_grad(lambda params, batch: loss_sums(model, params, batch).nll))
+    packed = loss_and_gradient(params, batch)
     alone = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     for row in range(len(batch["tokens"])):
         for segment in np.unique(batch["segment_ids"][row]):
@@ -165,7 +166,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_conversations_one_by_o
             one = {name: np.zeros_like(value) for name, value in batch.items()}  # weight 0, and one segment
             for name in ("tokens", "targets", "weights", "target_bytes"):
                 one[name][0, : inside.sum()] = batch[name][row, inside]
-            alone = jax.tree.map(jnp.add, alone, run(params, one))
+            alone = jax.tree.map(jnp.add, alone, loss_and_gradient(params, one))
     assert batch["weights"].sum() > 0
     assert_trees_close(packed, alone, 1e-5)
 
@@ -207,7 +208,7 @@ def test_fine_tuning_from_a_run_lowers_the_loss_of_answers_and_resumes_exactly(t
     path = write(tmp_path / "chat.jsonl", questions(300))
     data = dataclasses.replace(base.data, path=path, **SHORT | {"batch_size": 8})
     tuned = dataclasses.replace(base, data=data, init_from=base.run_dir, run_dir=tmp_path / "tuned")
-    whole = loop.run(loop.prepare(tuned), plain=True)
+    whole = run(prepare(tuned), plain=True)
     losses = [entry["loss"] for entry in read_metrics(tuned.run_dir / "metrics.jsonl")]
     assert losses[0] > 5
     assert whole.held_out["held_out_loss"] < losses[0] / 2
@@ -217,7 +218,7 @@ def test_fine_tuning_from_a_run_lowers_the_loss_of_answers_and_resumes_exactly(t
     shutil.copytree(tuned.run_dir, parted.run_dir)
     shutil.rmtree(parted.run_dir / "checkpoints" / "30")
     shutil.rmtree(base.run_dir)
-    again = loop.run(loop.prepare(parted), plain=True)
+    again = run(prepare(parted), plain=True)
     assert "resuming after step 15" in capsys.readouterr().out
     for x, y in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

@@ -2,15 +2,18 @@
 
 import json
 import sys
+import typing
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from helpers.corpora import ALIGN, BYTE, assert_same, config, contents, write_texts
 from pyarrow import parquet
 
-from train.config import DataConfig
+from train.config import DataConfig, DataFormat
 from train.data.corpus import load_corpus
+from train.data.formats import FORMATS, Format, TextFile, encode_text
 from train.data.loader import train_batches
 
 
@@ -88,3 +91,37 @@ def test_every_format_gives_the_same_batches(tmp_path):
     for other in found[1:]:
         for left, right in zip(found[0], other, strict=True):
             assert_same(left, right)
+
+
+def test_a_new_format_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    """Files of Windows-1252, whose documents are learnt from the second half on."""
+
+    class Western(TextFile):
+        def scan(self):
+            yield 0, self.read(0)
+
+        def read(self, position):
+            return Path(self.path).read_bytes().decode("cp1252").encode()
+
+    def encode_second_half(document, tokenizer, config):
+        ids = tokenizer.encode(document)
+        return ids, np.arange(len(ids)) >= len(ids) // 2
+
+    monkeypatch.setitem(FORMATS, "western", Format(lambda path, config: Western(path), encode=encode_second_half))
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_bytes(f"{i:04}é".encode("cp1252"))
+    settings = config(path=str(tmp_path), format="western")
+    corpus = load_corpus(settings)
+    assert "0007é".encode() in contents(corpus.train) + contents(corpus.held_out)
+    batches = list(train_batches(corpus, BYTE, settings, align=ALIGN, num_epochs=1))
+    learnt = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+    assert len(learnt) == len(corpus.train) * 4  # the second three bytes of six, and the end of the document
+    assert np.sum(learnt == "é".encode()[1]) == len(corpus.train)
+
+
+def test_the_command_line_offers_every_format():
+    assert typing.get_args(DataFormat) == ("auto", *FORMATS)
+
+
+def test_a_format_that_endings_choose_holds_plain_text():
+    assert all(found.encode is encode_text and found.learns_end for found in FORMATS.values() if found.endings)

@@ -1,12 +1,12 @@
-"""The benchmarks of training and of decoding on a model small enough for a CPU."""
+"""The benchmark of training on a model small enough for a CPU."""
 
 import dataclasses
 import json
 
 import pytest
 
-from train.commands.benchmark import decoding as benchmark_decoding
-from train.commands.benchmark import speed as benchmark
+from train.__main__ import main
+from train.commands.benchmark import speed
 from train.config import MeshConfig
 from train.presets import PRESETS
 
@@ -23,7 +23,7 @@ def small(monkeypatch):
 @pytest.mark.exhaustive
 def test_writes_a_row_for_each_attention_and_length(tmp_path, small):
     out = tmp_path / "speed.json"
-    benchmark.main(benchmark.Arguments(preset=small, lengths=(64, 128), tokens_per_device=128, steps=1, out=out))
+    speed.benchmark(speed.Arguments(preset=small, lengths=(64, 128), tokens_per_device=128, steps=1, out=out))
     rows = json.loads(out.read_text())["rows"]
     assert [(r["attention"], r["length"], r["rows"]) for r in rows] == [
         ("nsa", 64, 2),
@@ -41,46 +41,36 @@ def test_writes_a_row_for_each_attention_and_length(tmp_path, small):
 def test_a_length_that_does_not_divide_the_step_is_refused():
     config = dataclasses.replace(PRESETS["tiny"](), mesh=MeshConfig(data=1))
     with pytest.raises(ValueError, match="lengths: 100: expected a divisor of 128, the tokens of a step"):
-        benchmark.measure(config, (100,), 128, 1)
+        speed.measure(config, (100,), 128, 1)
 
 
-def test_an_unknown_preset_is_refused():
-    with pytest.raises(SystemExit, match="preset = 'nothing': expected one of"):
-        benchmark.main(benchmark.Arguments(preset="nothing"))
+@pytest.mark.parametrize("kind", ["speed", "decoding"])
+def test_an_unknown_preset_is_refused(capsys, kind):
+    assert main(["benchmark", kind, "--preset", "nothing"]) == 2
+    assert "preset = 'nothing': expected one of" in capsys.readouterr().err
 
 
 def test_a_mesh_is_told_by_its_axes():
-    assert benchmark.parse_mesh("fsdp=2,context=4") == MeshConfig(data=1, fsdp=2, context=4)
+    assert speed.parse_mesh("fsdp=2,context=4") == MeshConfig(data=1, fsdp=2, context=4)
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=2;context=2", ""])
 def test_what_is_no_mesh_is_refused(text):
     with pytest.raises(ValueError, match="expected AXIS=SIZE"):
-        benchmark.parse_mesh(text)
+        speed.parse_mesh(text)
 
 
 def test_more_devices_than_there_are_are_refused():
-    config = dataclasses.replace(PRESETS["tiny"](), mesh=benchmark.parse_mesh("fsdp=64"))
+    config = dataclasses.replace(PRESETS["tiny"](), mesh=speed.parse_mesh("fsdp=64"))
     with pytest.raises(ValueError, match="expected at most 8 devices"):
-        benchmark.measure(config, (64,), 64, 1)
+        speed.measure(config, (64,), 64, 1)
 
 
 @pytest.mark.exhaustive
 def test_what_devices_receive_is_counted_and_predicted():
     tiny = PRESETS["tiny"]()
     small = dataclasses.replace(tiny.model, num_layers=1, attention="full", dtype="float32")
-    config = dataclasses.replace(tiny, model=small, mesh=benchmark.parse_mesh("fsdp=2"))
-    (row,) = benchmark.measure(config, (64,), 64, 1)
+    config = dataclasses.replace(tiny, model=small, mesh=speed.parse_mesh("fsdp=2"))
+    (row,) = speed.measure(config, (64,), 64, 1)
     assert (row["rows"], row["devices"], row["mesh"]) == (2, 2, {"fsdp": 2})
     assert sum(row["received_bytes"].values()) == pytest.approx(sum(row["predicted_bytes"].values()), rel=0.05)
-
-
-@pytest.mark.exhaustive
-def test_decoding_writes_a_row_for_each_attention_and_batch(tmp_path, small):
-    out = tmp_path / "speed.json"
-    benchmark_decoding.main(benchmark_decoding.Arguments(preset=small, context=128, batches=(1, 2), steps=2, out=out))
-    rows = json.loads(out.read_text())["rows"]
-    assert [(r["attention"], r["batch"]) for r in rows] == [("nsa", 1), ("nsa", 2), ("full", 1), ("full", 2)]
-    for row in rows:
-        assert 0 < row["lowest"] <= row["tokens_per_second"] <= row["highest"]
-    assert rows[1]["cache_gib"] == pytest.approx(2 * rows[0]["cache_gib"], rel=0.01)

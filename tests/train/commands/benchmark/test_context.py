@@ -4,16 +4,14 @@ import json
 
 import pytest
 
-from train.commands.benchmark import context as benchmark_context
+from train.commands.benchmark import context
 
 
 @pytest.mark.exhaustive
 def test_writes_a_row_for_each_length_and_number_of_devices(tmp_path):
     out = tmp_path / "speed.json"
-    benchmark_context.main(
-        benchmark_context.Arguments(
-            lengths=(256,), devices=(1, 2, 64), num_heads=2, num_kv_heads=1, head_dim=16, out=out
-        )
+    context.benchmark(
+        context.Arguments(lengths=(256,), devices=(1, 2, 64), num_heads=2, num_kv_heads=1, head_dim=16, out=out)
     )
     rows = json.loads(out.read_text())["rows"]
     assert [(row["T"], row["devices"]) for row in rows] == [(256, 1), (256, 2)]  # there are no 64
