@@ -1,7 +1,6 @@
 """The oracle: every op from its equation, with plain masks, in float32 or float64. Memory is quadratic in T.
 
-Every implementation module (this one, `xla`, `triton`, `mosaic`) has the same five functions with the same arguments:
-`starts` is int32 [B, Tq] (see `nsa_jax.visibility`) or None without segments, `query_offset` an int or int32 scalar.
+The functions are those of a backend (see `nsa_jax.backends`). Their contracts are in `pallas_kernels.<op>.contract`.
 """
 
 from typing import Any
@@ -51,22 +50,22 @@ def block_importance(q, k, lse, starts, query_offset, *, config: NSAConfig, scal
 
 
 def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to the tokens of the selected blocks up to the query's own: o [B, T, H, Dv]."""
+    """Attention to the tokens of the selected blocks up to the query's own: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
     key = jnp.arange(k.shape[1], dtype=jnp.int32)
     visible = _causal(positions, starts, key)[:, None]
     chosen = jnp.any(block_indices[..., None] == (key // config.select_block)[None, None, None, None, :], axis=3)
-    return masked_attention(q, k, v, visible & chosen, scale)[0]
+    return masked_attention(q, k, v, visible & chosen, scale)
 
 
 def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
+    """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
     key = jnp.arange(k.shape[1], dtype=jnp.int32)
     near = key[None, :] > positions[:, None] - config.window
-    return masked_attention(q, k, v, (_causal(positions, starts, key) & near[None])[:, None], scale)[0]
+    return masked_attention(q, k, v, (_causal(positions, starts, key) & near[None])[:, None], scale)
 
 
 def decode_attention(
@@ -85,8 +84,8 @@ def decode_attention(
         sizes: dict[str, Any] = {"config": config, "scale": scale}
         o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
         indices = select_blocks(q[None], k, lse, None, offset, **sizes)
-        o_slc = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
-        o_win = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
+        o_slc, _ = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
+        o_win, _ = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)

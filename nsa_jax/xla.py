@@ -56,9 +56,9 @@ def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: 
 
 
 def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to the tokens of the selected blocks up to the query's own: o [B, T, H, Dv]."""
+    """Attention to the tokens of the selected blocks up to the query's own: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
-    n, length = config.num_selected, config.select_block
+    n, length = block_indices.shape[3], config.select_block
     blocks = num_blocks(k.shape[1], config)
     tail = blocks * length - k.shape[1]
     k, v = (jnp.pad(_accumulable(x), ((0, 0), (0, tail), (0, 0), (0, 0))) for x in (k, v))
@@ -75,15 +75,17 @@ def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: 
         visible = (key <= positions[None, None, :, None, None]) & (key >= starts[:, None, :, None, None])
         visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
         rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
-        o = _attend(rows, keys, values, visible, scale)[0].reshape(B, K, C, H // K, -1)
-        return jnp.moveaxis(o, 1, 2).reshape(B, C, H, -1)
+        o, lse = _attend(rows, keys, values, visible, scale)
+        o, lse = (jnp.moveaxis(x.reshape(B, K, C, H // K, -1), 1, 2).reshape(B, C, H, -1) for x in (o, lse))
+        return o, lse[..., 0]
 
     elements = k.shape[0] * k.shape[1] * n * length * (k.shape[-1] + v.shape[-1])
-    return _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+    o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+    return o, jnp.moveaxis(lse, 1, 2)
 
 
 def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
+    """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     window = min(config.window, k.shape[1])
     # As many queries as the window is wide: half of the scores that a chunk computes are then used.
@@ -96,9 +98,10 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
         keys, values = (jax.lax.dynamic_slice_in_dim(x, positions[0], span, axis=1) for x in (k, v))
         key = positions[0] - before + jnp.arange(span, dtype=jnp.int32)
         near = (key[None, :] > positions[:, None] - window) & (key[None, :] <= positions[:, None])
-        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)[0]
+        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)
 
-    return _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+    o, lse = _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+    return o, jnp.moveaxis(lse, 1, 2)
 
 
 def decode_attention(
