@@ -20,7 +20,7 @@ from pathlib import Path
 
 from docs.tables import H100_60M, LONG_CONTEXT, MOE, ROOT, SPEED, TABLES, TINY, markdown, read
 from pallas_kernels.benchmarks import plot
-from train.report import plot_curves, plot_loads, plot_positions
+from train.plot import plot_curves, plot_loads, plot_positions
 
 PICTURES_FOLDER = Path("docs/figures")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
