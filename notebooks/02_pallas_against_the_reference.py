@@ -15,8 +15,8 @@
 # # Pallas against the reference
 #
 # The library has several implementations of the same ops. `reference` uses plain masks, and all others are compared
-# with it. `xla` is pure JAX with linear memory and runs anywhere. `triton` runs Pallas GPU kernels. Without a GPU
-# the same code runs interpreted, which is slow. This notebook compares them on *your* shapes, forward and gradients, and
+# with it. `xla` is pure JAX with linear memory and runs anywhere. `triton` runs Pallas GPU kernels. Without a GPU the
+# same code runs interpreted, which is slow. This notebook compares them on *your* shapes, forward and gradients, and
 # then measures how fast they are.
 #
 # The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.

@@ -283,12 +283,12 @@ for t in (T - 2, T - 1):
 # | `window` | exact local context | the paper's 512; a smaller one for short sequences |
 # | `num_selected * select_block` | tokens read in full, wherever they are | the paper's 16 × 64 = 1024 |
 # | `compress_stride` | how coarse the summary is: T / stride keys per query | the paper's 16 |
-# | `compression`, `share_kv` | how compressed tokens are made; shared keys and values | paper: `"mlp"`, `False`; below |
+# | `compression`, `share_kv` | how compressed tokens are made; shared keys and values | see below |
 # | sequence length | dense attention is faster for short sequences | 16k and more on an H100, 64 heads of 128 |
 # | `implementation` | which backend computes the attention | `None`: the fastest for the device |
 #
-# In our small experiments, selection learned to select with `compression="mean"` and `share_kv=True`, and did not with
-# the paper's layout; see `docs/results.md`.
+# The paper's layout is `compression="mlp"` and `share_kv=False`. In our small experiments, selection did not learn to
+# select with it. It did with `compression="mean"` and `share_kv=True`; see `docs/results.md`.
 #
 # Sequences of any length are accepted. Block sizes and strides must divide each other as `NSAConfig` says. If they do
 # not, its error names the field.
