@@ -12,11 +12,10 @@ from jaxtyping import Array, Float, Int, Num
 from nsa_jax.backends import choice, whole
 from nsa_jax.cache import NSACache, step_tokens
 from nsa_jax.config import NSAConfig, num_compressed
-from nsa_jax.visibility import segment_starts
+from nsa_jax.visibility import QueryOffset, segment_starts
 from pallas_kernels.differentiable import Positions
 
 Implementation = str  # the name of a backend, see `nsa_jax.backends`
-QueryOffset = int | Int[Array, ""]
 
 
 class BranchKV(NamedTuple):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.visibility import (
+    QueryOffset,
     blocks_scored,
     choose_blocks,
     compressed_visible,
@@ -23,7 +24,16 @@ from nsa_jax.visibility import (
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+def compressed_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
     """Attention to the compressed tokens: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
@@ -31,14 +41,32 @@ def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, sc
     return masked_attention(q, k, v, visible[:, None], scale)
 
 
-def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Int[Array, "B K T n"]:
+def select_blocks(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Int[Array, "B K Tq n"]:
     """The n blocks of highest importance (equations 11 and 12)."""
     starts = starts_or_zeros(starts, q)
     importance = block_importance(q, k, lse, starts, query_offset, config=config, scale=scale)
     return choose_blocks(importance, _positions(q, query_offset), starts, config)
 
 
-def block_importance(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Float[Array, "B K T Nb"]:
+def block_importance(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Float[Array, "B K Tq Nb"]:
     """Importance of every block, before any is forced or ruled out (equations 8 to 10)."""
     starts = starts_or_zeros(starts, q)
     B, T, H, _ = q.shape
@@ -49,7 +77,17 @@ def block_importance(q, k, lse, starts, query_offset, *, config: NSAConfig, scal
     return pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
 
 
-def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
     """Attention to the tokens of the selected blocks up to the query's own: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
@@ -59,7 +97,16 @@ def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: 
     return masked_attention(q, k, v, visible & chosen, scale)
 
 
-def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
     """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
@@ -69,15 +116,27 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
 
 
 def decode_attention(
-    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
-):
+    q: Float[Array, "B m H Dk"],
+    cmp_k: Float[Array, "P K s/d Dk"],
+    cmp_v: Float[Array, "P K s/d Dv"],
+    slc_k: Float[Array, "P K s Dk"],
+    slc_v: Float[Array, "P K s Dv"],
+    win_k: Float[Array, "B W K Dk"],
+    win_v: Float[Array, "B W K Dv"],
+    gates: Float[Array, "B m H 3"],
+    query_offsets: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
     """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
 
     This copies everything that a row has into one sequence and calls the functions above.
     """
     positions = jnp.arange(block_tables.shape[1] * config.select_block)
 
-    def one_row(q, win_k, win_v, gates, offset, table):
+    def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
         k, v, keys, values = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v, slc_k, slc_v))
         # Positions that the ring no longer holds, or does not hold yet, are outside the window.
         recent_keys, recent_values = (ring[None, positions % ring.shape[0]] for ring in (win_k, win_v))
@@ -116,7 +175,7 @@ def masked_attention(
     return o.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse.reshape(B, H, T)
 
 
-def _logits(q, k, scale) -> Float[Array, "B K G T S"]:
+def _logits(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], scale: float) -> Float[Array, "B K G T S"]:
     """Scaled scores, at least in float32."""
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -125,10 +184,10 @@ def _logits(q, k, scale) -> Float[Array, "B K G T S"]:
     return jnp.einsum("btkgd,bskd->bkgts", q, k.astype(dtype), precision=HIGHEST) * scale
 
 
-def _positions(q, query_offset) -> Int[Array, " T"]:
+def _positions(q: Float[Array, "B T H D"], query_offset: QueryOffset) -> Int[Array, " T"]:
     return query_offset + jnp.arange(q.shape[1], dtype=jnp.int32)
 
 
-def _causal(positions, starts, key) -> Bool[Array, "B T S"]:
+def _causal(positions: Int[Array, " T"], starts: Int[Array, "B T"], key: Int[Array, " S"]) -> Bool[Array, "B T S"]:
     """Keys of the query's segment up to its own position."""
     return (key[None, None, :] <= positions[None, :, None]) & (key[None, None, :] >= starts[:, :, None])

@@ -1,7 +1,7 @@
 """The whole attention: one fused op where its parts are kernels, otherwise one op after the other."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -93,7 +93,7 @@ def _fused(
     if kv.cmp_k.shape[1] == 0:
         raise NotImplementedError("no compressed token")
     for op in BRANCHES:
-        if not any(choice.takes_part(backend, op) for backend in _kernels(implementation)):
+        if not any(_kernels(op, implementation)):
             raise NotImplementedError(f"no kernel for {op}")
     forward = {op: choice.FirstForward(op, implementation) for op in (*BRANCHES, "select_blocks")}
     backward = {op + choice.BACKWARD: choice.Backward(op, implementation) for op in BRANCHES}
@@ -130,9 +130,11 @@ def _one_after_the_other(
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
-def _kernels(implementation: str | None) -> Iterable[Backend]:
-    backends = registry.in_order() if implementation is None else (choice.named(implementation),)
-    return (backend for backend in backends if not choice.is_differentiable(backend))
+def _kernels(op: str, implementation: str | None) -> Iterator[Backend]:
+    """Backends of kernels that may be chosen for an op. A named one says by itself what it does not take."""
+    for backend in registry.in_order() if implementation is None else (choice.named(implementation),):
+        if not choice.is_differentiable(backend) and (implementation is not None or choice.takes_part(backend, op)):
+            yield backend
 
 
 def _with_an_op_of_their_own(implementation: str | None) -> Iterator[Backend]:
