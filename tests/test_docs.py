@@ -1,0 +1,65 @@
+"""The pages in docs: examples run as written, links lead somewhere, tables are marked for the generator."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL = [ROOT / "README.md", *PAGES]
+TABLES = {
+    *("speed", "memory", "speed_paper_heads", "speed_small_groups", "decoding_layer", "decoding_model"),
+    *("training_speed", "training_speed_full_remat", "meshes", "context"),
+    *("quality_60m", "quality_tiny", "moe_balance", "long_context"),
+}
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Python-Markdown make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
+def test_examples_run(page):
+    namespace = {"__name__": page.stem}
+    for example in examples(page):
+        exec(compile(example, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {link}: {sorted(anchors(target))}"
+
+
+def test_every_table_has_its_marks():
+    found = set()
+    for page in ALL:
+        text = page.read_text()
+        names = re.findall(r"<!-- table: (\w+) -->\n(?:\|.*\n)+<!-- end -->", text)
+        assert len(names) == text.count("<!-- table:") == text.count("<!-- end -->"), page.name
+        found.update(names)
+    assert found == TABLES
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_start_page_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert {page.name for page in PAGES} - {"index.md"} <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
