@@ -103,7 +103,8 @@ from IPython.utils.capture import capture_output
 
 from nsa_jax import NSAConfig
 from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from train.loop import prepare, run
+from train.loop import run
+from train.prepare import prepare
 
 STEPS = 4 if FAST else 300
 model = ModelConfig(
@@ -144,7 +145,7 @@ for name, attention in (("NSA", "nsa"), ("full", "full")):
 # compiling, at a length where sparsity has nothing to save, so they say nothing about speed.
 
 # %%
-from train.report import draw_curves
+from train.plot import draw_curves
 
 draw_curves({name: result.files["metrics"].parent for name, (_, result) in trained.items()})
 
@@ -190,7 +191,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.model import logits
+from train.model.transformer import logits
 
 LENGTHS = (T // 2, T) if FAST else (32, 64, 96, 128)
 DEPTHS = (0.0, 1.0) if FAST else (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -256,8 +257,8 @@ figure
 # At about a third of a million parameters and minutes of training, expect the look of Python rather than its sense.
 
 # %%
-from train.generate import generate
-from train.sampling import Sampling
+from train.generation.generator import generate
+from train.generation.sampling import Sampling
 
 for name, (prepared, result) in trained.items():
     settings = Sampling(max_tokens=20 if FAST else 100, temperature=0.7, seed=0)

@@ -60,7 +60,8 @@ class Positions:
     @classmethod
     def tree_unflatten(cls, known: int | None, arrays: tuple[Any, ...]) -> "Positions":
         """The inverse of `tree_flatten`."""
-        return cls(*arrays) if known is None else cls(*arrays, known)
+        segment_starts, *offset = arrays
+        return cls(segment_starts, offset[0] if known is None else known)
 
     def __iter__(self) -> Any:
         return iter((self.segment_starts, self.query_offset))

@@ -2,16 +2,26 @@
 
 import dataclasses
 import json
+import operator
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.rope import RopeScaling
+from train.data.formats import FORMATS
+from train.model.attention import KINDS
 
+# What the command line offers, from the tables that implement it.
+if TYPE_CHECKING:
+    Attention = str
+    DataFormat = str
+else:
+    Attention = Literal[tuple(KINDS)]
+    DataFormat = Literal["auto", *FORMATS]
 Remat = Literal["none", "dots", "attention", "full"]
 
 
@@ -44,7 +54,7 @@ class ModelConfig:
     mlp_dim: int = 768  # hidden width of the SwiGLU
     moe: MoEConfig = MoEConfig()  # experts in its place
     # The one flag that comparisons change; also --attention.
-    attention: Annotated[Literal["nsa", "full", "window"], tyro.conf.arg(aliases=("--attention",))] = "nsa"
+    attention: Annotated[Attention, tyro.conf.arg(aliases=("--attention",))] = "nsa"
     implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None  # of the attention; None: the fastest
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
@@ -63,9 +73,7 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     path: str | None = None  # file, folder or glob; None: the Python source of the interpreter's standard library
-    format: Literal["auto", "text", "jsonl", "parquet", "chat"] = (
-        "auto"  # auto: by the file's ending; chat: see train.chat
-    )
+    format: DataFormat = "auto"  # auto: by the file's ending; chat: see train.data.chat
     suffix: str | None = None  # in a folder, only files whose name ends so; None: .py for the default path, else all
     text_field: str = "text"  # JSONL key or Parquet column that holds the text
     chat_start: str = "<|im_start|>"  # before the role of a turn: a token where the tokenizer knows it, else text
@@ -150,53 +158,70 @@ class TrainConfig:
     wandb: str | None = None  # also log to this Weights & Biases project (extra: wandb)
 
 
+AT_LEAST = {
+    "model.num_layers": 1,
+    "model.embed_dim": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 1,
+    "model.mlp_dim": 1,
+    "model.moe.num_routed": 0,
+    "model.moe.num_shared": 0,
+    "model.moe.top_k": 1,
+    "model.moe.expert_dim": 1,
+    "model.moe.first_dense": 0,
+    "model.moe.aux_loss": 0,
+    "model.moe.bias_speed": 0,
+    "data.sequence_length": 1,
+    "data.batch_size": 1,
+    "optimizer.accumulate": 1,
+    "optimizer.warmup_steps": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 0,
+    "steps": 1,
+    "eval_every": 1,
+    "eval_batches": 1,
+    "position_buckets": 0,
+    "sample_tokens": 0,
+}
+POSITIVE = (
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.moe.routed_scaling",
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+)
+NOT_EMPTY = ("data.chat_start", "data.chat_end")
+
+
 def check(config: TrainConfig) -> None:
     """Raises ValueError, naming the setting, where a value is impossible or two contradict each other."""
-    model, data, optimizer, checkpoint = config.model, config.data, config.optimizer, config.checkpoint
-    for name, value, least in (
-        ("model.num_layers", model.num_layers, 1),
-        ("model.embed_dim", model.embed_dim, 1),
-        ("model.num_heads", model.num_heads, 1),
-        ("model.num_kv_heads", model.num_kv_heads, 1),
-        ("model.head_dim", model.head_dim, 1),
-        ("model.mlp_dim", model.mlp_dim, 1),
-        ("model.moe.num_routed", model.moe.num_routed, 0),
-        ("model.moe.num_shared", model.moe.num_shared, 0),
-        ("model.moe.top_k", model.moe.top_k, 1),
-        ("model.moe.expert_dim", model.moe.expert_dim, 1),
-        ("model.moe.first_dense", model.moe.first_dense, 0),
-        ("model.moe.aux_loss", model.moe.aux_loss, 0),
-        ("model.moe.bias_speed", model.moe.bias_speed, 0),
-        ("data.sequence_length", data.sequence_length, 1),
-        ("data.batch_size", data.batch_size, 1),
-        ("optimizer.accumulate", optimizer.accumulate, 1),
-        ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
-        ("checkpoint.every", checkpoint.every, 1),
-        ("checkpoint.keep_last", checkpoint.keep_last, 1),
-        ("checkpoint.keep_best", checkpoint.keep_best, 0),
-        ("steps", config.steps, 1),
-        ("eval_every", config.eval_every, 1),
-        ("eval_batches", config.eval_batches, 1),
-        ("position_buckets", config.position_buckets, 0),
-        ("sample_tokens", config.sample_tokens, 0),
-    ):
-        if value < least:
+    for name, least in AT_LEAST.items():
+        if (value := operator.attrgetter(name)(config)) < least:
             raise ValueError(f"{name} = {value}: expected at least {least}")
-    for name, positive in (
-        ("model.rope_theta", model.rope_theta),
-        ("model.norm_eps", model.norm_eps),
-        ("model.moe.routed_scaling", model.moe.routed_scaling),
-        ("optimizer.learning_rate", optimizer.learning_rate),
-        ("optimizer.clip_norm", optimizer.clip_norm),
-    ):
-        if not positive > 0:
-            raise ValueError(f"{name} = {positive}: expected a positive number")
+    for name in POSITIVE:
+        if not (value := operator.attrgetter(name)(config)) > 0:
+            raise ValueError(f"{name} = {value}: expected a positive number")
+    _check_heads(config.model)
+    _check_experts(config.model)
+    _check_rows(config)
+    for name in NOT_EMPTY:
+        if not operator.attrgetter(name)(config):
+            raise ValueError(f"{name} = '': expected some text")
+    _check_start_and_end(config)
+
+
+def _check_heads(model: ModelConfig) -> None:
     if model.num_heads % model.num_kv_heads:
         raise ValueError(
             f"model.num_heads = {model.num_heads}: expected a multiple of model.num_kv_heads = {model.num_kv_heads}"
         )
     if model.head_dim % 2:
         raise ValueError(f"model.head_dim = {model.head_dim}: expected an even number, for the rotary embedding")
+
+
+def _check_experts(model: ModelConfig) -> None:
     moe = model.moe
     if moe.num_routed and moe.top_k > moe.num_routed:
         raise ValueError(
@@ -213,26 +238,29 @@ def check(config: TrainConfig) -> None:
             f"model.moe.num_routed = 0 with model.moe.num_shared = {moe.num_shared} and model.moe.first_dense = "
             f"{moe.first_dense}: expected routed experts too, or none of these"
         )
-    if data.isolate_documents and data.sequence_length % model.nsa.select_block:
+
+
+def _check_rows(config: TrainConfig) -> None:
+    data, block, accumulate = config.data, config.model.nsa.select_block, config.optimizer.accumulate
+    if data.isolate_documents and data.sequence_length % block:
         raise ValueError(
             f"data.sequence_length = {data.sequence_length}: expected a multiple of model.nsa.select_block = "
-            f"{model.nsa.select_block}, because data.isolate_documents starts every document on one"
+            f"{block}, because data.isolate_documents starts every document on one"
         )
-    for name in ("chat_start", "chat_end"):
-        if not getattr(data, name):
-            raise ValueError(f"data.{name} = '': expected some text")
-    if data.batch_size % optimizer.accumulate:
+    if data.batch_size % accumulate:
         raise ValueError(
-            f"data.batch_size = {data.batch_size}: expected a multiple of optimizer.accumulate = {optimizer.accumulate}"
+            f"data.batch_size = {data.batch_size}: expected a multiple of optimizer.accumulate = {accumulate}"
         )
+
+
+def _check_start_and_end(config: TrainConfig) -> None:
+    warmup_steps = config.optimizer.warmup_steps
     if config.init_from is not None and config.init_from.absolute() == config.run_dir.absolute():
         raise ValueError(f"init_from = {config.init_from}: expected another folder than run_dir")
     if config.init_step is not None and config.init_from is None:
         raise ValueError(f"init_step = {config.init_step}: expected init_from, the run whose step this is")
-    if optimizer.warmup_steps >= config.steps:
-        raise ValueError(
-            f"optimizer.warmup_steps = {optimizer.warmup_steps}: expected fewer than steps = {config.steps}"
-        )
+    if warmup_steps >= config.steps:
+        raise ValueError(f"optimizer.warmup_steps = {warmup_steps}: expected fewer than steps = {config.steps}")
 
 
 def to_json(config: TrainConfig) -> str:

@@ -2,58 +2,36 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from train.checkpoint import Checkpointer
-from train.config import TrainConfig, check, differences, from_json, to_json
+from train.checkpoints.checkpointer import Checkpointer
+from train.checkpoints.saved import starting_parameters
+from train.config import to_json
 from train.console import Console
-from train.corpus import Corpus, load_corpus
-from train.data import Batch, held_out_batches, train_batches
-from train.distributed import gather, in_turn, stop_signals, together
-from train.evaluate import evaluate
-from train.generate import generate
-from train.loss import LossSums, bits_per_byte
-from train.metrics import MetricsLog, active_parameters, device_peak_flops, total_parameters, train_flops_per_token
-from train.model import Transformer, padded_vocabulary
-from train.optimizer import learning_rate_schedule, make_optimizer
-from train.positions import evaluate_positions, position_sums
-from train.report import plot_curves
-from train.sampling import Sampling
-from train.saved import check_start, starting_parameters
-from train.sharding import check_divisible, data_shards, make_mesh, on_mesh, put_batch, tree_shardings
+from train.evaluate import evaluate, evaluate_positions, position_sums
+from train.generation.generator import generate
+from train.generation.sampling import Sampling
+from train.metrics import MetricsLog
+from train.model.flops import active_parameters, device_peak_flops, total_parameters, train_flops_per_token
+from train.model.loss import LossSums, bits_per_byte
+from train.optimizer import learning_rate_schedule
+from train.parallel.distributed import Stop, in_turn, stop_signals, together
+from train.parallel.sharding import on_mesh, put_batch
+from train.plot import plot_curves
+from train.prepare import Prepared, checkpoints_of
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
-from train.tokenizer import Tokenizer, load_tokenizer
-
-# What a resumed run may change. Everything else would make it another run.
-CHANGEABLE = (
-    "run_dir",
-    "steps",
-    "eval_every",
-    "eval_batches",
-    "position_buckets",
-    "sample_prompt",
-    "sample_tokens",
-    "tensorboard",
-    "wandb",
-    "checkpoint.",
-    "mesh.",
-    "distributed.",
-    "model.implementation",
-    "model.remat",
-)
 
 
 class NonFiniteError(RuntimeError):
@@ -80,76 +58,11 @@ class Result:
     files: dict[str, Path]  # by what they hold
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run whose settings have been found to fit together, its data and its model."""
-
-    config: TrainConfig
-    facts: dict[str, Any]  # what else must not change between the processes of one run
-    tokenizer: Tokenizer
-    corpus: Corpus
-    mesh: Mesh
-    data_shard: tuple[int, int]  # which share of the rows this process loads, of how many
-    model: Transformer
-    optimizer: optax.GradientTransformation
-    abstract_state: TrainState  # shapes, dtypes and shardings
-    train_batches: Any  # a Grain iterator
-    held_out: list[Batch]
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Everything that can be found wrong with a run before it starts. Writes nothing.
-
-    Raises, in every process or in none:
-      ValueError: a setting is impossible, contradicts another, or differs from the run in the folder or, as may its
-        data and what it sees in the folder, from those of another process.
-    """
-    with together(ValueError):
-        prepared = _prepare(config)
-    _check_alike(prepared)
-    return prepared
-
-
-def _prepare(config: TrainConfig) -> Prepared:
-    check(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_divisible(config, padded_vocabulary(tokenizer.vocab_size), jax.device_count())
-    mesh = make_mesh(config.mesh)
-    index, count = data_shards(mesh)
-    corpus = load_corpus(config.data)
-    facts = {"vocab_size": tokenizer.vocab_size, "data_fingerprint": corpus.fingerprint}
-    _check_same_run(config, facts)
-    if config.init_from is not None and _checkpoints(config).latest_step is None:
-        check_start(config, tokenizer.vocab_size)  # a run that has begun no longer reads it
-    model = Transformer(config.model, tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    boxed = jax.eval_shape(make_init(model, optimizer), jax.random.key(config.seed))
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        tree_shardings(boxed, mesh),
-    )
-    share: dict[str, int] = {"align": config.model.nsa.select_block, "process_index": index, "process_count": count}
-    held_out = itertools.islice(held_out_batches(corpus, tokenizer, config.data, **share), config.eval_batches)
-    return Prepared(
-        config=config,
-        facts=facts,
-        tokenizer=tokenizer,
-        corpus=corpus,
-        mesh=mesh,
-        data_shard=(index, count),
-        model=model,
-        optimizer=optimizer,
-        abstract_state=abstract,
-        train_batches=train_batches(corpus, tokenizer, config.data, **share),
-        held_out=list(held_out),
-    )
-
-
 def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
     """Trains, from the start or from where the run's folder stands, to the last step.
 
-    Every process of a run makes the same call. The first alone prints and writes, but for the checkpoints' arrays.
+    Every process of a run makes the same call. Only the first one prints and writes, except for the arrays of
+    checkpoints.
 
     Args:
       prepared: by `prepare`, for this one call.
@@ -160,109 +73,162 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
       NonFiniteError: the loss or the gradient became NaN or infinite.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    config, mesh, model, abstract = prepared.config, prepared.mesh, prepared.model, prepared.abstract_state
-    silent = jax.process_index() != 0
+    config, silent = prepared.config, jax.process_index() != 0
     console = Console(config.steps, plain=plain, silent=silent)
     _introduce(prepared, console)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # Worked out beforehand: a device asked for one in the loop would answer only when the step in flight is done.
-    learning_rates = np.asarray(learning_rate_schedule(config.optimizer, config.steps)(np.arange(config.steps)))
-    batches, stride = prepared.train_batches, config.model.nsa.compress_stride
-
     with contextlib.ExitStack() as stack:
-        stack.callback(batches.close)
-        checkpointer = stack.enter_context(_checkpoints(config, prepared.data_shard))
-        restored = checkpointer.restore_latest(abstract, batches)
-        if restored is None:
-            init = make_init(model, prepared.optimizer)
-            state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(config.seed))
-            first = 0
-            if config.init_from is not None:
-                state = state._replace(params=starting_parameters(config, abstract.params))
-                console.print(f"starting from the parameters of {config.init_from}")
-        else:
-            first, state = restored
-            console.print(f"resuming after step {first}, saved in {config.run_dir / 'checkpoints'}")
-        with together(RuntimeError, ImportError):
-            if not silent:
-                config.run_dir.mkdir(parents=True, exist_ok=True)
-                _write(config.run_dir / "config.json", to_json(config))
-                _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
-            log = MetricsLog(config, first_step=first + 1, silent=silent)
-        stack.callback(log.close)
-        stop = stack.enter_context(stop_signals(mesh))
-
-        update = make_train_step(
-            model, prepared.optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss
-        )
-        train_step = in_turn(on_mesh(jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)), mesh))
-        eval_step = in_turn(on_mesh(jax.jit(lambda params, batch: loss_sums(model, params, batch)), mesh))
-        tokens_per_step = config.data.batch_size * config.data.sequence_length
-        flops_per_token = train_flops_per_token(config.model, config.data.sequence_length, model.vocab_size)
-        peak = device_peak_flops()
-        pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
-        last_time = time.perf_counter()
-        held_out_values: dict[str, float] = {}
+        stack.callback(prepared.train_batches.close)
+        checkpointer = stack.enter_context(checkpoints_of(config, prepared.data_shard))
+        done, state = _starting_state(prepared, checkpointer, console)
+        log = stack.enter_context(contextlib.closing(_open_log(prepared, first_step=done + 1, silent=silent)))
+        stop = stack.enter_context(stop_signals(prepared.mesh))
         stack.enter_context(console)
+        state, held_out = _train(prepared, done, state, checkpointer=checkpointer, log=log, stop=stop, console=console)
+    return _report(prepared, state, held_out, console)
 
-        def finish(step: int, metrics: StepMetrics) -> dict[str, float]:
-            """Waits for a step, checks it and returns what is logged of it."""
-            nonlocal last_time
-            sums, grad_norm, router = jax.device_get(metrics)
-            loss = float(sums.nll) / max(float(sums.weight), 1.0)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                checkpointer.wait()
-                good = checkpointer.latest_step
-                remains = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
-                raise NonFiniteError(
-                    f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; {remains} in {checkpointer.directory}"
-                )
-            now = time.perf_counter()
-            speed = tokens_per_step / (now - last_time)
-            last_time = now
-            values = {
-                "loss": loss,
-                "bits_per_byte": bits_per_byte(float(sums.nll), float(sums.bytes)),
-                "grad_norm": float(grad_norm),
-                "learning_rate": float(learning_rates[step - 1]),
-                "tokens_per_second": speed,
-            }
-            if router is not None:
-                values |= {name: float(value) for name, value in router._asdict().items()}
-            if peak is not None:
-                values["model_flop_utilisation"] = speed * flops_per_token / peak
-            console.update(step, values)
-            return values
 
-        for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, put_batch(next(batches), mesh, stride))
-            # The step before is looked at only now, so that the device never waits for the host.
-            if pending is not None:
-                log.write(pending[0], finish(*pending))
-            pending = step, metrics
-            signalled = stop.requested()
-            evaluating = step % config.eval_every == 0 or step == config.steps
-            saving = step % config.checkpoint.every == 0 or step == config.steps or signalled is not None
-            if not (evaluating or saving):
-                continue
-            values = finish(step, metrics)
-            pending = None
-            evaluated = {}
-            if evaluating:
-                evaluated = held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
-                console.evaluated(step, evaluated)
-            by_position = _by_position(prepared, state.params) if step == config.steps else {}
-            log.write(step, values | evaluated | by_position)
-            if saving:
-                checkpointer.save(step, state, batches, evaluated or None)
-            if signalled is not None and step < config.steps:
-                checkpointer.wait()
-                raise Interrupted(signalled, step)
-            last_time = time.perf_counter()  # evaluating and saving are not training
-        checkpointer.wait()
-        if not held_out_values:  # there was no step left to make
-            held_out_values = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
-    return _report(prepared, state, held_out_values, console)
+def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Console) -> tuple[int, TrainState]:
+    """The steps that were made before, and the state after them; the data iterator stands where it stood then."""
+    config, abstract = prepared.config, prepared.abstract_state
+    restored = checkpointer.restore_latest(abstract, prepared.train_batches)
+    if restored is not None:
+        console.print(f"resuming after step {restored[0]}, saved in {config.run_dir / 'checkpoints'}")
+        return restored
+    init = make_init(prepared.model, prepared.optimizer)
+    state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=_shardings(prepared))(
+        jax.random.key(config.seed)
+    )
+    if config.init_from is not None:
+        state = state._replace(params=starting_parameters(config, abstract.params))
+        console.print(f"starting from the parameters of {config.init_from}")
+    return 0, state
+
+
+def _shardings(prepared: Prepared) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, prepared.abstract_state)
+
+
+def _open_log(prepared: Prepared, *, first_step: int, silent: bool) -> MetricsLog:
+    """Writes what a run's folder says of the run, and opens its log."""
+    config = prepared.config
+    with together(RuntimeError, ImportError):
+        if not silent:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            _write(config.run_dir / "config.json", to_json(config))
+            _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
+        return MetricsLog(config, first_step=first_step, silent=silent)
+
+
+def _train(
+    prepared: Prepared,
+    done: int,
+    state: TrainState,
+    *,
+    checkpointer: Checkpointer,
+    log: MetricsLog,
+    stop: Stop,
+    console: Console,
+) -> tuple[TrainState, dict[str, float]]:
+    """Makes the steps that are left, and returns the last state and its held-out figures."""
+    config, mesh, batches = prepared.config, prepared.mesh, prepared.train_batches
+    stride = config.model.nsa.compress_stride
+    train_step, eval_step = _programs(prepared)
+    reader = _StepReader(prepared, checkpointer, console)
+    pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
+    held_out: dict[str, float] = {}
+    for step in range(done + 1, config.steps + 1):
+        state, metrics = train_step(state, put_batch(next(batches), mesh, stride))
+        # The step before is looked at only now, so that the device never waits for the host.
+        if pending is not None:
+            log.write(pending[0], reader.read(*pending))
+        pending = step, metrics
+        signalled = stop.requested()
+        evaluating = step % config.eval_every == 0 or step == config.steps
+        saving = step % config.checkpoint.every == 0 or step == config.steps or signalled is not None
+        if not (evaluating or saving):
+            continue
+        values = reader.read(step, metrics)
+        pending = None
+        evaluated = {}
+        if evaluating:
+            evaluated = held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
+            console.evaluated(step, evaluated)
+        by_position = _by_position(prepared, state.params) if step == config.steps else {}
+        log.write(step, values | evaluated | by_position)
+        if saving:
+            checkpointer.save(step, state, batches, evaluated or None)
+        if signalled is not None and step < config.steps:
+            checkpointer.wait()
+            raise Interrupted(signalled, step)
+        reader.restart_clock()  # evaluating and saving are not training
+    checkpointer.wait()
+    if not held_out:  # there was no step left to make
+        held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
+    return state, held_out
+
+
+def _programs(prepared: Prepared) -> tuple[Callable, Callable]:
+    """The update, which takes over the state that it is given, and the loss of a held-out batch."""
+    config, mesh, model = prepared.config.optimizer, prepared.mesh, prepared.model
+    update = make_train_step(model, prepared.optimizer, accumulate=config.accumulate, z_loss=config.z_loss)
+    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None))
+    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch))
+    return in_turn(on_mesh(train_step, mesh)), in_turn(on_mesh(eval_step, mesh))
+
+
+class _StepReader:
+    """Waits for steps, checks them, and says what is logged of them."""
+
+    def __init__(self, prepared: Prepared, checkpointer: Checkpointer, console: Console):
+        config = prepared.config
+        self._checkpointer, self._console = checkpointer, console
+        # Computed beforehand: a device that is asked for one in the loop answers only after the step in flight.
+        schedule = learning_rate_schedule(config.optimizer, config.steps)
+        self._learning_rates = np.asarray(schedule(np.arange(config.steps)))
+        length = config.data.sequence_length
+        self._tokens_per_step = config.data.batch_size * length
+        self._flops_per_token = train_flops_per_token(config.model, length, prepared.model.vocab_size)
+        self._peak = device_peak_flops()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """The next step begins now."""
+        self._last_time = time.perf_counter()
+
+    def read(self, step: int, metrics: StepMetrics) -> dict[str, float]:
+        """What is logged of a step, which is shown too.
+
+        Raises:
+          NonFiniteError: its loss or gradient is NaN or infinite.
+        """
+        sums, grad_norm, router = jax.device_get(metrics)
+        loss = float(sums.nll) / max(float(sums.weight), 1.0)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise self._not_finite(step, loss, float(grad_norm))
+        now = time.perf_counter()
+        speed = self._tokens_per_step / (now - self._last_time)
+        self._last_time = now
+        values = {
+            "loss": loss,
+            "bits_per_byte": bits_per_byte(float(sums.nll), float(sums.bytes)),
+            "grad_norm": float(grad_norm),
+            "learning_rate": float(self._learning_rates[step - 1]),
+            "tokens_per_second": speed,
+        }
+        if router is not None:
+            values |= {name: float(value) for name, value in router._asdict().items()}
+        if self._peak is not None:
+            values["model_flop_utilisation"] = speed * self._flops_per_token / self._peak
+        self._console.update(step, values)
+        return values
+
+    def _not_finite(self, step: int, loss: float, grad_norm: float) -> NonFiniteError:
+        self._checkpointer.wait()
+        good = self._checkpointer.latest_step
+        remains = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+        return NonFiniteError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; {remains} in {self._checkpointer.directory}"
+        )
 
 
 def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
@@ -336,49 +302,6 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
                 _write(files["sample"], sample)
     console.finished(held_out, sample, files)
     return Result(state, held_out, sample, files)
-
-
-def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Raises ValueError where the run in the folder is another one."""
-    saved = config.run_dir / "config.json"
-    if not saved.exists():
-        return
-    path = config.run_dir / "facts.json"
-    old_facts = json.loads(path.read_text()) if path.exists() else {}
-    changed = _changes((from_json(saved.read_text()), old_facts), (config, facts), CHANGEABLE)
-    if changed:
-        shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
-        raise ValueError(f"run_dir = {config.run_dir} holds a run with other settings: {shown}. Choose another run_dir")
-    reached = _checkpoints(config).latest_step
-    if reached is not None and config.steps < reached:
-        raise ValueError(
-            f"steps = {config.steps}: expected at least {reached}, the last step saved in {config.run_dir}"
-        )
-
-
-def _check_alike(prepared: Prepared) -> None:
-    """Raises ValueError where processes have other settings, read other data or see another run in the folder."""
-    config = prepared.config
-    facts = prepared.facts | {"last saved step": _checkpoints(config).latest_step}
-    first, *others = ((from_json(text), facts) for text, facts in gather([to_json(config), facts]))
-    for index, other in enumerate(others, start=1):
-        for name, here, there in _changes(first, other, ("distributed.",)):
-            raise ValueError(
-                f"{name} is {here!r} in process 0 and {there!r} in process {index}: expected the same settings and data"
-                f" in all processes, and run_dir = {config.run_dir} on a file system that they share"
-            )
-
-
-def _changes(
-    old: tuple[TrainConfig, dict[str, Any]], new: tuple[TrainConfig, dict[str, Any]], allowed: tuple[str, ...]
-) -> list[tuple[str, Any, Any]]:
-    """Settings and facts that differ, as (name, old value, new value), without the settings that may."""
-    changed = [change for change in differences(old[0], new[0]) if not change[0].startswith(allowed)]
-    return changed + [(name, old[1][name], value) for name, value in new[1].items() if old[1].get(name, value) != value]
-
-
-def _checkpoints(config: TrainConfig, data_shard: tuple[int, int] | None = None) -> Checkpointer:
-    return Checkpointer(config.run_dir / "checkpoints", config.checkpoint, data_shard)
 
 
 def _write(path: Path, text: str) -> None:

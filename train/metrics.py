@@ -1,97 +1,11 @@
-"""What is logged and where: JSON lines always, TensorBoard and Weights & Biases on request; FLOPs and utilisation."""
+"""Where the figures of a run are logged: JSON lines always, TensorBoard and Weights & Biases on request."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import numpy as np
-
-from train.config import ModelConfig, TrainConfig
-from train.model import padded_vocabulary
-
-# Dense bf16 peak in FLOP/s, by a part of the device kind. The first that matches counts: narrower names come first.
-PEAK_FLOPS = (
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None where it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS if name in device_kind), None)
-
-
-def device_peak_flops() -> float | None:
-    """Peak of all devices of the run together; None where it is not known."""
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return None if peak is None else peak * jax.device_count()
-
-
-def total_parameters(params: Any) -> int:
-    """Entries of a tree of arrays or of their shapes."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def active_parameters(total: int, config: ModelConfig) -> int:
-    """Of `total` parameters, those that one token uses: all but the routed experts that it does not choose."""
-    moe = config.moe
-    if not moe.num_routed:
-        return total
-    idle = moe.num_routed - moe.top_k
-    return total - (config.num_layers - moe.first_dense) * idle * 3 * config.embed_dim * moe.expert_dim
-
-
-def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size: int) -> float:
-    """Model FLOPs that training on one token of one full sequence takes, averaged over the T positions.
-
-    Multiplications and additions of matrix products, 2 per multiply-add, times 3 for forward and backward. Attention
-    counts the keys that a query really reads: all up to its own, its window, or the visible compressed tokens, the
-    tokens of its selected blocks and its window. Of the routed experts, those that a token chooses count. Left out are
-    what has no matrix product, what is done twice (remat, and scoring blocks with the compressed branch's own logits),
-    and document boundaries.
-    """
-    E, H, K = config.embed_dim, config.num_heads, config.num_kv_heads
-    Dk = config.head_dim
-    Dv = Dk if config.v_head_dim is None else config.v_head_dim
-    position = np.arange(sequence_length)
-    branches = 1
-    extra = 0.0  # multiply-adds per token of phi and the gates
-    if config.attention == "full":
-        keys = position + 1
-    elif config.attention == "window":
-        keys = np.minimum(position + 1, config.nsa.window)
-    else:
-        sizes = config.nsa
-        l, d, s = sizes.compress_block, sizes.compress_stride, sizes.select_block  # noqa: E741
-        compressed = np.where(position >= l - 1, (position - l + 1) // d + 1, 0)
-        selected = position % s + 1 + s * np.minimum(position // s, sizes.num_selected - 1)
-        keys = compressed + selected + np.minimum(position + 1, sizes.window)
-        branches = 1 if config.share_kv else 3
-        gate_hidden = max(1, E // 4)
-        extra += E * gate_hidden + gate_hidden * 3 * H
-        phi = {
-            "mlp": sum(l * D * 2 * D + 2 * D * D for D in (Dk, Dv)),
-            "linear": sum(l * D * D for D in (Dk, Dv)),
-            "mean": 0,
-        }[config.compression]
-        extra += phi * K * compressed[-1] / sequence_length
-    projections = E * H * Dk + H * Dv * E + branches * E * K * (Dk + Dv)
-    attention = H * (Dk + Dv) * float(keys.mean())
-    moe = config.moe
-    num_dense = moe.first_dense if moe.num_routed else config.num_layers
-    experts = E * moe.num_routed + 3 * E * moe.expert_dim * (moe.top_k + moe.num_shared)
-    mlps = num_dense * 3 * E * config.mlp_dim + (config.num_layers - num_dense) * experts
-    layers = config.num_layers * (projections + attention + extra) + mlps
-    return 3 * 2 * (layers + E * padded_vocabulary(vocab_size))
+from train.config import TrainConfig
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -130,7 +44,7 @@ class MetricsLog:
         self._file = self.path.open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Logs the values of a step; on disk, as far as this process goes, when it returns."""
+        """Logs the values of a step; they are handed to the file system before it returns."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

@@ -1,7 +1,14 @@
-"""Runs by name. Each says what it should reach, on what, in how long, from a run that was made."""
+"""Runs by name. Each says what it should reach, on what, in how long, from a run that was made.
 
+A new preset is one function here, under `@preset`.
+"""
+
+import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import tyro
 
 from nsa_jax import NSAConfig, RopeScaling
 from train.config import (
@@ -14,7 +21,43 @@ from train.config import (
     TrainConfig,
 )
 
+PRESETS: dict[str, Callable[[], TrainConfig]] = {}
 
+
+def preset(make: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
+    """Makes a function that returns a config a preset, called as the function is, with hyphens."""
+    PRESETS[make.__name__.replace("_", "-")] = make
+    return make
+
+
+def named(name: str) -> TrainConfig:
+    """The preset of a name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset = {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfig:
+    """The config that a command line asks for: a preset, changed by its flags.
+
+    Raises:
+      SystemExit: for help, and with code 2 where a flag is unknown or its value of the wrong type.
+      ValueError: a setting is impossible.
+    """
+    presets = {name: ((preset.__doc__ or "").strip(), preset()) for name, preset in PRESETS.items()}
+    if list(arguments) in (["--help"], ["-h"]):
+        with contextlib.suppress(SystemExit):
+            tyro.extras.overridable_config_cli(presets, prog=prog, args=["--help"])
+        # Every preset has the same fields; these show the defaults of the first.
+        arguments = [next(iter(presets)), "--help"]
+    return tyro.extras.overridable_config_cli(presets, prog=prog, args=list(arguments))
+
+
+@preset
 def tiny() -> TrainConfig:
     """A byte model on the standard library's source, for two CPU cores.
 
@@ -47,6 +90,7 @@ def tiny() -> TrainConfig:
     )
 
 
+@preset
 def tiny_moe() -> TrainConfig:
     """`tiny` with experts in both layers, for two CPU cores: 1.78M parameters, 0.89M of them active per token.
 
@@ -74,6 +118,7 @@ def tiny_moe() -> TrainConfig:
     )
 
 
+@preset
 def h100_60m() -> TrainConfig:
     """65M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
 
@@ -101,6 +146,7 @@ def h100_60m() -> TrainConfig:
     )
 
 
+@preset
 def h100_350m() -> TrainConfig:
     """366M parameters (333M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
 
@@ -127,6 +173,7 @@ def h100_350m() -> TrainConfig:
     )
 
 
+@preset
 def paper_27b() -> TrainConfig:
     """The 27B mixture-of-experts model of the NSA paper (arXiv 2502.11089, section 4.1), on a multiple of 64 GPUs.
 
@@ -172,6 +219,7 @@ def paper_27b() -> TrainConfig:
     )
 
 
+@preset
 def paper_27b_32k() -> TrainConfig:
     """`paper-27b` continued at 32k tokens with YaRN, as in the NSA paper (section 4.1), on a multiple of 64 GPUs.
 
@@ -194,13 +242,3 @@ def paper_27b_32k() -> TrainConfig:
         steps=1000,
         eval_every=200,
     )
-
-
-PRESETS = {
-    "tiny": tiny,
-    "tiny-moe": tiny_moe,
-    "h100-60m": h100_60m,
-    "h100-350m": h100_350m,
-    "paper-27b": paper_27b,
-    "paper-27b-32k": paper_27b_32k,
-}

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from train.loss import LossSums, cross_entropy
-from train.model import Transformer, output_kernel
-from train.moe import COLLECTION, RouterMetrics, Routing, auxiliary_loss, rebalanced, router_metrics
+from train.model.loss import LossSums, cross_entropy
+from train.model.moe import COLLECTION, RouterMetrics, Routing, auxiliary_loss, rebalanced, router_metrics
+from train.model.transformer import Transformer, output_kernel
 
 
 class TrainState(NamedTuple):

@@ -17,7 +17,7 @@ from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
 from nsa_jax.dense import causal_attention
 from nsa_jax.sharding import sharded
 from nsa_jax.testing import assert_trees_close, random_inputs
-from train.communication import collectives
+from train.parallel.communication import collectives
 
 CONFIG = NSAConfig(
     compress_block=16, compress_stride=8, select_block=16, num_selected=3, num_init=1, num_local=1, window=24

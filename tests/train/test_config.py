@@ -1,3 +1,5 @@
+"""What a config holds, what it refuses, and how it is written and read."""
+
 import dataclasses
 import json
 from pathlib import Path
@@ -17,15 +19,6 @@ from train.config import (
     from_json,
     to_json,
 )
-from train.presets import PRESETS
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_sound_and_survive_being_written_and_read(name):
-    config = PRESETS[name]()
-    check(config)
-    assert from_json(to_json(config)) == config
-    assert config.run_dir == Path("runs") / name
 
 
 def test_a_run_that_was_saved_before_a_setting_existed_has_its_default():

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import train_runs
-from train_runs import has_reached, latest_step, losses, metrics_file
+from helpers import train_runs
+from helpers.train_runs import has_reached, latest_step, losses, metrics_file
 
 STEPS = 40
 EVERY = 4

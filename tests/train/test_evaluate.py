@@ -1,13 +1,86 @@
+"""Held-out loss: over all tokens and by position."""
+
 import math
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import MeshConfig
-from train.evaluate import evaluate
-from train.loss import LossSums
-from train.sharding import make_mesh
+from nsa_jax import NSAConfig
+from train.config import MeshConfig, ModelConfig
+from train.evaluate import evaluate, evaluate_positions, position_sums
+from train.model.loss import LossSums, cross_entropy
+from train.model.transformer import Transformer, logits
+from train.parallel.sharding import make_mesh, on_mesh, put_batch
+from train.step import loss_sums
+
+MODEL = ModelConfig(
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    attention="full",
+    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
+)
+
+
+B, T, VOCABULARY = 8, 24, 40
+
+
+def batch(seed, segments):
+    draw = np.random.default_rng(seed)
+    made = {
+        "tokens": draw.integers(0, VOCABULARY, (B, T), dtype=np.int32),
+        "targets": draw.integers(0, VOCABULARY, (B, T), dtype=np.int32),
+        "weights": (draw.random((B, T)) < 0.7).astype(np.float32),
+        "target_bytes": draw.integers(1, 4, (B, T), dtype=np.int32),
+    }
+    return made | ({"segment_ids": np.repeat([[0] * 8 + [1] * 16], B, axis=0).astype(np.int32)} if segments else {})
+
+
+@pytest.mark.parametrize(("segments", "way"), [(False, "in chunks"), (True, "on a mesh")])
+def test_buckets_hold_each_tokens_own_loss_whichever_way_it_is_computed(segments, way):
+    model = Transformer(MODEL, VOCABULARY)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    batches = [batch(seed, segments) for seed in range(2)]
+
+    def in_chunks(params, batch):
+        hidden = model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"))
+        arguments = (hidden, params["embedding"].T, batch["targets"], batch["weights"], batch["target_bytes"])
+        return cross_entropy(*arguments, chunk_elements=B * 64 * 7)
+
+    if way == "in chunks":
+        step = jax.jit(lambda params, batch: position_sums(in_chunks, params, batch, 5, T))
+        found = evaluate_positions(step, params, batches, T)
+    else:
+        mesh = make_mesh(MeshConfig(data=2, context=4))
+        step = jax.jit(lambda params, batch: position_sums(lambda p, b: loss_sums(model, p, b), params, batch, 5, T))
+        found = evaluate_positions(on_mesh(step, mesh), params, (put_batch(made, mesh, 2) for made in batches), T)
+    forward = jax.jit(
+        lambda params, batch: logits(
+            params, model.apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids")), MODEL
+        )
+    )
+    # 5 buckets of 5 positions, of which the last has 4; a segment begins at position 8 and starts anew there.
+    position = np.arange(T) - (np.arange(T) >= 8) * 8 * segments
+    expected = np.zeros((3, 5))
+    for made in batches:
+        scores = np.asarray(forward(params, made), np.float64)
+        scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        nll = -np.take_along_axis(scores, made["targets"][..., None], axis=-1)[..., 0]
+        for t in range(T):
+            w = made["weights"][:, t]
+            expected[:, position[t] // 5] += (w @ nll[:, t], w.sum(), w @ made["target_bytes"][:, t])
+    nll, weight, num_bytes = expected[:, expected[1] > 0]
+    ends = [(0, 5), (5, 10), (10, 15), (15, 20), (20, 24)][: len(weight)]
+    assert [(bucket.begin, bucket.end) for bucket in found] == ends
+    np.testing.assert_allclose([bucket.nats_per_token for bucket in found], nll / weight, rtol=1e-5)
+    np.testing.assert_allclose([bucket.bits_per_byte for bucket in found], nll / num_bytes / math.log(2), rtol=1e-5)
+    np.testing.assert_array_equal([bucket.tokens for bucket in found], weight)
 
 
 def test_tokens_and_bytes_count_once_however_they_lie_in_batches():

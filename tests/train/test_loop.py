@@ -10,8 +10,9 @@ import pytest
 from nsa_jax import NSAConfig
 from train import loop
 from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
-from train.loop import Interrupted, NonFiniteError, prepare, run
+from train.loop import Interrupted, NonFiniteError, run
 from train.metrics import read_metrics
+from train.prepare import prepare
 
 
 @pytest.fixture(scope="module")

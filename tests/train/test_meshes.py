@@ -16,8 +16,8 @@ import pytest
 from nsa_jax import NSAConfig
 from nsa_jax.testing import assert_trees_close, normwise_error
 from train.config import MeshConfig, ModelConfig, MoEConfig
-from train.model import Transformer
-from train.sharding import MESH_AXES, make_mesh, on_mesh, put_batch, tree_shardings
+from train.model.transformer import Transformer
+from train.parallel.sharding import MESH_AXES, make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import make_init, make_train_step
 
 B, VOCABULARY = 8, 50

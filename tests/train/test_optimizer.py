@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from train.config import ModelConfig, OptimizerConfig
-from train.model import Transformer
+from train.model.transformer import Transformer
 from train.optimizer import decays, learning_rate_schedule, make_optimizer
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from nsa_jax import NSAConfig
 from train.config import MeshConfig, ModelConfig, OptimizerConfig
-from train.model import Transformer
+from train.model.transformer import Transformer
 from train.optimizer import make_optimizer
-from train.sharding import make_mesh, on_mesh, put_batch, tree_shardings
+from train.parallel.sharding import make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import make_init, make_train_step
 
 B, T, VOCABULARY = 8, 16, 50

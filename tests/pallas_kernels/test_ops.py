@@ -1,0 +1,285 @@
+"""Every op of every backend against the reference: values, gradients, what must not be read, and the same bits twice.
+
+On a GPU (`-m gpu`) the same properties hold of compiled kernels, at larger sizes and in every dtype.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import reference
+from nsa_jax.backends.choice import Backward, Forward
+from nsa_jax.testing import assert_same_blocks, normwise_error, tolerance_of
+from pallas_kernels.differentiable import Op
+from tests.pallas_kernels import cases
+from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, Case, Inputs, Results
+
+INTERPRETED = 2e-6  # float32
+HUGE = 1e30
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+
+
+def each(ops, of: dict[str, Case], exhaustive=()):
+    """Every op with every case that is for it."""
+    pairs = [(op, name) for name, case in of.items() for op in ops if op in case.ops]
+    marked = [pytest.param(*pair, marks=[pytest.mark.exhaustive] * (pair in exhaustive)) for pair in pairs]
+    return pytest.mark.parametrize(("op", "name"), marked)
+
+
+def close(what: str, actual: jax.Array, expected: jax.Array, tolerance: float) -> None:
+    error = normwise_error(actual, expected)
+    assert error <= tolerance, f"{what}: normwise error {error:.3g} above {tolerance:.3g}"
+
+
+def same_bits(actual: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def check_branch(backend: str, op: str, case: Case, dtype: Any, tolerance: float) -> tuple[Any, Inputs, Results]:
+    """Both passes of a branch; returns the compiled call, its inputs and what it gave."""
+    forward, backward = cases.function(backend, op), cases.function(backend, op + "_backward")
+    inputs = cases.inputs(case, dtype)
+    run = functools.partial(cases.results, forward, backward, op, case)
+    if case.traced:
+        compiled = functools.partial(jax.jit(run), offset=case.offset)
+    else:
+        compiled = jax.jit(functools.partial(run, offset=case.query_offset))
+    actual, expected = compiled(inputs), cases.expected_results(op, case, inputs)
+    check_results(actual, expected, dtype, tolerance)
+    return compiled, inputs, actual
+
+
+def check_results(actual: Results, expected: Results, dtype: Any, tolerance: float) -> None:
+    assert actual.lse.dtype == actual.gradients.delta.dtype == jnp.float32
+    seen = np.isfinite(expected.lse)
+    np.testing.assert_array_equal(np.isneginf(actual.lse), ~seen)
+    np.testing.assert_allclose(np.asarray(actual.lse)[seen], np.asarray(expected.lse)[seen], atol=1e-5, rtol=1e-5)
+    names = ("o", "dq", "dk", "dv")
+    for name, a, b in zip(names, (actual.o, *actual.gradients[:3]), (expected.o, *expected.gradients[:3]), strict=True):
+        assert a.dtype == dtype
+        close(name, a, b, tolerance)
+    deltas = (np.asarray(x.gradients.delta)[seen] for x in (actual, expected))
+    close("delta", *deltas, tolerance)
+    assert not np.any(np.asarray(actual.o)[~np.swapaxes(seen, 1, 2)])
+
+
+def unseen(expected: Results, gradient: jax.Array) -> np.ndarray:
+    """Which keys no query sees: those whose value has no gradient at all."""
+    return np.broadcast_to(~np.any(np.asarray(expected.gradients.dv), axis=-1, keepdims=True), gradient.shape)
+
+
+def check_unseen_keys_change_nothing(
+    op: str, case: Case, compiled: Any, inputs: Inputs, actual: Results, value: float
+) -> None:
+    """Keys and values that no query sees may hold anything, and get no gradient."""
+    q, k, v, *_ = cases.arguments(op, inputs)
+    expected = cases.expected_results(op, case, inputs)
+    huge = jnp.asarray(value, q.dtype)
+    hidden_k, hidden_v = (unseen(expected, x) for x in (k, v))
+    changed = cases.with_keys(op, inputs, jnp.where(hidden_k, huge, k), jnp.where(hidden_v, -huge, v))
+    same_bits(compiled(changed), actual)
+    assert not np.any(np.asarray(actual.gradients.dk)[hidden_k])
+    assert not np.any(np.asarray(actual.gradients.dv)[hidden_v])
+
+
+def check_blocks_that_no_query_selected_are_not_read(case: Case, compiled: Any, inputs: Inputs) -> None:
+    """They hold NaN, which nothing that reads it gets rid of."""
+    s = case.config.select_block
+    own = (case.query_offset + np.arange(case.num_queries)) // s
+    alone = np.full(inputs.block_indices.shape, -1, np.int32)
+    alone[..., 0] = own
+    inputs = inputs._replace(block_indices=jnp.asarray(alone))
+    op, first = "selected_attention", own[0] * s  # every query reads its own block and no other
+    _, k, v, _ = cases.arguments(op, inputs)
+    poisoned = cases.with_keys(op, inputs, k.at[:, :first].set(jnp.nan), v.at[:, :first].set(jnp.nan))
+    same_bits(compiled(poisoned), compiled(inputs))
+
+
+@each_backend
+@each(BRANCHES, CASES)
+def test_values_and_gradients_equal_the_reference(backend, op, name):
+    case = CASES[name]
+    compiled, inputs, actual = check_branch(backend, op, case, jnp.float32, INTERPRETED)
+    same_bits(compiled(inputs), actual)
+    check_unseen_keys_change_nothing(op, case, compiled, inputs, actual, HUGE)
+    if op == "selected_attention":
+        check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
+
+
+def check_blocks(backend: str, case: Case, dtype: Any) -> tuple[Any, jax.Array]:
+    """The selection from the reference's lse; returns the compiled call with its arguments, and what it gave."""
+    select = cases.function(backend, "select_blocks")
+    inputs = cases.inputs(case, dtype)
+    q, k, starts = cases.exact((inputs.q, inputs.kv.cmp_k, inputs.starts))
+    static = case.options
+
+    @jax.jit
+    def expect(q, k, starts):
+        places = (starts, case.query_offset)
+        _, lse = reference.compressed_attention(q, k, k, *places, **static)
+        blocks = reference.select_blocks(q, k, lse, *places, **static)
+        return lse, blocks, reference.block_importance(q, k, lse, *places, **static)
+
+    lse, blocks, importance = expect(q, k, starts)
+    run = functools.partial(select, **static)
+    arguments = (inputs.q, inputs.kv.cmp_k, jnp.asarray(np.asarray(lse)), inputs.starts)
+    if case.traced:
+        compiled = functools.partial(jax.jit(run), *arguments, case.offset)
+    else:
+        compiled = functools.partial(jax.jit(lambda *arguments: run(*arguments, case.query_offset)), *arguments)
+    actual = compiled()
+    assert actual.dtype == jnp.int32
+    assert_same_blocks(actual, blocks, importance)
+    return compiled, actual
+
+
+@each_backend
+@each(["select_blocks"], CASES)
+def test_blocks_are_those_of_highest_importance(backend, op, name):
+    compiled, actual = check_blocks(backend, CASES[name], jnp.float32)
+    same_bits(compiled(), actual)
+
+
+def blocks_of_equal_keys(backend: str, case: Case, dtype: Any) -> jax.Array:
+    inputs = cases.inputs(case, dtype)
+    q, k = inputs.q, jnp.broadcast_to(inputs.kv.cmp_k[:, :1], inputs.kv.cmp_k.shape)
+    _, lse = jax.jit(functools.partial(reference.compressed_attention, **case.options))(
+        *cases.exact((q, k, k)), None, 0
+    )
+    select = functools.partial(cases.function(backend, "select_blocks"), **case.options)
+    return np.asarray(jax.jit(select)(q, k, jnp.asarray(np.asarray(lse)), None, 0))
+
+
+@each_backend
+def test_equal_keys_are_chosen_in_order_of_index(backend):
+    case = Case(400, 4, 2, 32, 32, cases.NSAConfig(32, 16, 64, 4, 0, 1))
+    # Block 0 has no compressed token before it and weighs 7 against 8: it loses to every other whole block.
+    np.testing.assert_array_equal(blocks_of_equal_keys(backend, case, jnp.float32)[0, :, 399], [[1, 2, 3, 6]] * 2)
+
+
+@each_backend
+def test_blocks_carry_no_gradient(backend):
+    case = Case(100, 2, 1, 32, 32, cases.NSAConfig(32, 16, 64, 2, 0, 1), traced=False)
+    select = functools.partial(cases.function(backend, "select_blocks"), **case.options)
+    inputs = cases.inputs(case)
+
+    def total(q, k, lse):
+        return jnp.sum(select(q, k, lse, None, 0) * jnp.sum(q))
+
+    _, *gradients = jax.grad(total, (0, 1, 2))(inputs.q, inputs.kv.cmp_k, inputs.dlse)
+    assert not any(np.any(x) for x in gradients)
+
+
+@each_backend
+def test_queries_that_see_nothing_give_zero_and_no_gradient(backend):
+    case = Case(40, 2, 1, 32, 32, cases.NSAConfig(), traced=False)
+    inputs = cases.inputs(case)
+    forward = cases.function(backend, "compressed_attention")
+    backward = cases.function(backend, "compressed_attention_backward")
+    run = jax.jit(functools.partial(cases.results, forward, backward, "compressed_attention", case, offset=0))
+    infinite = jnp.full(inputs.dlse.shape, jnp.inf)  # what d exp(-lse) would send back
+    o, lse, (dq, dk, dv, _) = run(inputs._replace(dlse=infinite))
+    assert not np.any(o[:, :31])
+    assert np.all(np.isneginf(lse[:, :, :31]))
+    assert not np.any(dq[:, :31])
+    assert np.all(np.isfinite(o))
+    _, _, (dq, dk, dv, _) = run(inputs._replace(dlse=infinite.at[:, :, 31:].set(0.0)))
+    assert all(np.all(np.isfinite(x)) for x in (dq, dk, dv))
+
+
+@each_backend
+def test_a_window_of_one_returns_the_values(backend):
+    case = Case(70, 4, 2, 32, 32, cases.NSAConfig(window=1), traced=False)
+    inputs = cases.inputs(case)
+    window = functools.partial(cases.function(backend, "window_attention"), **case.options)
+    o, _ = jax.jit(lambda q, k, v: window(q, k, v, None, 0))(inputs.q, inputs.kv.win_k, inputs.kv.win_v)
+    np.testing.assert_allclose(o, jnp.repeat(inputs.kv.win_v, 2, axis=2), rtol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("op", BRANCHES)
+@pytest.mark.parametrize("others", ["forward", "backward"])
+def test_a_pass_of_another_backend_takes_or_gives_the_same_residuals(backend, op, others):
+    """The other pass is pure JAX's, whose backward pass is derived from its forward pass."""
+    case = Case(70, 3, 1, 32, 24, cases.NSAConfig(16, 8, 16, 3, 1, 1, 9), query_offset=37, segments=(43,))
+    cases.function(backend, op), cases.function(backend, op + "_backward")
+    mixed = Op(
+        Forward(op, "xla" if others == "forward" else backend),
+        Backward(op, "xla" if others == "backward" else backend),
+        returns_lse=op == "compressed_attention",
+    )
+    inputs = cases.inputs(case)
+    expected = cases.expected_results(op, case, inputs)
+
+    @jax.jit
+    def run(inputs: Inputs, offset: jax.Array) -> Any:
+        q, k, v, *blocks = cases.arguments(op, inputs)
+        out, pullback = jax.vjp(lambda q, k, v: mixed(q, k, v, *blocks, inputs.starts, offset, **case.options), q, k, v)
+        return out, pullback((inputs.do, inputs.dlse) if mixed.returns_lse else inputs.do)
+
+    out, gradients = run(inputs, case.offset)
+    close("o", out[0] if mixed.returns_lse else out, expected.o, INTERPRETED)
+    for name, a, b in zip(("dq", "dk", "dv"), gradients, expected.gradients[:3], strict=True):
+        close(name, a, b, INTERPRETED)
+
+
+@each_backend
+@pytest.mark.parametrize("op", [BRANCHES[0], *(pytest.param(op, marks=pytest.mark.exhaustive) for op in BRANCHES[1:])])
+def test_vmap_scan_and_remat_give_the_same_gradients(backend, op):
+    case = Case(48, 2, 1, 32, 32, cases.NSAConfig(32, 16, 32, 2, 0, 1, 20), B=2, traced=False)
+    attend = Op(cases.function(backend, op), cases.function(backend, op + "_backward"))
+    q, k, v, *blocks = cases.arguments(op, cases.inputs(case))
+
+    def loss(q, k, v, *blocks):
+        return jnp.sum(jnp.sin(attend(q, k, v, *blocks, None, 0, **case.options)))
+
+    def mapped(*arrays):
+        return jnp.sum(jax.vmap(loss)(*(x[:, None] for x in arrays)))
+
+    def scanned(*arrays):
+        step = jax.checkpoint(lambda total, x: (total + loss(*x), None))
+        return jax.lax.scan(step, 0.0, tuple(x[:, None] for x in arrays))[0]
+
+    expected = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v, *blocks)
+    for transformed in (mapped, scanned):
+        for a, b in zip(jax.jit(jax.grad(transformed, (0, 1, 2)))(q, k, v, *blocks), expected, strict=True):
+            close(transformed.__name__, a, b, 1e-6)
+
+
+@pytest.mark.gpu
+@each_backend
+@each_dtype
+@each(BRANCHES, GPU_CASES)
+def test_gpu_values_and_gradients_equal_the_reference_twice(backend, op, name, dtype):
+    case = GPU_CASES[name]
+    with cases.poisoned(backend):
+        compiled, inputs, actual = check_branch(backend, op, case, dtype, tolerance_of(dtype))
+    same_bits(compiled(inputs), actual)
+    check_unseen_keys_change_nothing(op, case, compiled, inputs, actual, HUGE if dtype == jnp.float32 else 1e4)
+    if op == "selected_attention":
+        check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
+
+
+@pytest.mark.gpu
+@each_backend
+@each_dtype
+@each(["select_blocks"], GPU_CASES)
+def test_gpu_blocks_are_those_of_highest_importance_twice(backend, op, name, dtype):
+    with cases.poisoned(backend):
+        compiled, actual = check_blocks(backend, GPU_CASES[name], dtype)
+    same_bits(compiled(), actual)
+
+
+@pytest.mark.gpu
+@each_backend
+def test_gpu_ties_go_to_the_lower_index(backend):
+    actual = blocks_of_equal_keys(backend, GPU_CASES["paper's sizes"], jnp.bfloat16)
+    # The first block is forced; the others weigh the same.
+    np.testing.assert_array_equal(actual[0, :, -1], [[*range(14), 31, 32]] * 4)

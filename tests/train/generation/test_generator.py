@@ -1,0 +1,231 @@
+"""Text from a model: the same whatever else is running, ended and streamed as asked."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_jax import NSAConfig
+from train.config import ModelConfig
+from train.data.tokenizer import ByteTokenizer
+from train.generation import generator as generate_module
+from train.generation.generator import Generator, NoFreeSlotError, generate
+from train.generation.sampling import Sampling
+from train.model.transformer import Transformer, logits
+
+TOKENIZER = ByteTokenizer()
+
+
+GREEDY = Sampling(max_tokens=5, temperature=0.0)
+
+
+@functools.cache
+def trained(attention="nsa"):
+    config = ModelConfig(
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=16,
+        attention=attention,
+        nsa=NSAConfig(
+            compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
+        ),
+    )
+    model = Transformer(config, TOKENIZER.vocab_size)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return nn.meta.unbox(params), model
+
+
+def make(slots=2, max_length=64, attention="nsa"):
+    return Generator(*trained(attention), TOKENIZER, slots=slots, max_length=max_length, chunk=8)
+
+
+def finish(generator, texts=None):
+    texts = {} if texts is None else texts
+    reasons = {}
+    while generator.busy:
+        for piece in generator.step():
+            texts[piece.request] = texts.get(piece.request, "") + piece.text
+            if piece.finished:
+                reasons[piece.request] = piece.finished
+    return texts, reasons
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_temperature_zero_takes_the_likeliest_token_of_the_whole_forward_pass(attention):
+    params, model = trained(attention)
+    forward = jax.jit(lambda tokens: logits(params, model.apply({"params": params}, tokens), model.config))
+    prompt = "a prompt over some blocks"
+    tokens = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt)]
+    for _ in range(30):
+        padded = jnp.asarray([tokens + [0] * (64 - len(tokens))])
+        tokens.append(int(np.argmax(forward(padded)[0, len(tokens) - 1, : TOKENIZER.vocab_size])))
+        if tokens[-1] == TOKENIZER.eos_id:
+            break
+    expected = TOKENIZER.decode(tokens[1 + len(prompt) :])
+    sampling = dataclasses.replace(GREEDY, max_tokens=30)
+    assert generate(params, model, TOKENIZER, prompt, sampling) == prompt + expected
+    one = dataclasses.replace(sampling, temperature=1.0, top_k=1)
+    assert generate(params, model, TOKENIZER, [prompt, "ab"], one)[0] == prompt + expected
+
+
+def test_a_seed_fixes_the_text_and_another_changes_it():
+    sampling = Sampling(max_tokens=20, temperature=1.0)
+    texts = [generate(*trained(), TOKENIZER, "ab", dataclasses.replace(sampling, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("ab")
+
+
+@settings(max_examples=6)
+@given(
+    st.integers(0, 10**6), st.lists(st.tuples(st.text(max_size=20), st.integers(0, 9), st.integers(0, 4)), max_size=6)
+)
+def test_requests_that_join_and_leave_give_the_text_they_give_alone(seed, requests):
+    rng = np.random.default_rng(seed)
+    made = [
+        (prompt, Sampling(max_tokens=count, temperature=float(rng.choice([0.0, 1.0])), top_p=0.9, seed=number), pause)
+        for number, (prompt, count, pause) in enumerate(requests)
+    ]
+    together, texts = make(slots=2, max_length=96), {}
+    for prompt, sampling, pause in made:
+        together.submit(prompt, sampling)
+        for _ in range(pause):
+            for piece in together.step():
+                texts[piece.request] = texts.get(piece.request, "") + piece.text
+    finish(together, texts)
+    for number, (prompt, sampling, _) in enumerate(made):
+        alone = make(slots=2, max_length=96)
+        alone.submit(prompt, sampling)
+        assert texts.get(number, "") == finish(alone)[0].get(0, ""), (prompt, sampling)
+
+
+def test_joining_and_leaving_compile_nothing():
+    generator = make()
+    generator.submit("warm", GREEDY)
+    finish(generator)
+    programs = [generate_module.advance, generate_module._prefill_slot]
+    before = [program._cache_size() for program in programs]
+    for number, prompt in enumerate(["", "a much longer prompt of several chunks", "x"]):
+        generator.submit(prompt, Sampling(max_tokens=3 + number, top_k=2 + number, top_p=0.5, seed=number))
+        generator.step()
+    finish(generator)
+    assert [program._cache_size() for program in programs] == before
+
+
+class Scripted(Generator):
+    """A generator whose model says what a test wants: the sampled tokens are replaced by a script."""
+
+    def __init__(self, script, **sizes):
+        super().__init__(*trained(), TOKENIZER, slots=1, max_length=200, **sizes)
+        self.script = iter(TOKENIZER.encode(script).tolist())
+
+    def _take(self, request, token):
+        return super()._take(request, next(self.script))
+
+
+def test_stop_strings_end_the_text_before_them_and_nothing_of_them_is_streamed():
+    generator = Scripted("one two th three")
+    generator.submit("", Sampling(max_tokens=100, stop=("three", "zzz")))
+    pieces = []
+    while generator.busy:
+        pieces += [piece.text for piece in generator.step()]
+    assert "".join(pieces) == "one two th "
+    assert all(len(piece) <= 4 for piece in pieces)
+
+
+def test_a_stop_token_ends_the_text_before_it_with_what_was_held_back():
+    generator = Scripted("one th|ree")
+    generator.submit("", Sampling(max_tokens=100, stop=("three",), stop_tokens=(ord("|"),)))
+    assert finish(generator) == ({0: "one th"}, {0: "stop"})
+
+
+def test_half_characters_are_never_streamed():
+    generator = Scripted("aé漢🙂b")
+    generator.submit("", Sampling(max_tokens=11))
+    pieces = []
+    while generator.busy:
+        pieces += [piece.text for piece in generator.step()]
+    assert [piece for piece in pieces if piece] == ["a", "é", "漢", "🙂", "b"]
+
+
+def test_a_thinking_budget_closes_the_span():
+    generator = Scripted("<think>0123456789 more and more thoughts")
+    generator.submit("", Sampling(max_tokens=40, max_thinking_tokens=5))
+    text = finish(generator)[0][0]
+    assert text.startswith("<think>01234</think>")
+    assert text.count("</think>") == 1
+    free = Scripted("<think>0123456789</think> answer")
+    free.submit("", Sampling(max_tokens=32, max_thinking_tokens=50))
+    assert finish(free)[0][0] == "<think>0123456789</think> answer"
+
+
+def with_loud_rows(params, model, rows):
+    """Parameters under which the given rows of the embedding are by far the likeliest first tokens."""
+    hidden = model.apply({"params": params}, jnp.full((1, 8), TOKENIZER.bos_id, jnp.int32))[0, 0]
+    return {**params, "embedding": params["embedding"].at[rows].set(100 * hidden[None, :])}
+
+
+def test_sampling_ends_at_the_end_of_text():
+    params, model = trained()
+    # The beginning of text is the same token as its end, so the input changes too; what follows the bos is what counts.
+    ended = with_loud_rows(params, model, jnp.array([TOKENIZER.eos_id]))
+    generator = Generator(ended, model, TOKENIZER, slots=1, max_length=64)
+    generator.submit("", GREEDY)
+    assert finish(generator) == ({0: ""}, {0: "end of text"})
+
+
+def test_rows_that_stand_for_no_token_are_never_sampled():
+    params, model = trained()
+    loud = with_loud_rows(params, model, jnp.arange(TOKENIZER.vocab_size, params["embedding"].shape[0]))
+    generator = Generator(loud, model, TOKENIZER, slots=1, max_length=64)
+    generator.submit("", Sampling(max_tokens=9, temperature=1.0))
+    request = generator._waiting[0]
+    finish(generator)
+    assert max(request.tokens) < TOKENIZER.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens = -1: expected at least 0"),
+        ({"temperature": -0.5}, "temperature = -0.5"),
+        ({"top_k": 259}, "top_k = 259: expected 1 to 258"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"stop": ("",)}, "stop = "),
+        ({"stop_tokens": (258,)}, r"stop_tokens = \(258,\): expected 0 to 257"),
+        ({"max_thinking_tokens": -2}, "max_thinking_tokens = -2"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*trained(), TOKENIZER, "", Sampling(**change))
+
+
+def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
+    alone = make(slots=1)
+    alone.submit("ab", dataclasses.replace(GREEDY, max_tokens=9))
+    expected = finish(alone)[0][0]
+    generator = make(slots=1)
+    number = generator.submit("ab", dataclasses.replace(GREEDY, max_tokens=9))
+    texts = {piece.request: piece.text for piece in generator.step()}
+    with pytest.raises(NoFreeSlotError, match="all 1 slots are taken"):
+        generator.submit("b", GREEDY, wait=False)
+    with pytest.raises(ValueError, match=r"prompt of 81 tokens and max_tokens = 5: expected at most max_length = 64"):
+        generator.submit("x" * 80, GREEDY)
+    with pytest.raises(ValueError, match=r"prompt = \[\]: expected at least one token"):
+        generator.submit([], GREEDY)
+    with pytest.raises(ValueError, match="prompt has tokens 3 to 999: expected 0 to 257"):
+        generator.submit([3, 999], GREEDY)
+    with pytest.raises(ValueError, match="number = 7: expected a request"):
+        generator.cancel(7)
+    generator.cancel(generator.submit("never", GREEDY))
+    assert finish(generator, texts)[0] == {number: expected}

@@ -1,0 +1,182 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from nsa_jax.testing import normwise_error
+from train.config import ModelConfig
+from train.model.transformer import Transformer, logits, padded_vocabulary
+from train.parallel.sharding import RULES
+
+VOCABULARY = 50
+T = 32
+SMALL = ModelConfig(
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    nsa=NSAConfig(
+        compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_init=1, num_local=1, window=6
+    ),
+)
+ATTENTIONS = pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+
+
+def make(**changes):
+    model = Transformer(dataclasses.replace(SMALL, **changes), VOCABULARY)
+    boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, T), jnp.int32))["params"]
+    return model, nn.meta.unbox(boxed)
+
+
+def tokens(batch: int, length: int = T):
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, VOCABULARY)
+
+
+def relative_error(actual, expected):
+    return np.linalg.norm(np.asarray(actual - expected)) / np.linalg.norm(np.asarray(expected))
+
+
+@ATTENTIONS
+def test_gradient_with_respect_to_later_embeddings_is_exactly_zero(attention):
+    model, params = make(attention=attention)
+    x = jax.random.normal(jax.random.key(2), (T, SMALL.embed_dim))
+    mix = jax.random.normal(jax.random.key(3), (T, SMALL.embed_dim))
+
+    @jax.jit
+    def influence(x):
+        def outputs(x):
+            return jnp.sum(model.apply({"params": params}, x[None], method="decode")[0] * mix, axis=-1)
+
+        return jnp.max(jnp.abs(jax.jacrev(outputs)(x)), axis=-1)  # [output position, input position]
+
+    size = np.asarray(influence(x))
+    later = np.triu(np.ones((T, T), bool), 1)
+    assert np.all(size[later] == 0)
+    # The test can fail: the present and the past do matter.
+    assert np.all(np.diag(size) > 0)
+    assert np.all(np.diag(size, -1) > 0)
+
+
+@ATTENTIONS
+def test_packed_document_gets_what_it_gets_alone(attention):
+    model, params = make(attention=attention)
+    apply = jax.jit(lambda tokens, segment_ids: model.apply({"params": params}, tokens, segment_ids=segment_ids))
+    first, second = 11, 19  # the second document starts at 12, the next multiple of a selection block
+    row = tokens(1)
+    segment_ids = jnp.where(jnp.arange(T) < 12, 0, 1)[None]
+    packed = apply(row, segment_ids)
+    for begin, length in ((0, first), (12, second)):
+        # Alone and padded to T, so that one program serves all: what follows a document cannot reach it.
+        alone = jnp.zeros((1, T), jnp.int32).at[:, :length].set(row[:, begin : begin + length])
+        expected = apply(alone, jnp.zeros((1, T), jnp.int32))[:, :length]
+        assert relative_error(packed[:, begin : begin + length], expected) < 1e-5
+    merged = apply(row, jnp.zeros((1, T), jnp.int32))
+    assert relative_error(packed[:, 12:], merged[:, 12:]) > 1e-3
+
+
+@ATTENTIONS
+def test_permuting_the_batch_permutes_the_output(attention):
+    model, params = make(attention=attention)
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    rows, order = tokens(3), np.array([2, 0, 1])
+    assert relative_error(apply(rows[order]), apply(rows)[order]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"tie_embeddings": False, "share_kv": True, "remat": "full"}],
+)
+def test_gradients_reach_every_parameter_of_every_layer(changes):
+    model, params = make(**changes)
+    rows = tokens(2)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            scores = logits(params, model.apply({"params": params}, rows), model.config)
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(scores), rows[..., None], axis=-1))
+
+        return jax.grad(loss)(params)
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients(params)):
+        name = jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(gradient)), name
+        for layer in gradient if path[0].key == "layers" else [gradient]:
+            assert np.any(layer != 0), name
+
+
+def test_remat_changes_memory_and_not_gradients():
+    rows = tokens(2)
+    gradients = {}
+    for remat in ("none", "dots", "attention", "full"):
+        model, params = make(remat=remat, attention="full")
+
+        @jax.jit
+        def gradient(params, model=model):
+            return jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, rows))))(params)
+
+        gradients[remat] = jax.flatten_util.ravel_pytree(gradient(params))[0]
+    for remat in ("dots", "attention", "full"):
+        assert relative_error(gradients[remat], gradients["none"]) < 1e-5
+
+
+def test_attention_flag_changes_nothing_but_the_attention_layer():
+    def shapes(attention):
+        model = Transformer(dataclasses.replace(SMALL, attention=attention), VOCABULARY)
+        params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens(1)))["params"]
+        params["layers"].pop("attention")
+        return jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+    assert shapes("nsa") == shapes("full") == shapes("window")
+
+
+@ATTENTIONS
+def test_every_parameter_has_known_logical_axes(attention):
+    config = dataclasses.replace(SMALL, attention=attention, tie_embeddings=False)
+    boxed = jax.eval_shape(Transformer(config, VOCABULARY).init, jax.random.key(0), tokens(1))["params"]
+    known = {name for name, _ in RULES}
+    boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    for path, box in boxes:
+        assert len(box.names) == box.value.ndim, path
+        assert set(box.names) <= known, path
+        assert (box.names[0] == "layers") == (path[0].key == "layers"), path
+
+
+def test_bfloat16_computes_in_bfloat16_on_float32_parameters_and_gives_float32_logits():
+    model = Transformer(dataclasses.replace(SMALL, dtype="bfloat16"), VOCABULARY)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens(1)))["params"]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    hidden = jax.eval_shape(lambda params: model.apply({"params": params}, tokens(2)), params)
+    assert (hidden.shape, hidden.dtype) == ((2, T, SMALL.embed_dim), jnp.bfloat16)
+    scores = jax.eval_shape(lambda params, hidden: logits(params, hidden, model.config), params, hidden)
+    assert (scores.shape, scores.dtype) == ((2, T, padded_vocabulary(VOCABULARY)), jnp.float32)
+
+
+def test_a_model_on_kernels_can_be_traced_without_remat():
+    """Flax's scan over layers refuses a kernel that stays in a traced program although its result is not used."""
+    nsa = NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=3, window=16)
+    config = dataclasses.replace(SMALL, attention="nsa", implementation="triton", head_dim=32, nsa=nsa, remat="none")
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    assert jax.eval_shape(Transformer(config, 50).init, jax.random.key(0), tokens)
+
+
+def test_gradients_of_embeddings_are_summed_in_float32():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    model, T = Transformer(config, VOCABULARY), 2048
+    ids = jax.random.randint(jax.random.key(0), (1, T), 0, 3)
+    params = nn.meta.unbox(model.init(jax.random.key(1), tokens(1)))["params"]
+    cotangent = jax.random.normal(jax.random.key(2), (1, T, config.embed_dim), jnp.bfloat16)
+
+    def embedded(params):
+        return jnp.vdot(model.apply({"params": params}, ids, method="embed").astype(jnp.float32), cotangent)
+
+    gradient = jax.jit(jax.grad(embedded))(params)["embedding"]
+    exact = jnp.zeros(gradient.shape).at[ids[0]].add(cotangent[0].astype(jnp.float32))
+    assert normwise_error(gradient, exact) < 4e-3  # one rounding to bfloat16

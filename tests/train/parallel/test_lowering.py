@@ -1,0 +1,30 @@
+"""The update of a run without its data."""
+
+import dataclasses
+
+import pytest
+
+from train.config import MeshConfig
+from train.parallel.lowering import lower_for_gpus
+from train.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "mesh"),
+    [
+        pytest.param(8192, 64, MeshConfig(data=1, fsdp=8, expert=8), marks=pytest.mark.exhaustive),
+        (65536, 8, MeshConfig(data=1, expert=8, context=8)),
+    ],
+    ids=str,
+)
+def test_the_papers_model_lowers_for_64_gpus_with_its_kernels(length, rows, mesh):
+    config = PRESETS["paper-27b"]()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length=length, batch_size=rows),
+        optimizer=dataclasses.replace(config.optimizer, accumulate=1),
+        mesh=mesh,
+    )
+    program = lower_for_gpus(config, 102400, devices=64, device_kind="NVIDIA H100").as_text()
+    assert program.count("__gpu$xla.gpu.triton") > 30  # of one layer, or two where the first differs
+    assert "mhlo.num_partitions = 64" in program

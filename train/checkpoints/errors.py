@@ -1,0 +1,62 @@
+"""What goes wrong with checkpoints, in words."""
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none that fits could be read; the message says which and why."""
+
+
+class DamagedError(Exception):
+    """What is on disk is not what was saved."""
+
+
+@contextlib.contextmanager
+def without_echoes() -> Iterator[None]:
+    """Keep Orbax from printing hundreds of lines about an error that is raised here anyway."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    def report(unraisable: Any) -> None:
+        # When one array fails, Orbax closes its event loop while others are on their way.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    before = sys.unraisablehook
+    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(is_news)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def is_of_this_machine(error: BaseException) -> bool:
+    """Whether reading failed for want of memory or rights, which says nothing against the checkpoint."""
+    error = _root(error)
+    codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+    return isinstance(error, (MemoryError, PermissionError)) or any(code in str(error) for code in codes)
+
+
+def reason_of(error: BaseException, limit: int = 240) -> str:
+    """The cause of an error, in one line of at most `limit` characters and some dots."""
+    # TensorStore appends its whole specification in brackets; the cause is what stands last before them.
+    error = _root(error)
+    text = re.sub(r" \[[\w ]+='.*", "", " ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= limit else f"...{text[-limit:]}"

@@ -1,0 +1,103 @@
+"""Runs made before: their settings, model and parameters, to generate from, evaluate or start another run with."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import RopeScaling
+from train.checkpoints.checkpointer import Checkpointer
+from train.config import TrainConfig, differences, from_json
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.model.transformer import Transformer
+
+# Model settings that may differ from those of the run a run starts from: they change no parameter, and positions,
+# arithmetic and kernels are what continued training adapts to.
+MAY_DIFFER = ("model.rope_theta", "model.rope_scaling.", "model.implementation", "model.remat", "model.dtype")
+
+
+class SavedModel(NamedTuple):
+    """The model of a run, on one device."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    model: Transformer
+    params: Any
+
+
+def read_config(run: Path, setting: str = "run") -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+      ValueError: naming `setting`, where the folder holds no run.
+    """
+    saved = run / "config.json"
+    if not saved.is_file():
+        raise ValueError(f"{setting} = {run}: expected the folder of a run, which holds config.json")
+    return from_json(saved.read_text())
+
+
+def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling | None = None) -> SavedModel:
+    """The model of a run, from its newest undamaged checkpoint or that of `step`.
+
+    Args:
+      run: its folder.
+      step: of the checkpoint.
+      rope_scaling: instead of the run's own.
+
+    Raises:
+      ValueError: there is no such run.
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    config = read_config(run)
+    if rope_scaling is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_scaling=rope_scaling))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = Transformer(config.model, tokenizer.vocab_size)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, config.model.nsa.select_block), jnp.int32))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.meta.unbox(shapes["params"])
+    )
+    params = Checkpointer(run / "checkpoints", config.checkpoint).restore_parameters(abstract, step)
+    return SavedModel(config, tokenizer, model, params)
+
+
+def check_start(config: TrainConfig, vocab_size: int) -> None:
+    """Raises ValueError where a run cannot start from `init_from`: no run, no checkpoint, or a model that differs."""
+    assert config.init_from is not None
+    old = read_config(config.init_from, "init_from")
+    changed = [
+        change
+        for change in differences(old, config)
+        if change[0].startswith("model.") and not change[0].startswith(MAY_DIFFER)
+    ]
+    facts = config.init_from / "facts.json"
+    old_size = json.loads(facts.read_text()).get("vocab_size", vocab_size) if facts.is_file() else vocab_size
+    if old_size != vocab_size:
+        changed.append(("the size of the vocabulary", old_size, vocab_size))
+    if changed:
+        shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
+        raise ValueError(f"init_from = {config.init_from} holds another model: {shown}")
+    checkpoints = Checkpointer(config.init_from / "checkpoints", config.checkpoint)
+    if checkpoints.latest_step is None:
+        raise ValueError(f"init_from = {config.init_from}: expected a run with a checkpoint, found none")
+    if config.init_step is not None and not (checkpoints.directory / str(config.init_step)).is_dir():
+        raise ValueError(
+            f"init_step = {config.init_step}: expected the step of a checkpoint in {checkpoints.directory}"
+        )
+
+
+def starting_parameters(config: TrainConfig, abstract_parameters: Any) -> Any:
+    """The parameters that a run with `init_from` starts from, with the shardings of `abstract_parameters`.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read.
+    """
+    assert config.init_from is not None
+    checkpoints = Checkpointer(config.init_from / "checkpoints", config.checkpoint)
+    return checkpoints.restore_parameters(abstract_parameters, config.init_step)

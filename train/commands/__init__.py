@@ -1,0 +1,32 @@
+"""The commands of `python -m train`, in one table.
+
+A new command is a module here and a line in `COMMANDS`. Modules are imported when their command is given.
+"""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command is, and what it does."""
+
+    module: str
+    function: str  # of the module; takes what the two lines below say, and may return an exit code
+    summary: str
+    has_arguments: bool = True  # the command line fills the dataclass `Arguments` of the module
+    takes_preset: bool = False  # then it goes on with a preset and its settings
+
+
+COMMANDS = {
+    "train": Command(
+        "train.commands.train", "train", "trains a preset; the default", has_arguments=False, takes_preset=True
+    ),
+    "generate": Command("train.commands.generate", "generate", "continues a prompt with the model of a run"),
+    "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),
+    "positions": Command("train.commands.positions", "positions", "evaluates a run by position in the sequence"),
+    "report": Command("train.commands.report", "report", "draws runs into one picture"),
+    "benchmark speed": Command("train.commands.benchmark.speed", "benchmark", "times training steps"),
+    "benchmark context": Command(
+        "train.commands.benchmark.context", "benchmark", "times attention with its tokens split over devices"
+    ),
+    "benchmark decoding": Command("train.commands.benchmark.decoding", "benchmark", "times the sampling of tokens"),
+}

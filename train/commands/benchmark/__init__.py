@@ -1,0 +1,1 @@
+"""What times the trainer: `python -m train benchmark speed | context | decoding`."""

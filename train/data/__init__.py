@@ -1,0 +1,1 @@
+"""From files to batches: formats, documents, conversations, tokenizers, packing and loading."""

@@ -1,0 +1,122 @@
+"""Text to batches: finding documents, holding some out, packing them into rows, shuffling, sharding over hosts.
+
+The training iterator is a Grain pipeline: documents in a new order each epoch, tokens, rows of T, batches. Its state is
+a handful of integers, and an iterator that is given the state goes on with the very next batch.
+"""
+
+from collections.abc import Iterable
+
+import grain
+import jax
+from absl import flags
+from grain import experimental as grain_experimental
+
+from train.config import DataConfig
+from train.data.corpus import Corpus
+from train.data.packing import Batch, packed_batches
+from train.data.tokenizer import Tokenizer
+
+
+def train_batches(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    align: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    num_epochs: int | None = None,
+) -> grain.DatasetIterator[Batch]:
+    """This host's share of every training batch, in an order that the seed fixes.
+
+    Of the documents, in a new order each epoch, each host takes every `process_count`-th, and yields batch_size /
+    process_count rows; so after as many batches, any number of hosts has come about equally far in that order. With
+    `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a document
+    longer than T is cut, and each piece is a segment of its own. Without, documents follow one another without gaps. In
+    both cases every token of a document, and one end-of-text token, is a target exactly once an epoch, and the input
+    before a document's first token is the beginning-of-text token. Of
+    conversations only what the assistant says has weight; see `train.chat`.
+
+    Args:
+      align: the selection block of the model.
+      process_index, process_count: this host among all that load different rows (`sharding.data_shards`); default:
+        those of JAX.
+      num_epochs: passes over the documents; None: no end. The last batch is filled with rows of weight 0.
+
+    Yields dicts of [batch_size / process_count, T] arrays: "tokens", "targets", "target_bytes" int32, "weights"
+    float32, and "segment_ids" int32 if `isolate_documents`. `get_state` and `set_state` of the iterator save and
+    restore the place in JSON's types. With `config.workers` the order depends on their number, and the iterator needs
+    `close`.
+
+    Raises ValueError where settings contradict each other, and where there are fewer documents than hosts.
+    """
+    _validate(config, align)
+    process_index, process_count = _processes(config, process_index, process_count)
+    if len(corpus.train) < process_count:
+        raise ValueError(
+            f"data.path: {corpus.name} has {len(corpus.train)} training documents for {process_count} processes; "
+            "each needs at least one"
+        )
+    documents = grain.MapDataset.source(corpus.train).shuffle(config.seed).repeat(num_epochs)
+    documents = documents[process_index::process_count]
+    num_bytes = corpus.num_bytes // process_count
+    batches = packed_batches(documents, num_bytes, tokenizer, config, align, config.batch_size // process_count)
+    if config.workers:
+        # Grain's worker processes ask absl for flags, which the command line of this trainer does not use.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(options)
+    else:
+        # One thread prepares the next batches while the device works on this one.
+        batches = grain_experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    return iter(batches)
+
+
+def held_out_batches(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    align: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Iterable[Batch]:
+    """One pass over the held-out documents, the same batches in the same order every time it is iterated.
+
+    Each document counts exactly once: the last batch is filled with rows of weight 0. The order is shuffled once, so
+    that the first few batches are a fair sample. Every host packs all documents and yields its own rows of each batch,
+    so that all have equally many. Batches and errors are those of `train_batches`.
+    """
+    _validate(config, align)
+    process_index, process_count = _processes(config, process_index, process_count)
+    documents = grain.MapDataset.source(corpus.held_out).shuffle(config.seed)
+    batches = packed_batches(documents, corpus.num_bytes, tokenizer, config, align, config.batch_size)
+    rows = config.batch_size // process_count
+    mine = slice(process_index * rows, (process_index + 1) * rows)
+    return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
+
+
+def _validate(config: DataConfig, align: int) -> None:
+    for name in ("sequence_length", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"data.{name} must be at least 1, got {getattr(config, name)}")
+    if config.workers < 0:
+        raise ValueError(f"data.workers must be at least 0, got {config.workers}")
+    if align < 1:
+        raise ValueError(f"align must be at least 1, got {align}")
+    if config.isolate_documents and config.sequence_length % align:
+        raise ValueError(
+            f"data.sequence_length = {config.sequence_length} must be a multiple of the selection block ({align}), "
+            "because isolate_documents starts every document on one"
+        )
+
+
+def _processes(config: DataConfig, index: int | None, count: int | None) -> tuple[int, int]:
+    index = jax.process_index() if index is None else index
+    count = jax.process_count() if count is None else count
+    if not 0 <= index < count:
+        raise ValueError(f"process_index must be in [0, process_count), got {index} of {count}")
+    if config.batch_size % count:
+        raise ValueError(f"data.batch_size = {config.batch_size} must be a multiple of the {count} processes")
+    return index, count

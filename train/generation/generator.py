@@ -1,0 +1,335 @@
+"""Text from a model: continuous batching over the slots of one cache. Requests join and leave, nothing recompiles."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from nsa_jax.cache import put_row, take_row
+from train.data.tokenizer import Tokenizer
+from train.generation.sampling import Draw, Sampling, check, sample
+from train.model.transformer import Caches, Transformer, extend, init_caches, logits
+
+LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
+LONGEST_CHARACTER = 4  # bytes of UTF-8
+UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
+
+
+class NoFreeSlotError(RuntimeError):
+    """Every slot is taken, and the request did not want to wait."""
+
+
+class Piece(NamedTuple):
+    """What a step adds to a request."""
+
+    request: int
+    text: str  # may be empty
+    finished: str | None  # "end of text", "stop" or "length"; None: it goes on
+
+
+@dataclasses.dataclass
+class _Request:
+    number: int
+    tokens: list[int]  # the prompt, then what was sampled
+    prompt_length: int
+    sampling: Sampling
+    context: str  # of the prompt, for the thinking budget
+    read: int  # tokens whose text has been taken
+    anchor: int  # where to decode from, so that the tokens from `read` on have their neighbours
+    held: str = ""  # text that may be the beginning of a stop string
+    thought: int = 0  # tokens sampled in the span of thinking that is open
+    forced: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+class Generator:
+    """A model that continues up to `slots` prompts at a time.
+
+    Example:
+      generator = Generator(params, model, tokenizer, slots=4, max_length=4096)
+      number = generator.submit("def ", Sampling(max_tokens=100))
+      while generator.busy:
+          for piece in generator.step():
+              print(piece.text, end="")
+
+    Args:
+      params: of `model`.
+      model: the decoder.
+      tokenizer: whose tokens the model was trained on.
+      slots: requests that run at a time.
+      max_length: the most tokens of a request: beginning of text, prompt and continuation.
+      chunk: tokens of a prompt that are taken in at a time.
+    """
+
+    def __init__(
+        self, params: Any, model: Transformer, tokenizer: Tokenizer, *, slots: int, max_length: int, chunk: int = 64
+    ):
+        for name, value, least in (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2)):
+            if value < least:
+                raise ValueError(f"{name} = {value}: expected at least {least}")
+        self._params = in_compute_dtype(params, model)
+        self._model, self._tokenizer, self._chunk, self._max_length = model, tokenizer, chunk, max_length
+        self._caches = init_caches(model.config, batch_size=slots, max_length=max_length)
+        self._seen = jnp.zeros((slots, model.vocab_size), bool)
+        self._running: list[_Request | None] = [None] * slots
+        self._waiting: collections.deque[_Request] = collections.deque()
+        self._submitted = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self._waiting) or any(self._running)
+
+    def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, *, wait: bool = True) -> int:
+        """Adds a request and returns its number.
+
+        Args:
+          prompt: text, which gets a beginning of text before it and may be empty; or tokens, taken as they are.
+          sampling: how to continue it; None: the defaults.
+          wait: for a slot, if none is free.
+
+        Raises:
+          ValueError: a setting is impossible, the prompt has no tokens or unknown ones, or it is too long.
+          NoFreeSlotError: no slot is free and `wait` is False. Other requests are not touched in either case.
+        """
+        sampling = sampling or Sampling()
+        check(sampling, self._model.vocab_size)
+        tokens = self._encode(prompt)
+        if len(tokens) + sampling.max_tokens > self._max_length:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens and max_tokens = {sampling.max_tokens}: expected at most max_length = "
+                f"{self._max_length} together"
+            )
+        if not wait and len(self._waiting) >= self._running.count(None):
+            raise NoFreeSlotError(f"all {len(self._running)} slots are taken")
+        context = prompt if isinstance(prompt, str) else self._tokenizer.decode(tokens)
+        request = _Request(self._submitted, tokens, len(tokens), sampling, context, len(tokens), len(tokens) - 1)
+        self._submitted += 1
+        self._waiting.append(request)
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """Forgets a request that waits or runs; others go on.
+
+        Raises:
+          ValueError: there is none of this number.
+        """
+        for request in (*self._waiting, *self._running):
+            if request is not None and request.number == number:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+                else:
+                    self._running[self._running.index(request)] = None
+                return
+        raise ValueError(f"number = {number}: expected a request that waits or runs")
+
+    def step(self) -> list[Piece]:
+        """Gives free slots to those that wait, and one token to all that run."""
+        pieces = self._admit()
+        running = [(slot, request) for slot, request in enumerate(self._running) if request is not None]
+        if not running:
+            return pieces
+        tokens, active = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
+        for slot, request in running:
+            tokens[slot], active[slot] = request.tokens[-1], 1
+        sampled, self._caches, self._seen = advance(
+            self._params, self._caches, self._seen, tokens, active, self._draw(), model=self._model
+        )
+        chosen = np.asarray(sampled)
+        for slot, request in running:
+            piece = self._take(request, int(chosen[slot]))
+            if piece.finished is not None:
+                self._running[slot] = None
+            pieces.append(piece)
+        return pieces
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return [self._tokenizer.bos_id, *(int(token) for token in self._tokenizer.encode(prompt))]
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise ValueError("prompt = []: expected at least one token")
+        if not 0 <= min(tokens) <= max(tokens) < self._model.vocab_size:
+            raise ValueError(
+                f"prompt has tokens {min(tokens)} to {max(tokens)}: expected 0 to {self._model.vocab_size - 1}"
+            )
+        return tokens
+
+    def _admit(self) -> list[Piece]:
+        pieces = []
+        for slot, held in enumerate(self._running):
+            while held is None and self._waiting and self._running[slot] is None:
+                request = self._waiting.popleft()
+                if request.sampling.max_tokens == 0:
+                    pieces.append(Piece(request.number, "", "length"))
+                    continue
+                self._prefill(slot, request.tokens)
+                self._running[slot] = request
+        return pieces
+
+    def _prefill(self, slot: int, tokens: list[int]) -> None:
+        """Takes in all tokens but the last, with which the first step begins."""
+        seen = np.zeros(self._seen.shape[1], bool)
+        seen[tokens] = True
+        self._seen = self._seen.at[slot].set(seen)
+        # A prompt of one token takes in none, which empties the slot.
+        for begin in range(0, max(1, len(tokens) - 1), self._chunk):
+            part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
+            padded = np.zeros((1, self._chunk), np.int32)
+            padded[0, : len(part)] = part
+            self._caches = _prefill_slot(
+                self._params, self._caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
+            )
+
+    def _draw(self) -> Draw:
+        """The settings of every slot; those of a free one change nothing."""
+        rows = []
+        for request in self._running:
+            sampling = Sampling() if request is None else request.sampling
+            index = 0 if request is None else request.num_sampled
+            top_k = sampling.top_k or self._model.vocab_size
+            seed = sampling.seed % 2**31
+            rows.append((sampling.temperature, top_k, sampling.top_p, sampling.repetition_penalty, seed, index))
+        kinds = (np.float32, np.int32, np.float32, np.float32, np.int32, np.int32)
+        columns = zip(zip(*rows, strict=True), kinds, strict=True)
+        return Draw(*(jnp.asarray(column, kind) for column, kind in columns))
+
+    def _take(self, request: _Request, token: int) -> Piece:
+        """Adds a token to a request: the one sampled, unless one is forced on it."""
+        sampling = request.sampling
+        if request.forced:
+            token = request.forced.popleft()
+        finished = None
+        if token == self._tokenizer.eos_id:
+            finished = "end of text"
+        elif token in sampling.stop_tokens:
+            finished = "stop"
+        else:
+            request.tokens.append(token)
+            if request.num_sampled == sampling.max_tokens:
+                finished = "length"
+        text = request.held + self._new_text(request, final=finished is not None)
+        found = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
+        if found:
+            return Piece(request.number, text[: min(found)], "stop")
+        keep = 0 if finished else _beginning_of(sampling.stop, text)
+        request.held = text[len(text) - keep :]
+        if sampling.max_thinking_tokens is not None and not request.forced:
+            self._budget(request)
+        return Piece(request.number, text[: len(text) - keep], finished)
+
+    def _new_text(self, request: _Request, *, final: bool) -> str:
+        """Text of the tokens not yet read, or nothing while it ends in half a character."""
+        before = self._tokenizer.decode(request.tokens[request.anchor : request.read])
+        after = self._tokenizer.decode(request.tokens[request.anchor :])
+        unread = len(request.tokens) - request.read
+        if not final and after.endswith(UNFINISHED) and unread < LONGEST_CHARACTER:
+            return ""
+        request.anchor, request.read = request.read, len(request.tokens)
+        request.context += after[len(before) :]
+        return after[len(before) :]
+
+    def _budget(self, request: _Request) -> None:
+        """Counts the tokens of an open span of thinking, and closes it when they are spent."""
+        sampling = request.sampling
+        if request.context.rfind(sampling.think_start) <= request.context.rfind(sampling.think_end):
+            request.thought = 0
+            return
+        request.thought += 1
+        if request.thought > (sampling.max_thinking_tokens or 0):
+            request.forced.extend(int(token) for token in self._tokenizer.encode(sampling.think_end))
+
+
+def generate(
+    params: Any,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    sampling: Sampling | None = None,
+) -> Any:
+    """A prompt, or several in one batch, with the continuation: a string, or a list of strings.
+
+    Args:
+      params: of `model`.
+      model: the decoder.
+      tokenizer: whose tokens the model was trained on.
+      prompt: the text to continue; may be empty.
+      sampling: how; None: the defaults.
+
+    Raises:
+      ValueError: a setting is impossible.
+    """
+    sampling = sampling or Sampling()
+    check(sampling, model.vocab_size)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        return []
+    longest = max(len(tokenizer.encode(text)) for text in prompts) + 1 + sampling.max_tokens
+    size = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    generator = Generator(params, model, tokenizer, slots=len(prompts), max_length=size)
+    texts = {generator.submit(text, sampling): text for text in prompts}
+    while generator.busy:
+        for piece in generator.step():
+            texts[piece.request] += piece.text
+    return texts[0] if isinstance(prompt, str) else list(texts.values())
+
+
+def _beginning_of(stops: tuple[str, ...], text: str) -> int:
+    """Characters at the end of `text` that a stop string may begin with."""
+    return max(
+        (size for stop in stops for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])),
+        default=0,
+    )
+
+
+def in_compute_dtype(params: Any, model: Transformer) -> Any:
+    """Parameters as the model uses them, so that a step reads them as such: norms and routers keep float32."""
+    kept = ("scale", "router_kernel", "balance_bias")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key in kept else x.astype(model.config.dtype), params
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("caches", "seen"))
+def advance(
+    params: Any,
+    caches: Caches,
+    seen: Bool[Array, "B V"],
+    tokens: Int[Array, " B"],
+    active: Int[Array, " B"],
+    draw: Draw,
+    *,
+    model: Transformer,
+) -> tuple[Int[Array, " B"], Caches, Bool[Array, "B V"]]:
+    """Adds one token to every active row and samples the next."""
+    seen |= (tokens[:, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, :]) & (active[:, None] > 0)
+    hidden, caches = extend(params, model.config, tokens[:, None], caches, num_tokens=active)
+    scores = logits(params, hidden[:, 0], model.config)[:, : model.vocab_size]  # the padded rows stand for no token
+    return sample(scores, seen, draw), caches, seen
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
+def _prefill_slot(
+    params: Any,
+    caches: Caches,
+    slot: Int[Array, ""],
+    tokens: Int[Array, "1 T"],
+    count: Int[Array, " 1"],
+    begins: Bool[Array, ""],
+    *,
+    model: Transformer,
+) -> Caches:
+    """Takes a chunk of a prompt into one row."""
+    one = tuple(take_row(cache, slot) for cache in caches)
+    one = tuple(cache._replace(lengths=jnp.where(begins, 0, cache.lengths)) for cache in one)
+    _, one = extend(params, model.config, tokens, one, num_tokens=count)
+    return tuple(put_row(cache, slot, row) for cache, row in zip(caches, one, strict=True))

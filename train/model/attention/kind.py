@@ -1,0 +1,111 @@
+"""What the trainer must know of a kind of attention, and the layer that a config asks for."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from train.config import ModelConfig, TrainConfig
+from train.model.attention import attention_kind
+from train.parallel.sharding import RULES
+
+
+class AttentionKind(abc.ABC):
+    """One kind of attention. All figures are those of one layer.
+
+    The methods that are not abstract describe a layer that projects x [B, T, E] to queries, and once to keys and
+    values, and that has no other parameters.
+    """
+
+    @abc.abstractmethod
+    def layer(self, config: ModelConfig, **common: Any) -> Any:
+        """The Flax Linen layer, with the interface of `nsa_jax.FullAttention`.
+
+        Args:
+          config: of the model.
+          **common: heads, rotary embedding, dtype, mesh axes and name, as `nsa_jax.FullAttention` takes them.
+        """
+
+    @abc.abstractmethod
+    def keys_read(self, config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
+        """Keys that the query at each position of a sequence attends to."""
+
+    @abc.abstractmethod
+    def received_over_context(
+        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
+    ) -> float:
+        """Bytes that a device receives in the forward pass of one row whose tokens are split over the context axis.
+
+        Args:
+          config: of the model.
+          length: tokens of the row.
+          devices: along the context axis; with 1 there is nothing to receive.
+          tensor: devices along the tensor axis, which split the heads.
+          itemsize: bytes of a number.
+        """
+
+    def received_again_over_context(
+        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
+    ) -> float:
+        """Bytes that the backward pass fetches once more, besides those of a rematerialised forward pass."""
+        return 0
+
+    def kv_projections(self, config: ModelConfig) -> int:
+        """How often x is projected to keys and values."""
+        return 1
+
+    def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
+        """Multiply-adds per token of matrix products besides projections, scores and values."""
+        return 0.0
+
+    def other_hidden_size(self, config: ModelConfig) -> int:
+        """Numbers per token, besides x, whose gradient is summed over the tensor axis."""
+        return 0
+
+    def is_replicated_over_tensor(self, name: str) -> bool:
+        """Whether the parameter of this name is whole on all devices along the tensor axis, though heads use it."""
+        return False
+
+    def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:  # noqa: B027, most have nothing to check
+        """Raises ValueError, naming the setting, where this kind cannot do what the config and the mesh ask for."""
+
+    def multiply_adds(self, config: ModelConfig, length: int) -> float:
+        """Multiply-adds of matrix products per token, averaged over the positions of a sequence."""
+        E, H, K, Dk, Dv = config.embed_dim, config.num_heads, config.num_kv_heads, *head_dims(config)
+        projections = E * H * Dk + H * Dv * E + self.kv_projections(config) * E * K * (Dk + Dv)
+        scores_and_values = H * (Dk + Dv) * float(self.keys_read(config, length).mean())
+        return projections + scores_and_values + self.other_multiply_adds(config, length)
+
+
+def head_dims(config: ModelConfig) -> tuple[int, int]:
+    """Sizes of a key head and of a value head."""
+    return config.head_dim, config.head_dim if config.v_head_dim is None else config.v_head_dim
+
+
+def split_heads(config: ModelConfig, tensor: int) -> dict[str, int]:
+    """Numbers and sizes of the heads of one device along the tensor axis, as `nsa_jax.context` names them."""
+    Dk, Dv = head_dims(config)
+    sizes = {"num_heads": config.num_heads // tensor, "num_kv_heads": config.num_kv_heads // tensor}
+    return {**sizes, "head_dim": Dk, "v_head_dim": Dv}
+
+
+def make_attention(config: ModelConfig, name: str | None = None) -> Any:
+    """The attention layer that `config.attention` names."""
+    mesh_axes = dict(RULES)
+    return attention_kind(config.attention).layer(
+        config,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        v_head_dim=config.v_head_dim,
+        rope_theta=config.rope_theta,
+        rope_scaling=config.rope_scaling,
+        dtype=jnp.dtype(config.dtype),
+        batch_axes=mesh_axes["batch"],
+        head_axes=mesh_axes["kv_heads"],
+        context_axes=mesh_axes["sequence"],
+        name=name,
+    )

@@ -1,0 +1,93 @@
+"""Native Sparse Attention (arXiv 2502.11089)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from nsa_jax import NSAttention
+from nsa_jax.context import received_bytes
+from train.config import ModelConfig, TrainConfig
+from train.model.attention.kind import AttentionKind, head_dims, split_heads
+from train.parallel.sharding import padded_length
+
+
+class NSA(AttentionKind):
+    """`nsa_jax.NSAttention`."""
+
+    def layer(self, config: ModelConfig, **common: Any) -> NSAttention:
+        """The layer with its three branches."""
+        return NSAttention(
+            **common,
+            config=config.nsa,
+            compression=config.compression,
+            share_kv=config.share_kv,
+            implementation=config.implementation,
+        )
+
+    def keys_read(self, config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
+        """The visible compressed tokens, the tokens of the selected blocks up to the query's own, and the window."""
+        position, s = np.arange(length), config.nsa.select_block
+        selected = position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
+        return _visible_compressed(config, length) + selected + np.minimum(position + 1, config.nsa.window)
+
+    def kv_projections(self, config: ModelConfig) -> int:
+        """One for each branch, unless they share it."""
+        return 1 if config.share_kv else 3
+
+    def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
+        """The gates' MLP for each token, and phi for each compressed token and key/value head."""
+        E, l = config.embed_dim, config.nsa.compress_block  # noqa: E741
+        gate_hidden = self.other_hidden_size(config)
+        phi = {
+            "mlp": sum(l * D * 2 * D + 2 * D * D for D in head_dims(config)),
+            "linear": sum(l * D * D for D in head_dims(config)),
+            "mean": 0,
+        }[config.compression]
+        compressed = _visible_compressed(config, length)[-1]
+        return E * gate_hidden + gate_hidden * 3 * config.num_heads + phi * config.num_kv_heads * compressed / length
+
+    def other_hidden_size(self, config: ModelConfig) -> int:
+        """The hidden width of the gates' MLP."""
+        return max(1, config.embed_dim // 4)
+
+    def is_replicated_over_tensor(self, name: str) -> bool:
+        """The parameters of phi, which all heads share."""
+        return name.startswith("phi_")
+
+    def received_over_context(
+        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
+    ) -> float:
+        """Compressed and selected keys and values, and the tokens that the window reaches."""
+        heads = split_heads(config, tensor)
+        return received_bytes("nsa", config.nsa, T=length, devices=devices, **heads, itemsize=itemsize)
+
+    def received_again_over_context(
+        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
+    ) -> float:
+        """The selected keys and values, unless remat keeps what attention computed."""
+        if config.remat == "attention":
+            return 0
+        num_kv_heads = config.num_kv_heads // tensor
+        return (devices - 1) / devices * length * num_kv_heads * sum(head_dims(config)) * itemsize
+
+    def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
+        """A chunk of a device's tokens must hold the overlap of two compressed blocks."""
+        nsa, length, context = config.model.nsa, config.data.sequence_length, mesh["context"]
+        chunk = padded_length(length, context, nsa.compress_stride) // (2 * context)
+        needed = nsa.compress_block - nsa.compress_stride
+        if context > 1 and chunk < needed:
+            raise ValueError(
+                f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} "
+                f"tokens are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
+            )
+
+
+def _visible_compressed(config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
+    """Compressed tokens that the query at each position sees."""
+    position, l, d = np.arange(length), config.nsa.compress_block, config.nsa.compress_stride  # noqa: E741
+    return np.where(position >= l - 1, (position - l + 1) // d + 1, 0)
+
+
+KIND = NSA()

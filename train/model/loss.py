@@ -1,0 +1,92 @@
+"""Cross-entropy in float32, through the vocabulary in chunks of tokens."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nsa_jax.sharding import devices_along, reshape
+from train.model.rounding import widened, with_gradient_to
+from train.parallel.sharding import RULES, activation, logical
+
+# Float32 logits that exist at once. Larger ones are computed chunk by chunk, and again in the backward pass.
+CHUNK_ELEMENTS = 1 << 26
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, so that batches add up exactly; float32 scalars."""
+
+    nll: Float[Array, ""]  # weighted negative log-likelihood in nats
+    z: Float[Array, ""]  # weighted square of the softmax's log-normaliser
+    weight: Float[Array, ""]  # of the tokens that count
+    bytes: Float[Array, ""]  # UTF-8 bytes those tokens stand for
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T E"],
+    kernel: Float[Array, "E V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    target_bytes: Int[Array, "B T"],
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> LossSums:
+    """Sums of the cross-entropy of logits `hidden @ kernel` against `targets`.
+
+    Where a device would hold more than `chunk_elements` logits, its tokens are cut into chunks that are scanned over
+    and rematerialised, so that float32 [B, T, V] never exists, forward or backward. Each device cuts up its own rows
+    and tokens.
+    """
+    B, T, _ = hidden.shape
+    rules = dict(RULES)
+    D, C, vocab = (devices_along(rules[name]) for name in ("batch", "sequence", "vocab"))
+    rows, tokens = B // D, T // C  # of a device
+    chunk = min(tokens, max(1, chunk_elements * vocab // (max(rows, 1) * kernel.shape[1])))
+    steps = -(-tokens // chunk)
+
+    def split(x: Array) -> Array:  # [B, T, ...] to [steps, D, rows, C, chunk, ...]; padding has weight 0
+        rest = x.shape[2:]
+        x = reshape(x, (D, rows, C, tokens, *rest), logical("batch", None, "sequence", None, *[None] * len(rest)))
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, steps * chunk - tokens),) + ((0, 0),) * len(rest))
+        return jnp.moveaxis(x.reshape(D, rows, C, steps, chunk, *rest), 3, 0)
+
+    parts = tuple(map(split, (hidden, targets, weights, target_bytes)))
+    # One for each device, which it has anyway: so the gradients of the chunks are added up on the device, and over the
+    # devices once.
+    kernels = activation(
+        jnp.broadcast_to(kernel[None, None], (D, C, *kernel.shape)), "batch", "sequence", None, "vocab"
+    )
+    if steps == 1:
+        return _sums(parts[0][0], kernels, *(x[0] for x in parts[1:]))
+
+    wide = widened(kernels)
+
+    @jax.checkpoint
+    def add(total: LossSums, inputs: tuple[Array, ...]) -> tuple[LossSums, None]:
+        part = _sums(inputs[0], with_gradient_to(wide, kernels), *inputs[1:])
+        return jax.tree.map(jnp.add, total, part), None
+
+    zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)
+    total, _ = jax.lax.scan(add, zero, parts)
+    return total
+
+
+def bits_per_byte(nll: float, num_bytes: float) -> float:
+    """nll in nats over bytes, in bits; NaN where there is no byte."""
+    return nll / math.log(2) / num_bytes if num_bytes else math.nan
+
+
+def _sums(hidden, kernels, targets, weights, target_bytes) -> LossSums:
+    logits = jnp.einsum("drcte,dcev->drctv", hidden, kernels, preferred_element_type=jnp.float32)
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    # A sum and not a gather, so that a device needs only its own part of the vocabulary.
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return LossSums(
+        nll=jnp.sum(weights * (log_normaliser - target_logits)),
+        z=jnp.sum(weights * jnp.square(log_normaliser)),
+        weight=jnp.sum(weights),
+        bytes=jnp.sum(weights * target_bytes.astype(jnp.float32)),
+    )

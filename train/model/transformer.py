@@ -1,0 +1,238 @@
+"""A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, layers under one scan."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nsa_jax import save_attention
+from nsa_jax.cache import Cache
+from nsa_jax.sharding import take_rows
+from train.config import ModelConfig, MoEConfig
+from train.model.attention.kind import make_attention
+from train.model.moe import COLLECTION, MoE
+from train.parallel.sharding import activation, logical, weight
+
+# Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
+VOCABULARY_MULTIPLE = 64
+
+Caches = tuple[Cache, ...]  # one for each layer
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, save_attention
+    ),
+    "attention": save_attention,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of the embedding for a tokenizer of `vocab_size` tokens; the ones beyond it stand for no token."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def output_kernel(params: Any, config: ModelConfig) -> Float[Array, "E V"]:
+    """The matrix from final hidden states to logits, in the compute dtype."""
+    if config.tie_embeddings:
+        return weight(params["embedding"], ("vocab", "embed"), config.dtype).T
+    return weight(params["output_kernel"], ("embed", "vocab"), config.dtype)
+
+
+def logits(params: Any, hidden: Float[Array, "*B E"], config: ModelConfig) -> Float[Array, "*B V"]:
+    """Float32 logits of final hidden states; V is the padded vocabulary."""
+    return jnp.dot(hidden, output_kernel(params, config), preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a learned scale, with the statistics in float32 (arXiv 1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Normalised x, in the dtype of x."""
+        scale = _weight(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",), jnp.float32)
+        x_float = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
+        return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None, :]).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The feed-forward part of a block."""
+        E, M = self.config.embed_dim, self.config.mlp_dim
+        init = nn.initializers.lecun_normal()
+        gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        down = _weight(self, "down_kernel", init, (M, E), ("mlp", "embed"), x.dtype)
+        hidden = jax.nn.silu(x @ gate) * (x @ up)
+        # On Explicit axes it has to be said how the sum over the split hidden width is: as the input.
+        return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU or a mixture of experts, each on the normalised residual stream and added to it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache | None,
+        segment_ids: Int[Array, "B T"] | None,
+        num_tokens: Int[Array, " B"] | None,
+        counted: Bool[Array, "B T"] | None,
+    ) -> tuple[Array, Cache | None]:
+        """The residual stream after the block and the cache, if there is one, with `num_tokens` of each row added."""
+        config = self.config
+        # Tokens stay where they are: without this, parameters that are split over "fsdp" can pull activations along.
+        x = activation(x, "batch", "sequence", None)
+        attention = make_attention(config, name="attention")
+        normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
+        if cache is None:
+            attended = attention(normalised, segment_ids=segment_ids)
+        elif x.shape[1] == 1:
+            attended, cache = attention.decode_step(normalised, cache, num_tokens=num_tokens)
+        else:
+            attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
+        x = x + attended
+        normalised = RMSNorm(config.norm_eps, name="mlp_norm")(x)
+        if config.moe.num_routed:
+            return x + MoE(config, name="mlp")(normalised, counted), cache
+        return x + SwiGLU(config, name="mlp")(normalised), cache
+
+
+def layer_stacks(config: ModelConfig) -> dict[str, tuple[ModelConfig, int]]:
+    """The stacks of equal layers in their order, by the name of their parameters: config of a layer, and how many."""
+    dense = config.moe.first_dense if config.moe.num_routed else 0
+    stacks = {"dense_layers": (dataclasses.replace(config, moe=MoEConfig()), dense)} if dense else {}
+    return {**stacks, "layers": (config, config.num_layers - dense)}
+
+
+def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
+    """An empty cache for each layer.
+
+    Args:
+      config: of the model.
+      batch_size: rows.
+      max_length: the most tokens a row can hold.
+    """
+    attention = make_attention(config)
+    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for _ in range(config.num_layers))
+
+
+class Transformer(nn.Module):
+    """The decoder. Call it with tokens int32 [B, T] for the final hidden states [B, T, E]; `logits` does the rest.
+
+    Hidden states rather than logits, so that the loss can go through the vocabulary in chunks. Every parameter has
+    logical axis names: those of the attention, and "embed", "mlp", "vocab" and "layers".
+    """
+
+    config: ModelConfig
+    vocab_size: int  # of the tokenizer; the embedding has `padded_vocabulary` rows
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        config, V = self.config, padded_vocabulary(self.vocab_size)
+        init = nn.initializers.normal(0.02)
+        self.embedding = _parameter(self, "embedding", init, (V, config.embed_dim), ("vocab", "embed"))
+        if not config.tie_embeddings:
+            init = nn.initializers.lecun_normal()
+            self.output_kernel = _parameter(self, "output_kernel", init, (config.embed_dim, V), ("embed", "vocab"))
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        for name, (layer_config, length) in layer_stacks(config).items():
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, COLLECTION: 0, "intermediates": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 4,
+                length=length,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            setattr(self, name, stack(layer_config))
+        self.final_norm = RMSNorm(config.norm_eps)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        counted: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """Final hidden states, in the compute dtype; `counted` as in `MoE`."""
+        return self.decode(self.embed(tokens), segment_ids=segment_ids, counted=counted)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Token embeddings, in the compute dtype."""
+        # Rounded, then widened again: the gradient of a row is a sum over many tokens, to be taken in float32.
+        table = weight(self.embedding, ("vocab", "embed"), self.config.dtype).astype(jnp.float32)
+        return take_rows(table, tokens, logical("batch", "sequence", None)).astype(self.config.dtype)
+
+    def decode(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        counted: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """Final hidden states from embeddings."""
+        for name in layer_stacks(self.config):
+            x, _ = getattr(self, name)(x, None, segment_ids, None, counted)
+        return activation(self.final_norm(x), "batch", "sequence", None)
+
+
+def extend(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    caches: Caches,
+    *,
+    num_tokens: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T E"], Caches]:
+    """Final hidden states of T more tokens of each row, and the caches with them.
+
+    T = 1 is a decode step, more is the next chunk of a prompt. Layer by layer and not under a scan, which would copy
+    what it should update in place.
+
+    Args:
+      params: of the `Transformer`.
+      config: of the model.
+      tokens: int32 [B, T].
+      caches: as `init_caches` makes them.
+      num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
+        mean nothing. None: all.
+    """
+    x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
+    extended: list[Cache] = []
+    for name, (layer_config, length) in layer_stacks(config).items():
+        for layer in range(length):
+            variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params[name])}
+            out: Any = Block(layer_config).apply(variables, x, caches[len(extended)], None, num_tokens, None)
+            x = out[0]
+            extended.append(out[1])
+    hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
+    return hidden, tuple(extended)
+
+
+def _weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any):
+    """Declares a parameter and returns it as the model uses it."""
+    return weight(_parameter(module, name, init, shape, axes), axes, dtype)
+
+
+def _parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+    """Declares a float32 parameter with logical axis names."""
+    parameter: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return parameter
