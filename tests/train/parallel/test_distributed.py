@@ -294,7 +294,8 @@ for module in pkgutil.iter_modules(train.__path__):
 import jax
 import numpy as np
 from nsa_jax.context import to_zigzag
-from train.__main__ import main, parse
+from train.__main__ import main
+from train.presets import parse
 from train.config import DistributedConfig, MeshConfig
 from train.parallel.distributed import gather, start, together
 from train.loop import prepare
