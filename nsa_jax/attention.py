@@ -3,22 +3,19 @@
 Shapes: B batch, T tokens, Tq queries, H query heads, K key/value heads, Nc compressed tokens, n selected blocks.
 """
 
-import importlib
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from nsa_jax.backends import choice, whole
 from nsa_jax.cache import NSACache, step_tokens
 from nsa_jax.config import NSAConfig, num_compressed
-from nsa_jax.visibility import gated_sum, segment_starts
+from nsa_jax.visibility import QueryOffset, segment_starts
+from pallas_kernels.differentiable import Positions
 
-Implementation = Literal["reference", "xla", "triton", "mosaic"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "triton", "mosaic")
-FUSED: tuple[Implementation, ...] = ("triton",)
-QueryOffset = int | Int[Array, ""]
+Implementation = str  # the name of a backend, see `nsa_jax.backends`
 
 
 class BranchKV(NamedTuple):
@@ -40,13 +37,6 @@ class AttentionInputs(NamedTuple):
     gates: Float[Array, "B Tq H 3"]
     segment_ids: Int[Array, "B T"] | None = None
     query_offset: QueryOffset = 0
-
-
-class Place(NamedTuple):
-    """Where queries stand among keys, as the implementations take it."""
-
-    starts: Int[Array, "B Tq"] | None  # of each query's segment; None: 0
-    query_offset: QueryOffset
 
 
 def nsa_attention(
@@ -92,10 +82,10 @@ def nsa_attention(
       NotImplementedError: the named implementation does not support the arguments.
     """
     check_branches(q, kv, gates, config)
-    place = Place(query_starts(q, segment_ids, query_offset, kv.slc_k.shape[1]), query_offset)
+    positions = Positions(query_starts(q, segment_ids, query_offset, kv.slc_k.shape[1]), query_offset)
     _check_token_length(q, kv.slc_k, query_offset)
-    return attend_branches(
-        q, kv, gates, place, place, config=config, scale=score_scale(q, scale), implementation=implementation
+    return whole.nsa_attention(
+        q, kv, gates, positions, positions, implementation, config=config, scale=score_scale(q, scale)
     )
 
 
@@ -123,38 +113,6 @@ def check_branches(
             raise ValueError(
                 f"kv.{name}_v: {_describe(v)}: expected the number and size of heads of kv.cmp_v: {_describe(kv.cmp_v)}"
             )
-
-
-def attend_branches(
-    q: Float[Array, "B Tq H Dk"],
-    kv: BranchKV,
-    gates: Float[Array, "B Tq H 3"],
-    place: Place,
-    window_place: Place,
-    *,
-    config: NSAConfig,
-    scale: float,
-    implementation: Implementation | None,
-) -> Float[Array, "B Tq H Dv"]:
-    """`nsa_attention` of checked arguments; the window's keys may be others than the T that blocks are chosen from."""
-    for name in _fused(implementation):
-        if kv.cmp_k.shape[1] == 0:  # a sequence too short for this branch has nothing to fuse
-            break
-        try:
-            fused = _implementation_module(name).nsa_attention
-            return fused(q, kv, gates, place, window_place, config=config, scale=scale)
-        except NotImplementedError:
-            if implementation is not None:
-                raise
-
-    def run(op: str, *arguments: Any) -> Any:
-        return run_op(op, implementation, arguments, config, scale)
-
-    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v, *place)
-    block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)), *place)
-    o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices, *place)
-    o_win = run("window_attention", q, kv.win_k, kv.win_v, *window_place)
-    return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
 def compressed_attention(
@@ -190,9 +148,9 @@ def compressed_attention(
     """
     check_attention(q, k, v, config)
     _check_compressed_length(q, k, query_offset, config)
-    starts = query_starts(q, segment_ids, query_offset, None)
-    arguments = (q, k, v, starts, query_offset)
-    return run_op("compressed_attention", implementation, arguments, config, score_scale(q, scale))
+    segment_starts = query_starts(q, segment_ids, query_offset, None)
+    arguments = (q, k, v, segment_starts, query_offset)
+    return choice.run("compressed_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
 
 
 def select_blocks(
@@ -232,9 +190,15 @@ def select_blocks(
     expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32)
     if lse.shape != expected or lse.dtype != dtype:
         raise ValueError(f"lse: {_describe(lse)}: expected {dtype} of shape (B, H, Tq) = {expected}")
-    starts = query_starts(q, segment_ids, query_offset, None)
+    segment_starts = query_starts(q, segment_ids, query_offset, None)
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    return run_op("select_blocks", implementation, (q, k, lse, starts, query_offset), config, score_scale(q, scale))
+    return choice.run(
+        "select_blocks",
+        implementation,
+        (q, k, lse, segment_starts, query_offset),
+        config=config,
+        scale=score_scale(q, scale),
+    )
 
 
 def selected_attention(
@@ -273,9 +237,9 @@ def selected_attention(
         raise ValueError(
             f"block_indices: {_describe(block_indices)}: expected int32 of shape (B, K, Tq, n) = {expected}"
         )
-    starts = query_starts(q, segment_ids, query_offset, k.shape[1])
-    arguments = (q, k, v, block_indices, starts, query_offset)
-    return run_op("selected_attention", implementation, arguments, config, score_scale(q, scale))
+    segment_starts = query_starts(q, segment_ids, query_offset, k.shape[1])
+    arguments = (q, k, v, block_indices, segment_starts, query_offset)
+    return choice.run("selected_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
 
 
 def window_attention(
@@ -306,8 +270,14 @@ def window_attention(
     """
     check_attention(q, k, v, config)
     _check_token_length(q, k, query_offset)
-    starts = query_starts(q, segment_ids, query_offset, k.shape[1])
-    return run_op("window_attention", implementation, (q, k, v, starts, query_offset), config, score_scale(q, scale))
+    segment_starts = query_starts(q, segment_ids, query_offset, k.shape[1])
+    return choice.run(
+        "window_attention",
+        implementation,
+        (q, k, v, segment_starts, query_offset),
+        config=config,
+        scale=score_scale(q, scale),
+    )
 
 
 def decode_attention(
@@ -369,43 +339,7 @@ def decode_attention(
         raise ValueError(f"query_offsets: {_describe(query_offsets)}: expected int32 of shape {(B,)}")
     arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
     arguments = (q, *arrays, gates, query_offsets, cache.block_tables)
-    return run_op("decode_attention", implementation, arguments, config, score_scale(q, scale))
-
-
-def run_op(op: str, implementation: Implementation | None, arguments: tuple, config: NSAConfig, scale: float):
-    """Calls one implementation by name, or the first of the fastest-first list that supports the arguments."""
-    if implementation is not None:
-        return getattr(_implementation_module(implementation), op)(*arguments, config=config, scale=scale)
-    if on_gpu():
-        for name in ("mosaic", "triton"):
-            try:
-                return getattr(_implementation_module(name), op)(*arguments, config=config, scale=scale)
-            except NotImplementedError:
-                continue
-    return getattr(_implementation_module("xla"), op)(*arguments, config=config, scale=scale)
-
-
-def _fused(implementation: Implementation | None) -> tuple[str, ...]:
-    """Implementations to try that compute the gated sum of all branches as one op, fastest first."""
-    if implementation is not None:
-        return tuple(name for name in FUSED if name == implementation)
-    return FUSED if on_gpu() else ()
-
-
-def on_gpu() -> bool:
-    """Whether what is traced is for a GPU: by the mesh in context, else by JAX's default backend.
-
-    So programs can be lowered for a mesh of GPUs (`jax.sharding.AbstractDevice`) where there are none.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "gpu"
-
-
-def _implementation_module(name: str) -> ModuleType:
-    """Imported on first use, so that a CPU user never loads the kernels."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation = {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}, or None")
-    return importlib.import_module(f"nsa_jax.{name}")
+    return choice.run("decode_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
 
 
 def score_scale(q: Array, scale: float | None) -> float:

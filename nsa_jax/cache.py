@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax.config import NSAConfig, num_blocks
 
+Pair = tuple[Array, Array]  # of keys and values
+
 
 class NSACache(NamedTuple):
     """What one Native Sparse Attention layer remembers of B sequences.
@@ -264,18 +266,18 @@ def write_nsa_tokens(
     index = next_compressed(cache.lengths, config)[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :]
     finished = index * d + config.compress_block <= lengths[:, None]
 
-    def to_pages(pools, values, first, written):
+    def to_pages(pools: Pair, values: Pair, first: Array, written: Array) -> Pair:
         block = first // s
         page = jnp.take_along_axis(cache.block_tables, jnp.minimum(block, cache.block_tables.shape[1] - 1), axis=1)
         exists = (block < cache.block_tables.shape[1]) & (page >= 0)
         page = jnp.where(written & exists, page, pools[0].shape[0])
         slot = first % s // (s // pools[0].shape[2])
-        return tuple(
-            p.at[page, :, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True)
-        )
+        k, v = (p.at[page, :, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True))
+        return k, v
 
-    def to_rings(rings, values):
-        return tuple(_write_ring(ring, x, positions, new, lengths) for ring, x in zip(rings, values, strict=True))
+    def to_rings(rings: Pair, values: Pair) -> Pair:
+        k, v = (_write_ring(ring, x, positions, new, lengths) for ring, x in zip(rings, values, strict=True))
+        return k, v
 
     slc_k, slc_v = to_pages((cache.slc_k, cache.slc_v), selected, positions, new)
     cmp_k, cmp_v = to_pages((cache.cmp_k, cache.cmp_v), compressed, index * d, finished)

@@ -36,10 +36,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nsa_jax import attention, compression, dense, visibility
-from nsa_jax.attention import BranchKV, Implementation, Place
+from nsa_jax.attention import BranchKV, Implementation
+from nsa_jax.backends import choice, whole
 from nsa_jax.compression import Compression
 from nsa_jax.config import NSAConfig, num_compressed
 from nsa_jax.remat import save_attention
+from pallas_kernels.differentiable import Positions
 
 Axes = tuple[str, ...]
 Chunks = tuple[Array, Array]  # a device's early chunk and its late one
@@ -128,18 +130,16 @@ def nsa_attention(
     w = _window_reach(config, S * devices, devices)
     near = [_with_tokens_before(x, w, axes) for x in (kv.win_k, kv.win_v)]
     near_places = [_place_among_near(place, w, q) for place in places]
-    options: dict[str, Any] = {
-        "config": config,
-        "scale": attention.score_scale(q, scale),
-        "implementation": implementation,
-    }
+    options: dict[str, Any] = {"config": config, "scale": attention.score_scale(q, scale)}
 
     def one_head(q: Array, gates: Array, kv: BranchKV, near: list[Chunks]) -> Array:
         slc_k, slc_v = _whole(kv.slc_k, axes), _whole(kv.slc_v, axes)
         outputs = []
         for i, (part, part_gates) in enumerate(zip(_chunks(q), _chunks(gates), strict=True)):
             part_kv = BranchKV(kv.cmp_k, kv.cmp_v, slc_k, slc_v, *(x[i] for x in near))
-            outputs.append(attention.attend_branches(part, part_kv, part_gates, places[i], near_places[i], **options))
+            outputs.append(
+                whole.nsa_attention(part, part_kv, part_gates, places[i], near_places[i], implementation, **options)
+            )
         return jnp.concatenate(outputs, axis=1)
 
     return _by_kv_head(one_head, kv.slc_k.shape[2], q, gates, kv, near)
@@ -163,7 +163,7 @@ def window_attention(
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
     places = [_place_among_near(place, w, q) for place in _places(segment_ids, S, axes)]
     outputs = [
-        attention.run_op("window_attention", implementation, (part, key, value, *place), config, scale)
+        choice.run("window_attention", implementation, (part, key, value, *place), config=config, scale=scale)
         for part, key, value, place in zip(_chunks(q), keys, values, places, strict=True)
     ]
     return jnp.concatenate(outputs, axis=1)
@@ -308,22 +308,24 @@ def _by_kv_head(one_head: Callable[..., Array], K: int, *arrays: Any) -> Float[A
     return jnp.moveaxis(o, 0, 2).reshape(B, S, K * G, Dv)
 
 
-def _places(segment_ids: Int[Array, "B S"] | None, S: int, axes: Axes) -> list[Place]:
+def _places(segment_ids: Int[Array, "B S"] | None, S: int, axes: Axes) -> list[Positions]:
     """Of the queries of the own two chunks, among the keys of the whole sequence."""
     begins = chunk_begins(S, axes)
     if segment_ids is None:
-        return [Place(None, begin) for begin in begins]
+        return [Positions(None, begin) for begin in begins]
     starts = visibility.segment_starts(_whole(segment_ids, axes))
-    return [Place(jax.lax.dynamic_slice_in_dim(starts, begin, S // 2, axis=1), begin) for begin in begins]
+    return [Positions(jax.lax.dynamic_slice_in_dim(starts, begin, S // 2, axis=1), begin) for begin in begins]
 
 
-def _place_among_near(place: Place, w: int, q: Float[Array, "B S H Dk"]) -> Place:
+def _place_among_near(place: Positions, w: int, q: Float[Array, "B S H Dk"]) -> Positions:
     """Of the queries of a chunk among the keys of this chunk and the w tokens before it.
 
     What is there before the first token of the sequence belongs to no segment.
     """
-    starts = jnp.zeros((q.shape[0], q.shape[1] // 2), jnp.int32) if place.starts is None else place.starts
-    return Place(jnp.maximum(starts - place.query_offset + w, 0), w)
+    starts = (
+        jnp.zeros((q.shape[0], q.shape[1] // 2), jnp.int32) if place.segment_starts is None else place.segment_starts
+    )
+    return Positions(jnp.maximum(starts - place.query_offset + w, 0), w)
 
 
 def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunks:

@@ -179,7 +179,15 @@ def full_layer_decode_step(
     return join_heads(o, weights["o_kernel"], x), cache
 
 
-def _take_in(weights, x, cache: NSACache, num_tokens, config: NSALayerConfig, *, continuing: bool):
+def _take_in(
+    weights: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    cache: NSACache,
+    num_tokens: Int[Array, " B"],
+    config: NSALayerConfig,
+    *,
+    continuing: bool,
+) -> tuple[Float[Array, "B T H Dk"], BranchKV, NSACache]:
     """Queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
     l, d, T = config.config.compress_block, config.config.compress_stride, x.shape[1]  # noqa: E741
     q, raw = project_branches(weights, x, _positions(cache, x), config)
@@ -236,7 +244,7 @@ def _attend_continuing(
     # Padding of the chunk may stand beyond the last page: some page more, for keys that nobody sees.
     tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
 
-    def one_row(row):
+    def one_row(row: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         q, offset, table = row
         k, v, keys, values = (
             read_pages(pool, table[None]) for pool in (after.cmp_k, after.cmp_v, after.slc_k, after.slc_v)
@@ -250,7 +258,9 @@ def _attend_continuing(
     return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
 
 
-def _attend_to_dense(q, before: DenseCache, after: DenseCache, window: int | None):
+def _attend_to_dense(
+    q: Float[Array, "B T H Dk"], before: DenseCache, after: DenseCache, window: int | None
+) -> Float[Array, "B T H Dv"]:
     """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
     position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
     key = jnp.arange(after.k.shape[1], dtype=jnp.int32)[None, None, None, :]
@@ -269,15 +279,15 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
     }
 
 
-def _emptied(cache):
+def _emptied(cache: Any) -> Any:
     return cache._replace(lengths=jnp.zeros_like(cache.lengths))
 
 
-def _positions(cache, x: Array) -> Int[Array, "B T"]:
+def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
     return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
 
-def _check(cache, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}

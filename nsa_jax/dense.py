@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.attention import check_attention, on_gpu, window_attention
+from nsa_jax.attention import check_attention, window_attention
 from nsa_jax.config import NSAConfig
+from pallas_kernels.devices import current_device
 
 
 def causal_attention(
@@ -41,7 +42,7 @@ def causal_attention(
     """
     check_attention(q, k, v, NSAConfig())
     on_cudnn = segment_ids is None and _cudnn_applies(q, v)
-    if window is not None or (on_gpu() and not on_cudnn):
+    if window is not None or (_on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
         return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -77,4 +78,8 @@ def dense_attention(
 def _cudnn_applies(q: Array, v: Array) -> bool:
     """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
     size = max(q.shape[-1], v.shape[-1])
-    return on_gpu() and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+    return _on_gpu() and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+
+
+def _on_gpu() -> bool:
+    return current_device().platform == "gpu"

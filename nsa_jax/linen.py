@@ -82,7 +82,9 @@ class NSAttention(nn.Module):
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         config = _layer_config(self, NSALayerConfig)
         parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
@@ -138,7 +140,9 @@ class FullAttention(nn.Module):
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         config = _layer_config(self, HeadConfig)
         parameters = _declare(self, projection_parameters(config, x.shape[-1], ("",)))

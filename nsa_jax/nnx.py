@@ -45,7 +45,7 @@ class NSAttention(nnx.Module):
       fields: as of `nsa_jax.NSAttention` (num_heads, num_kv_heads, head_dim, config, ...).
     """
 
-    def __init__(self, embed_dim: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **fields):
+    def __init__(self, embed_dim: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **fields: Any) -> None:
         self.layer_config = NSALayerConfig(**fields)
         _declare(self, nsa_parameters(self.layer_config, embed_dim), rngs, param_dtype)
 
@@ -94,8 +94,8 @@ class FullAttention(nnx.Module):
         rngs: nnx.Rngs,
         window: int | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        **fields,
-    ):
+        **fields: Any,
+    ) -> None:
         self.layer_config = HeadConfig(**fields)
         self.window = window
         _declare(self, projection_parameters(self.layer_config, embed_dim, ("",)), rngs, param_dtype)

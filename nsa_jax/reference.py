@@ -1,7 +1,6 @@
 """The oracle: every op from its equation, with plain masks, in float32 or float64. Memory is quadratic in T.
 
-Every implementation module (this one, `xla`, `triton`, `mosaic`) has the same five functions with the same arguments:
-`starts` is int32 [B, Tq] (see `nsa_jax.visibility`) or None without segments, `query_offset` an int or int32 scalar.
+The functions are those of a backend (see `nsa_jax.backends`). Their contracts are in `pallas_kernels.<op>.contract`.
 """
 
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.visibility import (
+    QueryOffset,
     blocks_scored,
     choose_blocks,
     compressed_visible,
@@ -24,7 +24,16 @@ from nsa_jax.visibility import (
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+def compressed_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
     """Attention to the compressed tokens: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
@@ -32,14 +41,32 @@ def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, sc
     return masked_attention(q, k, v, visible[:, None], scale)
 
 
-def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Int[Array, "B K T n"]:
+def select_blocks(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Int[Array, "B K Tq n"]:
     """The n blocks of highest importance (equations 11 and 12)."""
     starts = starts_or_zeros(starts, q)
     importance = block_importance(q, k, lse, starts, query_offset, config=config, scale=scale)
     return choose_blocks(importance, _positions(q, query_offset), starts, config)
 
 
-def block_importance(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Float[Array, "B K T Nb"]:
+def block_importance(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Float[Array, "B K Tq Nb"]:
     """Importance of every block, before any is forced or ruled out (equations 8 to 10)."""
     starts = starts_or_zeros(starts, q)
     B, T, H, _ = q.shape
@@ -50,43 +77,74 @@ def block_importance(q, k, lse, starts, query_offset, *, config: NSAConfig, scal
     return pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
 
 
-def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to the tokens of the selected blocks up to the query's own: o [B, T, H, Dv]."""
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """Attention to the tokens of the selected blocks up to the query's own: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
     key = jnp.arange(k.shape[1], dtype=jnp.int32)
     visible = _causal(positions, starts, key)[:, None]
     chosen = jnp.any(block_indices[..., None] == (key // config.select_block)[None, None, None, None, :], axis=3)
-    return masked_attention(q, k, v, visible & chosen, scale)[0]
+    return masked_attention(q, k, v, visible & chosen, scale)
 
 
-def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     positions = _positions(q, query_offset)
     key = jnp.arange(k.shape[1], dtype=jnp.int32)
     near = key[None, :] > positions[:, None] - config.window
-    return masked_attention(q, k, v, (_causal(positions, starts, key) & near[None])[:, None], scale)[0]
+    return masked_attention(q, k, v, (_causal(positions, starts, key) & near[None])[:, None], scale)
 
 
 def decode_attention(
-    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
-):
+    q: Float[Array, "B m H Dk"],
+    cmp_k: Float[Array, "P K s/d Dk"],
+    cmp_v: Float[Array, "P K s/d Dv"],
+    slc_k: Float[Array, "P K s Dk"],
+    slc_v: Float[Array, "P K s Dv"],
+    win_k: Float[Array, "B W K Dk"],
+    win_v: Float[Array, "B W K Dv"],
+    gates: Float[Array, "B m H 3"],
+    query_offsets: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
     """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
 
     Copies out everything a row has, as one sequence, and asks the functions above.
     """
     positions = jnp.arange(block_tables.shape[1] * config.select_block)
 
-    def one_row(q, win_k, win_v, gates, offset, table):
+    def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
         k, v, keys, values = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v, slc_k, slc_v))
         # Positions that the ring no longer holds, or not yet, are outside the window.
         recent_keys, recent_values = (ring[None, positions % ring.shape[0]] for ring in (win_k, win_v))
         sizes: dict[str, Any] = {"config": config, "scale": scale}
         o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
         indices = select_blocks(q[None], k, lse, None, offset, **sizes)
-        o_slc = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
-        o_win = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
+        o_slc, _ = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
+        o_win, _ = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)
@@ -117,7 +175,7 @@ def masked_attention(
     return o.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse.reshape(B, H, T)
 
 
-def _logits(q, k, scale) -> Float[Array, "B K G T S"]:
+def _logits(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], scale: float) -> Float[Array, "B K G T S"]:
     """Scaled scores, at least in float32."""
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -126,10 +184,10 @@ def _logits(q, k, scale) -> Float[Array, "B K G T S"]:
     return jnp.einsum("btkgd,bskd->bkgts", q, k.astype(dtype), precision=HIGHEST) * scale
 
 
-def _positions(q, query_offset) -> Int[Array, " T"]:
+def _positions(q: Float[Array, "B T H D"], query_offset: QueryOffset) -> Int[Array, " T"]:
     return query_offset + jnp.arange(q.shape[1], dtype=jnp.int32)
 
 
-def _causal(positions, starts, key) -> Bool[Array, "B T S"]:
+def _causal(positions: Int[Array, " T"], starts: Int[Array, "B T"], key: Int[Array, " S"]) -> Bool[Array, "B T S"]:
     """Keys of the query's segment up to its own position."""
     return (key[None, None, :] <= positions[None, :, None]) & (key[None, None, :] >= starts[:, :, None])

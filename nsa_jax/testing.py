@@ -105,14 +105,14 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float | None = Non
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes(actual, expected)
 
-    def close(a, b):
+    def close(a: Array, b: Array) -> bool:
         return normwise_error(a, b) <= _allowed(a, b)
 
-    def _allowed(a, b):
+    def _allowed(a: Array, b: Array) -> float:
         coarser = min(a.dtype, b.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
         return tolerance_of(coarser) if tolerance is None else tolerance
 
-    def message(a, b):
+    def message(a: Array, b: Array) -> str:
         return f"{what or 'leaf'}: normwise error {normwise_error(a, b):.3g} above {_allowed(a, b):.3g}"
 
     chex.assert_trees_all_equal_comparator(close, message, actual, expected)
@@ -184,22 +184,22 @@ def assert_matches_reference(
     }
     lse, blocks, importance = reference_selection(inputs._replace(q=wide[0], kv=wide[1]), config, scale=scale)
 
-    def compressed(implementation, q, k, v):
+    def compressed(implementation: str | None, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         o, lse = compressed_attention(q, k, v, implementation=implementation, **common)
         # An lse of -inf has no gradient to compare.
         return o, jnp.where(lse == -jnp.inf, -1e3, lse)
 
-    def selected(implementation, q, k, v):
+    def selected(implementation: str | None, q: Array, k: Array, v: Array) -> Array:
         return selected_attention(q, k, v, blocks, implementation=implementation, **common)
 
-    def window(implementation, q, k, v):
+    def window(implementation: str | None, q: Array, k: Array, v: Array) -> Array:
         return window_attention(q, k, v, implementation=implementation, **common)
 
-    def everything(implementation, q, kv, gates):
+    def everything(implementation: str | None, q: Array, kv: BranchKV, gates: Array) -> Array:
         return nsa_attention(q, kv, gates, implementation=implementation, **common)
 
     narrow = (inputs.q, inputs.kv, inputs.gates)
-    cases = [
+    cases: list[tuple[str, Callable[..., Any], Callable[..., tuple]]] = [
         ("compressed_attention", compressed, lambda q, kv, gates: (q, kv.cmp_k, kv.cmp_v)),
         ("selected_attention", selected, lambda q, kv, gates: (q, kv.slc_k, kv.slc_v)),
         ("window_attention", window, lambda q, kv, gates: (q, kv.win_k, kv.win_v)),

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.config import NSAConfig
 
+QueryOffset = int | Int[Array, ""]  # position of the first query
+
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of the first token of each token's segment, int32."""

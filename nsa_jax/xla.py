@@ -6,6 +6,7 @@ in the dtype of the queries.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.visibility import (
+    QueryOffset,
     blocks_scored,
     choose_blocks,
     compressed_visible,
@@ -25,26 +27,44 @@ from nsa_jax.visibility import (
 CHUNK_ELEMENTS = 1 << 22  # scores, or gathered key elements, that one chunk of queries may hold
 
 
-def compressed_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
+def compressed_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
     """Attention to the compressed tokens: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     Nc = k.shape[1]
     k, v = _accumulable(k), _accumulable(v)
 
-    def attend(positions, q, starts):
+    def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
         return _attend(q, k, v, compressed_visible(positions, starts, Nc, config)[:, None], scale)
 
     o, lse = _map_query_chunks(attend, query_offset, q.shape[0] * q.shape[2] * Nc, q, starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
 
-def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: float) -> Int[Array, "B K T n"]:
+def select_blocks(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Int[Array, "B K Tq n"]:
     """The n blocks of highest importance (equations 8 to 12)."""
     starts = starts_or_zeros(starts, q)
     B, _, H, _ = q.shape
     _, Nc, K, _ = k.shape
 
-    def choose(positions, q, lse, starts):
+    def choose(positions: Array, q: Array, lse: Array, starts: Array) -> Array:
         visible = compressed_visible(positions, starts, Nc, config)[:, None, None]
         lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, -1, 1)
         p = jnp.exp(jnp.where(visible, _logits(q, k, scale) - jnp.where(visible, lse, 0), -jnp.inf))
@@ -55,17 +75,27 @@ def select_blocks(q, k, lse, starts, query_offset, *, config: NSAConfig, scale: 
     return jnp.moveaxis(chosen, 1, 2)
 
 
-def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to the tokens of the selected blocks up to the query's own: o [B, T, H, Dv]."""
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """Attention to the tokens of the selected blocks up to the query's own: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
-    n, length = config.num_selected, config.select_block
+    n, length = block_indices.shape[3], config.select_block
     blocks = num_blocks(k.shape[1], config)
     tail = blocks * length - k.shape[1]
     k, v = (jnp.pad(_accumulable(x), ((0, 0), (0, tail), (0, 0), (0, 0))) for x in (k, v))
     k, v = (jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], blocks, length, x.shape[3]) for x in (k, v))
     gather = jax.vmap(jax.vmap(lambda x, index: x[index]))
 
-    def attend(positions, q, indices, starts):
+    def attend(positions: Array, q: Array, indices: Array, starts: Array) -> tuple[Array, Array]:
         B, C, H, D = q.shape
         K = k.shape[1]
         indices = jnp.moveaxis(indices, 1, 2)
@@ -75,15 +105,26 @@ def selected_attention(q, k, v, block_indices, starts, query_offset, *, config: 
         visible = (key <= positions[None, None, :, None, None]) & (key >= starts[:, None, :, None, None])
         visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
         rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
-        o = _attend(rows, keys, values, visible, scale)[0].reshape(B, K, C, H // K, -1)
-        return jnp.moveaxis(o, 1, 2).reshape(B, C, H, -1)
+        o, lse = _attend(rows, keys, values, visible, scale)
+        o, lse = (jnp.moveaxis(x.reshape(B, K, C, H // K, -1), 1, 2).reshape(B, C, H, -1) for x in (o, lse))
+        return o, lse[..., 0]
 
     elements = k.shape[0] * k.shape[1] * n * length * (k.shape[-1] + v.shape[-1])
-    return _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+    o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+    return o, jnp.moveaxis(lse, 1, 2)
 
 
-def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale: float):
-    """Attention to positions t - w + 1 .. t: o [B, T, H, Dv]."""
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    starts: Int[Array, "B Tq"] | None,
+    query_offset: QueryOffset,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     window = min(config.window, k.shape[1])
     # As many queries as the window is wide: half of the scores that a chunk computes are then used.
@@ -91,25 +132,38 @@ def window_attention(q, k, v, starts, query_offset, *, config: NSAConfig, scale:
     before, after = window - 1, chunk  # the last chunk's padding rows may look past the end
     k, v = (jnp.pad(_accumulable(x), ((0, 0), (before, after), (0, 0), (0, 0))) for x in (k, v))
 
-    def attend(positions, q, starts):
+    def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
         span = positions.shape[0] + before
         keys, values = (jax.lax.dynamic_slice_in_dim(x, positions[0], span, axis=1) for x in (k, v))
         key = positions[0] - before + jnp.arange(span, dtype=jnp.int32)
         near = (key[None, :] > positions[:, None] - window) & (key[None, :] <= positions[:, None])
-        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)[0]
+        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)
 
-    return _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+    o, lse = _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+    return o, jnp.moveaxis(lse, 1, 2)
 
 
 def decode_attention(
-    q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, query_offsets, block_tables, *, config: NSAConfig, scale: float
-):
+    q: Float[Array, "B m H Dk"],
+    cmp_k: Float[Array, "P K s/d Dk"],
+    cmp_v: Float[Array, "P K s/d Dv"],
+    slc_k: Float[Array, "P K s Dk"],
+    slc_v: Float[Array, "P K s Dv"],
+    win_k: Float[Array, "B W K Dk"],
+    win_v: Float[Array, "B W K Dv"],
+    gates: Float[Array, "B m H 3"],
+    query_offsets: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
     """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
 
     Copies out each row's compressed tokens and selected blocks, no other page.
     """
 
-    def one_row(q, win_k, win_v, gates, offset, table):
+    def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
         q, positions = q[None], offset + jnp.arange(q.shape[0], dtype=jnp.int32)
         k, v = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v))
         o_cmp, lse = compressed_attention(q, k, v, None, offset, config=config, scale=scale)
@@ -147,7 +201,13 @@ def _attend_to_pages(
     return jnp.moveaxis(o, 0, 1).reshape(1, m, -1, v.shape[-1])
 
 
-def _map_query_chunks(f: Callable, query_offset, elements_per_query: int, *arrays: Array, chunk: int | None = None):
+def _map_query_chunks(
+    f: Callable[..., Any],
+    query_offset: QueryOffset,
+    elements_per_query: int,
+    *arrays: Array,
+    chunk: int | None = None,
+) -> Any:
     """Applies f(positions [C], *chunks of the arrays along axis 1) chunk by chunk, and joins the results on axis 1.
 
     A chunk holds as many queries as fit in `CHUNK_ELEMENTS`, unless `chunk` says how many.
@@ -161,14 +221,14 @@ def _map_query_chunks(f: Callable, query_offset, elements_per_query: int, *array
     if steps == 1:
         return f(query_offset + jnp.arange(T, dtype=jnp.int32), *arrays)
 
-    def split(x):
+    def split(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, steps * chunk - T), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)
 
-    def join(x):
+    def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk, *x.shape[3:])[:, :T]
 
-    def step(_, inputs):
+    def step(_: None, inputs: tuple[Array, ...]) -> tuple[None, Any]:
         begin, *chunks = inputs
         return None, f(begin + jnp.arange(chunk, dtype=jnp.int32), *chunks)
 
@@ -198,7 +258,7 @@ def _attend(
     return o, jnp.moveaxis(lse, 3, 1).reshape(B, C, H)
 
 
-def _logits(q, k, scale) -> Float[Array, "B K G C S"]:
+def _logits(q: Float[Array, "B C H D"], k: Float[Array, "B S K D"], scale: float) -> Float[Array, "B K G C S"]:
     B, C, H, D = q.shape
     K = k.shape[2]
     return _product("bckgd,bskd->bkgcs", q.reshape(B, C, K, H // K, D), k.astype(q.dtype)) * scale

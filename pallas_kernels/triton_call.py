@@ -91,7 +91,7 @@ def _checking_vmap(call: Callable[..., Any], name: str, grid: tuple[int, ...]) -
 
     def batched(axis_size: int, is_batched: Any, *arguments: Any) -> Any:
         if grid[0] > MOST_PROGRAMS:
-            raise NotImplementedError(
+            raise ValueError(
                 f"vmap of {name} with {grid[0]} programs along the sequence: expected at most {MOST_PROGRAMS}; "
                 "give the batch axis of the arguments instead"
             )

@@ -19,8 +19,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
-from pallas_kernels.compressed_attention.tiling import Problem, Tile
+from pallas_kernels.compressed_attention.tiling import Tile
+from pallas_kernels.contract import Sizes
 from pallas_kernels.tiles import exp2
+from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton_call import triton_call
 
 _SCRATCH_BYTES = 128 * 2**20  # of float32 scores; half of it costs 5% more at T 65536
@@ -29,76 +31,41 @@ _TOP_N_ELEMENTS = 8192
 _LEAST_BLOCKS_TO_CUT = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Static facts of the choice: s, n and the forced blocks."""
-
-    select_block: int
-    num_selected: int
-    num_init: int
-    num_local: int
-
-
 def select_blocks(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B Nc K Dk"],
     lse: Float[Array, "B H Tq"],
-    starts: Int[Array, "B Tq"] | None,
+    segment_starts: Int[Array, "B Tq"] | None,
     query_offset: int | Int[Array, ""],
     *,
-    compress_block: int,
-    compress_stride: int,
-    select_block: int,
-    num_selected: int,
-    num_init: int,
-    num_local: int,
+    config: Sizes,
     scale: float,
     interpret: bool = False,
+    tile: Tile | None = None,
 ) -> Int[Array, "B K Tq n"]:
-    """Indices of the blocks that each query reads, per key/value head (arXiv 2502.11089, equations 8 to 12).
-
-    Args:
-      q: queries, bfloat16, float16 or float32; row r is position `query_offset + r`.
-      k: compressed keys of q's dtype.
-      lse: float32, natural logarithm, as `compressed_attention` returns it.
-      starts: int32, the position of the first token of each query's segment, never decreasing along Tq; None means 0.
-      query_offset: position of the first query, an int or an int32 scalar.
-      compress_block: l, tokens per compressed token.
-      compress_stride: d, tokens between neighbouring compressed tokens.
-      select_block: s, tokens per block, at least l.
-      num_selected: n, blocks per query, the forced ones included.
-      num_init: blocks taken at the start of the query's segment.
-      num_local: blocks taken up to and including the query's own.
-      scale: factor of the scores, positive.
-      interpret: run the kernels in Pallas' interpreter.
-
-    Returns:
-      int32 [B, K, Tq, n], ascending, no duplicates, -1 in the last places where there are fewer candidates.
+    """Indices of the blocks that each query reads; see the contract. `tile` overrides the scoring kernel's.
 
     Raises:
       NotImplementedError: a dtype, head size, group size, scale or number of blocks that the kernels do not support.
     """
-    tiling.check_supported(q, {"k": k}, scale)
-    B, Tq, _, _ = q.shape
-    Nc, K = k.shape[1], k.shape[2]
+    check_supported(q, k, None, scale=scale)
+    (B, Tq, _, _), (_, Nc, K, _) = q.shape, k.shape
     # The longest sequence with Nc compressed tokens bounds the blocks there can be.
-    num_blocks = pl.cdiv(Nc * compress_stride + compress_block - 1, select_block)
+    num_blocks = pl.cdiv(Nc * config.compress_stride + config.compress_block - 1, config.select_block)
     if num_blocks > _MOST_BLOCKS:
-        raise NotImplementedError(f"{num_blocks} blocks: expected at most {_MOST_BLOCKS}")
+        raise NotImplementedError(f"blocks of {Nc} compressed tokens = {num_blocks}: expected at most {_MOST_BLOCKS}")
     if 0 in (B, Tq, Nc):
         first = jnp.zeros((B, K, Tq, 1), jnp.int32)
-        return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, num_selected - 1)), constant_values=-1)
-    problem = Problem(compress_block, compress_stride, float(scale), interpret)
-    selection = Selection(select_block, num_selected, num_init, num_local)
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
+        return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, config.num_selected - 1)), constant_values=-1)
+    problem, starts, offset = problem_of(config, scale, interpret), segment_starts, offset_array(query_offset)
     q, k, lse = lax.stop_gradient((q, k, lse))
     if isinstance(query_offset, int):
-        by_reach = {Tq + query_offset: query_spans(Tq, Nc, num_blocks, query_offset, problem, selection)}
+        by_reach = {Tq + query_offset: query_spans(Tq, Nc, num_blocks, query_offset, problem)}
     else:
-        by_reach = spans_by_reach(Tq, Nc, num_blocks, problem, selection)
+        by_reach = spans_by_reach(Tq, Nc, num_blocks, problem)
 
     def run(q: jax.Array, k: jax.Array, lse: jax.Array, starts: jax.Array | None, offset: jax.Array) -> jax.Array:
-        sized = [functools.partial(choose, problem=problem, selection=selection, spans=x) for x in by_reach.values()]
+        sized = [functools.partial(choose, problem=problem, spans=x, tile=tile) for x in by_reach.values()]
         beyond = [(offset[0] + Tq > reach).astype(jnp.int32) for reach in list(by_reach)[:-1]]
         chosen = functools.partial(lax.switch, sum(beyond), sized) if beyond else sized[0]
         return chosen(q, k, lse, starts, offset)
@@ -131,44 +98,38 @@ class Span:
     num_blocks: int
 
 
-def query_spans(
-    num_queries: int, num_keys: int, num_blocks: int, query_offset: int, problem: Problem, selection: Selection
-) -> list[Span]:
+def query_spans(num_queries: int, num_keys: int, num_blocks: int, query_offset: int, problem: Problem) -> list[Span]:
     """Cuts a long sequence at a half and a quarter, because early queries have few blocks to choose from."""
-    cuts = [reach - query_offset for reach in _shorter_reaches(num_blocks, selection)]
+    cuts = [reach - query_offset for reach in _shorter_reaches(num_blocks, problem)]
     bounds = [0, *(cut for cut in cuts if 0 < cut < num_queries), num_queries]
     return [
-        _span(begin, end, query_offset + end, num_keys, num_blocks, problem, selection)
+        _span(begin, end, query_offset + end, num_keys, num_blocks, problem)
         for begin, end in itertools.pairwise(bounds)
     ]
 
 
-def spans_by_reach(
-    num_queries: int, num_keys: int, num_blocks: int, problem: Problem, selection: Selection
-) -> dict[int, list[Span]]:
+def spans_by_reach(num_queries: int, num_keys: int, num_blocks: int, problem: Problem) -> dict[int, list[Span]]:
     """Of queries whose offset is found when running: spans for a quarter, a half and all of the blocks.
 
     By the position, ascending, that the last query must stand before.
     """
-    shorter = [reach for reach in _shorter_reaches(num_blocks, selection) if num_queries <= reach]
+    shorter = [reach for reach in _shorter_reaches(num_blocks, problem) if num_queries <= reach]
     return {
-        reach: [_span(0, num_queries, reach, num_keys, num_blocks, problem, selection)]
-        for reach in (*shorter, num_blocks * selection.select_block)
+        reach: [_span(0, num_queries, reach, num_keys, num_blocks, problem)]
+        for reach in (*shorter, num_blocks * problem.select_block)
     }
 
 
-def _shorter_reaches(num_blocks: int, selection: Selection) -> list[int]:
+def _shorter_reaches(num_blocks: int, problem: Problem) -> list[int]:
     """Lengths of sequences, ascending, that are worth kernels of their own beside those for all blocks."""
-    whole = num_blocks * selection.select_block
+    whole = num_blocks * problem.select_block
     return [whole // 4, whole // 2] if num_blocks >= _LEAST_BLOCKS_TO_CUT else []
 
 
-def _span(
-    begin: int, end: int, reach: int, num_keys: int, num_blocks: int, problem: Problem, selection: Selection
-) -> Span:
+def _span(begin: int, end: int, reach: int, num_keys: int, num_blocks: int, problem: Problem) -> Span:
     """The span of queries of which the last stands before position `reach`."""
     seen = (reach - 1 - problem.compress_block) // problem.compress_stride + 1
-    blocks = (reach - 1) // selection.select_block + 1
+    blocks = (reach - 1) // problem.select_block + 1
     return Span(begin, end, max(1, min(num_keys, seen)), max(1, min(num_blocks, blocks)))
 
 
@@ -179,7 +140,6 @@ def choose(
     starts: jax.Array | None,
     offset: jax.Array,
     problem: Problem,
-    selection: Selection,
     spans: list[Span],
     tile: Tile | None = None,
     scratch_bytes: int = _SCRATCH_BYTES,
@@ -193,12 +153,10 @@ def choose(
     lse = lse.reshape(B, K, H // K, Tq)
     tile = tile or scoring_tile(Dk, q.dtype)
     chosen = [
-        _choose_in_span(
-            q, k, lse, starts, offset, problem, selection, span, tile, scratch_bytes, top_n_elements, top_n_warps
-        )
+        _choose_in_span(q, k, lse, starts, offset, problem, span, tile, scratch_bytes, top_n_elements, top_n_warps)
         for span in spans
     ]
-    return jnp.concatenate(chosen, axis=1).reshape(B, K, Tq, selection.num_selected)
+    return jnp.concatenate(chosen, axis=1).reshape(B, K, Tq, problem.num_selected)
 
 
 def _choose_in_span(
@@ -208,7 +166,6 @@ def _choose_in_span(
     starts: jax.Array | None,
     offset: jax.Array,
     problem: Problem,
-    selection: Selection,
     span: Span,
     tile: Tile,
     scratch_bytes: int,
@@ -217,11 +174,11 @@ def _choose_in_span(
 ) -> jax.Array:
     """Indices int32 [B K, end - begin, n], slab by slab so that the scores of one slab fit in the scratch."""
     B, Tq, K, G, Dk = q.shape
-    n = selection.num_selected
+    n = problem.num_selected
     padded_group = pl.next_power_of_2(G)
     tile = dataclasses.replace(tile, rows=max(tile.rows, padded_group))
     tile_queries = tile.rows // padded_group
-    pool = _pooled_keys(problem, selection, tile.keys)
+    pool = _pooled_keys(problem, tile.keys)
     planes = _num_planes(problem, pool)
     pooled = pl.cdiv(span.num_keys, tile.keys) * tile.keys // pool
     most_tiles = max(1, scratch_bytes // (4 * B * K * planes * pooled * tile_queries))
@@ -254,7 +211,7 @@ def _choose_in_span(
         interpret=problem.interpret,
     )
     top_n = triton_call(
-        functools.partial(_top_n_kernel, problem=problem, selection=selection, span=span, queries=queries, pool=pool),
+        functools.partial(_top_n_kernel, problem=problem, span=span, queries=queries, pool=pool),
         name="block_selection_top_n",
         grid=(tiles * per_tile, B * K),
         in_specs=[
@@ -282,9 +239,9 @@ def _choose_in_span(
     return chosen[:, : span.end - span.begin]
 
 
-def _pooled_keys(problem: Problem, selection: Selection, tile_keys: int) -> int:
+def _pooled_keys(problem: Problem, tile_keys: int) -> int:
     """Compressed tokens that the scoring kernel sums into one: a whole block's where their number allows, else 1."""
-    ratio = selection.select_block // problem.compress_stride
+    ratio = problem.select_block // problem.compress_stride
     return ratio if ratio == pl.next_power_of_2(ratio) and ratio <= tile_keys else 1
 
 
@@ -368,16 +325,15 @@ def _top_n_kernel(
     chosen_ref: Any,
     *,
     problem: Problem,
-    selection: Selection,
     span: Span,
     queries: int,
     pool: int,
 ) -> None:
     """Takes the n blocks of highest importance of each of `queries` neighbouring queries."""
     tile_queries = score_ref.shape[1]
-    n = selection.num_selected
+    n = problem.num_selected
     stride, overlap = (
-        selection.select_block // problem.compress_stride,
+        problem.select_block // problem.compress_stride,
         problem.compress_block // problem.compress_stride,
     )
     shape = (pl.next_power_of_2(span.num_blocks), queries)
@@ -409,9 +365,9 @@ def _top_n_kernel(
         source = plane * (score_ref.shape[0] // planes) + entry
         importance += weight * plgpu.load(score_ref.at[source, column], mask=seen, other=0.0)
 
-    first = tiling.positive_div(start, selection.select_block)
-    last = jnp.minimum(tiling.positive_div(position, selection.select_block), span.num_blocks - 1)
-    forced = (block < first[None, :] + selection.num_init) | (block > last[None, :] - selection.num_local)
+    first = tiling.positive_div(start, problem.select_block)
+    last = jnp.minimum(tiling.positive_div(position, problem.select_block), span.num_blocks - 1)
+    forced = (block < first[None, :] + problem.num_init) | (block > last[None, :] - problem.num_local)
     candidate = (block >= first[None, :]) & (block <= last[None, :])
     importance = jnp.where(candidate, jnp.where(forced, jnp.inf, importance), -jnp.inf)
 

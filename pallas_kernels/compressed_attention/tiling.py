@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.triton.problem import Problem
+
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 # A finite floor for the running maximum: exp2(-inf - FLOOR) is 0 where exp2(-inf + inf) would be NaN.
@@ -30,34 +32,6 @@ class Tile:
     keys: int
     num_warps: int
     num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Static facts of one call, hashable so that they can ride through `jax.custom_vjp`."""
-
-    compress_block: int  # l
-    compress_stride: int  # d
-    scale: float
-    interpret: bool
-
-
-def check_supported(q: jax.Array, keys: dict[str, jax.Array], scale: float) -> None:
-    """Raises NotImplementedError for what the kernels do not take; `keys` are k, and v where there is one."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise NotImplementedError(f"q has dtype {q.dtype}: expected bfloat16, float16 or float32")
-    for name, array in {"q": q, **keys}.items():
-        if array.dtype != q.dtype:
-            raise NotImplementedError(f"{name} has dtype {array.dtype}: expected q's, {q.dtype}")
-        if not 16 <= array.shape[3] <= 256:
-            raise NotImplementedError(f"{name} has head size {array.shape[3]}: expected 16 to 256")
-    batch, num_heads, num_key_heads = q.shape[0], q.shape[2], keys["k"].shape[2]
-    if num_heads // num_key_heads > 64:
-        raise NotImplementedError(f"{num_heads} query heads to {num_key_heads} key heads: expected groups of up to 64")
-    if batch * num_key_heads > 65535:
-        raise NotImplementedError(f"{batch} x {num_key_heads} batch entries and key heads: expected at most 65535")
-    if not scale > 0:
-        raise NotImplementedError(f"scale = {scale}: expected a positive factor")
 
 
 def head_pieces(head_size: int, dtype: Any) -> tuple[tuple[int, int, int], ...]:

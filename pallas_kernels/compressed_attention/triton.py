@@ -1,4 +1,4 @@
-"""Compressed attention on the Pallas Triton backend: the forward kernel and the differentiable op."""
+"""Compressed attention on the Pallas Triton backend: the forward kernel."""
 
 import functools
 from typing import Any
@@ -11,89 +11,35 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
-from pallas_kernels.compressed_attention.tiling import Problem, Tile
-from pallas_kernels.compressed_attention.triton_backward import backward
-from pallas_kernels.residuals import named
+from pallas_kernels.compressed_attention.tiling import Tile
+from pallas_kernels.contract import Sizes
 from pallas_kernels.tiles import exp2
+from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton_call import triton_call
 
 
-def compressed_attention(
+def forward(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B Nc K Dk"],
     v: Float[Array, "B Nc K Dv"],
-    starts: Int[Array, "B Tq"] | None,
+    segment_starts: Int[Array, "B Tq"] | None,
     query_offset: int | Int[Array, ""],
     *,
-    compress_block: int,
-    compress_stride: int,
+    config: Sizes,
     scale: float,
     interpret: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
-    """Attention of every query over the compressed tokens it may see (arXiv 2502.11089, equations 5 and 7).
-
-    Args:
-      q: queries, bfloat16, float16 or float32; row r is position `query_offset + r`.
-      k: compressed keys of q's dtype; token i stands for positions [i d, i d + l).
-      v: compressed values of q's dtype.
-      starts: int32, the position of the first token of each query's segment, never decreasing along Tq; None means 0.
-      query_offset: position of the first query, an int or an int32 scalar.
-      compress_block: l, tokens per compressed token.
-      compress_stride: d, tokens between neighbouring compressed tokens.
-      scale: factor of the scores, positive.
-      interpret: run the kernels in Pallas' interpreter.
-
-    Returns:
-      o of q's dtype, and lse in float32 (natural logarithm). Queries that see nothing have o = 0 and lse = -inf.
+    """(o, lse); see the contract. `tile` overrides the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
     """
-    tiling.check_supported(q, {"k": k, "v": v}, scale)
-    B, Tq, H, _ = q.shape
-    if 0 in (B, Tq, k.shape[1]):
-        return jnp.zeros((B, Tq, H, v.shape[3]), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
-    problem = Problem(compress_block, compress_stride, float(scale), interpret)
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
-    return _attend(q, k, v, starts, offset, problem)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, offset: jax.Array, problem: Problem
-) -> tuple[jax.Array, jax.Array]:
-    return forward(q, k, v, starts, offset, problem)
-
-
-def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, offset: jax.Array, problem: Problem
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    o, lse = named(forward(q, k, v, starts, offset, problem))
-    return (o, lse), (q, k, v, starts, offset, o, lse)
-
-
-def _attend_backward(problem: Problem, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    q, k, v, starts, offset, o, lse = residuals
-    do, dlse = cotangents
-    dq, dk, dv, _ = backward(q, k, v, o, do, lse, dlse, starts, offset, problem)
-    return dq, dk, dv, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    starts: jax.Array | None,
-    offset: jax.Array,
-    problem: Problem,
-    tile: Tile | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward kernel; `tile` overrides the table, for measurements."""
-    B, Tq, H, Dk = q.shape
-    _, Nc, K, Dv = v.shape
+    check_supported(q, k, v, scale=scale)
+    (B, Tq, H, Dk), (_, Nc, K, Dv) = q.shape, v.shape
+    if 0 in (B, Tq, Nc):
+        return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+    problem, starts, offset = problem_of(config, scale, interpret), segment_starts, offset_array(query_offset)
     G = H // K
     tile = tile or tiling.forward_tile(max(Dk, Dv), q.dtype)
     num_tiles = pl.cdiv(Tq * G, tile.rows)

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiling
-from pallas_kernels.compressed_attention.tiling import Problem, Tile
+from pallas_kernels.compressed_attention.tiling import Tile
+from pallas_kernels.contract import Gradients, Sizes
 from pallas_kernels.tiles import exp2
+from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton_call import triton_call
 
 # A key tile's queries are cut into chunks until there is about this much work to spread: enough programs to fill any
@@ -38,10 +41,11 @@ def query_gradient(
     problem: Problem,
     tile: Tile | None = None,
     gate: jax.Array | None = None,
+    dq_before: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """dq [B, Tq, H, Dk], and (lse in base 2, delta - dlse), float32 [B, K, Tq G] in packed row order.
 
-    `gate` is float32 [B, Tq, H]; None: 1. `dlse` None: 0.
+    `gate` is float32 [B, Tq, H]; None: 1. `dlse` None: 0. `dq_before` is added to dq.
     """
     B, Tq, H, Dk = q.shape
     _, Nc, K, Dv = v.shape
@@ -63,6 +67,7 @@ def query_gradient(
             tiling.query_spec(Tq, K, G, Dv),
             None if dlse is None else statistic,
             None if gate is None else tiling.gate_spec(Tq, K, G),
+            None if dq_before is None else tiling.query_spec(Tq, K, G, Dk),
         ],
         out_specs=[tiling.query_spec(Tq, K, G, Dk), term, term],
         out_shape=[
@@ -84,6 +89,7 @@ def query_gradient(
         do.reshape(B, Tq, K, G, Dv),
         None if dlse is None else dlse.reshape(B, K, G, Tq),
         None if gate is None else gate.reshape(B, Tq, K, G),
+        None if dq_before is None else dq_before.reshape(B, Tq, K, G, Dk),
     )
     return dq.reshape(B, Tq, H, Dk), (lse2, delta)
 
@@ -99,6 +105,7 @@ def _query_gradient_kernel(
     do_ref: Any,
     dlse_ref: Any,
     gate_ref: Any,
+    dq_before_ref: Any,
     dq_ref: Any,
     lse2_ref: Any,
     delta_ref: Any,
@@ -156,7 +163,11 @@ def _query_gradient_kernel(
     factor: Any = problem.scale
     if gate_ref is not None:
         factor = (factor * plgpu.load(gate_ref.at[query, head], mask=valid, other=0.0))[:, None]
-    tiling.store_rows(dq_ref, query, head, valid, key_pieces, [a * factor for a in dq])
+    dq = tuple(a * factor for a in dq)
+    if dq_before_ref is not None:
+        before = tiling.load_rows(dq_before_ref, query, head, valid, key_pieces)
+        dq = tuple(a + b.astype(jnp.float32) for a, b in zip(dq, before, strict=True))
+    tiling.store_rows(dq_ref, query, head, valid, key_pieces, dq)
 
 
 def key_gradients(
@@ -395,19 +406,36 @@ def _reduce_kernel(
 
 
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    o: jax.Array,
-    do: jax.Array,
-    lse: jax.Array,
-    dlse: jax.Array | None,
-    starts: jax.Array | None,
-    offset: jax.Array,
-    problem: Problem,
-    gate: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, dv, delta) of gate * o and lse, where delta = sum(o * do) - dlse [B, K, Tq G] in packed row order."""
-    dq, row_terms = query_gradient(q, k, v, starts, offset, o, lse, do, dlse, problem, gate=gate)
-    dk, dv = key_gradients(q, k, v, starts, offset, do, row_terms, problem, gate=gate)
-    return dq, dk, dv, row_terms[1]
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    o: Float[Array, "B Tq H Dv"],
+    lse: Float[Array, "B H Tq"],
+    do: Float[Array, "B Tq H Dv"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    dlse: Float[Array, "B H Tq"] | None = None,
+    gate: Float[Array, "B Tq H"] | None = None,
+    dq: Float[Array, "B Tq H Dk"] | None = None,
+    interpret: bool = False,
+    query_tile: Tile | None = None,
+    key_tile: Tile | None = None,
+) -> Gradients:
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract. Tiles override the table, for tests and tuning.
+
+    Raises:
+      NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
+    """
+    check_supported(q, k, v, scale=scale)
+    (B, Tq, H, _), (_, Nc, K, _) = q.shape, k.shape
+    if 0 in (B, Tq, Nc):
+        delta = jnp.zeros((B, H, Tq), jnp.float32)
+        return Gradients(jnp.zeros_like(q) if dq is None else dq, jnp.zeros_like(k), jnp.zeros_like(v), delta)
+    problem, starts, offset = problem_of(config, scale, interpret), segment_starts, offset_array(query_offset)
+    dq, row_terms = query_gradient(q, k, v, starts, offset, o, lse, do, dlse, problem, query_tile, gate, dq)
+    dk, dv = key_gradients(q, k, v, starts, offset, do, row_terms, problem, key_tile, gate=gate)
+    delta = row_terms[1].reshape(B, K, Tq, H // K).swapaxes(2, 3).reshape(B, H, Tq)
+    return Gradients(dq, dk, dv, delta)

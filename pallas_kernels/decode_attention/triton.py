@@ -22,12 +22,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_selection.triton import best_blocks
+from pallas_kernels.contract import Sizes
 from pallas_kernels.tiles import (
     LEAST,
     LOG2_E,
     NEVER,
     accumulate,
-    check_supported,
     dot_pieces,
     exp2,
     launch,
@@ -37,6 +37,7 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
+from pallas_kernels.triton.problem import check_supported
 
 MOST_BLOCKS = 32768
 LEAST_ROWS = 16  # of a tile that a matrix unit multiplies
@@ -138,26 +139,20 @@ def decode_attention(
     query_offsets: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
-    compress_block: int,
-    compress_stride: int,
-    select_block: int,
-    num_selected: int,
-    num_init: int,
-    num_local: int,
-    window: int,
+    config: Sizes,
     scale: float,
     interpret: bool = False,
-    tiling: Tiling | None = None,
+    tile: Tiling | None = None,
 ) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
-    """All branches of one decoding step; the contract is in the package's docstring. `tiling` is for measurements.
+    """All branches of one decoding step; see the contract. `tile` overrides the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a dtype, head size, group size, scale or number of blocks that the kernels do not take.
     """
-    check_supported(q, win_k, win_v, scale)
+    check_supported(q, win_k, win_v, scale=scale)
     (B, m, H, Dk), (K, s, Dv), N = q.shape, slc_v.shape[1:], block_tables.shape[1]
     if N > MOST_BLOCKS:
-        raise NotImplementedError(f"{N} blocks: expected at most {MOST_BLOCKS}")
+        raise NotImplementedError(f"columns of block_tables = {N}: expected at most {MOST_BLOCKS}")
     step = Step(
         batch=B,
         num_queries=m,
@@ -165,16 +160,16 @@ def decode_attention(
         num_kv_heads=K,
         num_blocks=N,
         ring=win_k.shape[1],
-        compress_block=compress_block,
-        compress_stride=compress_stride,
-        select_block=select_block,
-        num_selected=num_selected,
-        num_init=num_init,
-        num_local=num_local,
-        window=window,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_init=config.num_init,
+        num_local=config.num_local,
+        window=config.window,
         scale=float(scale),
         interpret=interpret,
-        tiling=tiling or choose_tiling(B * K, N * s // compress_stride, max(Dk, Dv), q.dtype.itemsize),
+        tiling=tile or choose_tiling(B * K, N * s // config.compress_stride, max(Dk, Dv), q.dtype.itemsize),
     )
     q = q.reshape(B * m * H, Dk)
     cmp_k, cmp_v, slc_k, slc_v = (x.reshape(-1, x.shape[3]) for x in (cmp_k, cmp_v, slc_k, slc_v))
@@ -182,7 +177,7 @@ def decode_attention(
     indices = _choose(first, scores, query_offsets, step)
     second = _selected_partials(q, slc_k, slc_v, indices, query_offsets, block_tables, step)
     o = _join(first, second, gates.reshape(B * m * H, 3), query_offsets, q.dtype, step)
-    return o.reshape(B, m, H, Dv), indices.reshape(B, K, m, num_selected)
+    return o.reshape(B, m, H, Dv), indices.reshape(B, K, m, config.num_selected)
 
 
 def _partials_shape(splits: int, head_dim: int, step: Step) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -1,21 +1,18 @@
-"""Selected attention through Pallas Triton: the public function and the query-major forward kernel."""
+"""Selected attention through Pallas Triton: the query-major forward kernel."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import tiles
-from pallas_kernels.residuals import named
-from pallas_kernels.selected_attention.block_major import block_major_forward, block_major_tile
+from pallas_kernels.contract import Sizes
+from pallas_kernels.selected_attention.block_major import BlockMajorTile, block_major_forward, block_major_tile
 from pallas_kernels.selected_attention.block_union import by_overlap
-from pallas_kernels.selected_attention.triton_backward import backward
 from pallas_kernels.tiles import (
     LEAST,
     LOG2_E,
@@ -29,6 +26,7 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
+from pallas_kernels.triton.problem import check_select_block, check_supported, heads_first, offset_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,70 +153,40 @@ def selected_attention_forward(q, k, v, union, starts, offset, *, select_block, 
     )(q, k, v, union, offset, starts)
 
 
-def check_supported(q, k, v, select_block: int, scale: float) -> None:
-    """Raises NotImplementedError for what the kernels do not take."""
-    tiles.check_supported(q, k, v, scale)
-    if not 16 <= select_block <= 128:
-        raise NotImplementedError(f"select_block = {select_block}: the Triton kernels take 16 to 128")
+def forward(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    interpret: bool = False,
+    tile: ForwardTile | BlockMajorTile | None = None,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """(o, lse), by the way that is fastest for the group size; see the contract. `tile` decides the way, too.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _selected_attention(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
-    return forward(q, k, v, block_indices, starts, offset, select_block=select_block, scale=scale, interpret=interpret)[
-        0
-    ]
-
-
-def forward(q, k, v, block_indices, starts, offset, *, select_block, scale, interpret):
-    """Output [B, Tq, H, Dv] and natural-log lse [B * K, Tq, G], by the way that is fastest for the group size."""
+    Raises:
+      NotImplementedError: a dtype, head size, group size, scale or size of blocks that the kernels do not support.
+    """
+    check_supported(q, k, v, scale=scale)
+    check_select_block(config)
     (_, _, H, Dk), (_, _, K, Dv) = q.shape, v.shape
     sizes = (H // K, max(Dk, Dv), q.dtype.itemsize)
-    options = dict(select_block=select_block, scale=scale, interpret=interpret)
-    tile = block_major_tile(*sizes)
-    if tile is not None:
-        return block_major_forward(q, k, v, block_indices, starts, offset, tile=tile, **options)
+    options = dict(select_block=config.select_block, scale=float(scale), interpret=interpret)
+    starts, offset = segment_starts, offset_array(query_offset)
+    block_indices = block_indices.astype(jnp.int32)
+    block_major = block_major_tile(*sizes) if tile is None else tile
+    if isinstance(block_major, BlockMajorTile):
+        o, lse = block_major_forward(q, k, v, block_indices, starts, offset, tile=block_major, **options)
+        return o, heads_first(lse, K)
 
     def attend(union, tile):
         return selected_attention_forward(q, k, v, union, starts, offset, tile=tile, **options)
 
     rows = block_indices.reshape(-1, *block_indices.shape[2:])
-    return by_overlap(rows, *forward_tiles(*sizes), attend, interpret=interpret)
-
-
-def _forward(q, k, v, block_indices, starts, offset, select_block, scale, interpret):
-    options = dict(select_block=select_block, scale=scale, interpret=interpret)
-    o, lse = named(forward(q, k, v, block_indices, starts, offset, **options))
-    return o, (q, k, v, block_indices, starts, offset, o, lse)
-
-
-def _backward(select_block, scale, interpret, residuals, do):
-    q, k, v, block_indices, starts, offset, o, lse = residuals
-    options = dict(select_block=select_block, scale=scale, interpret=interpret)
-    dq, dk, dv, _ = backward(q, k, v, o, do, lse, block_indices, starts, offset, **options)
-    return dq, dk, dv, *(None if x is None else _no_gradient(x) for x in (block_indices, starts, offset))
-
-
-def _no_gradient(x):
-    return np.zeros(x.shape, jax.dtypes.float0)
-
-
-_selected_attention.defvjp(_forward, _backward)
-
-
-def selected_attention(
-    q: Float[Array, "B Tq H Dk"],
-    k: Float[Array, "B T K Dk"],
-    v: Float[Array, "B T K Dv"],
-    block_indices: Int[Array, "B K Tq n"],
-    starts: Int[Array, "B Tq"] | None,
-    query_offset: int | Int[Array, ""],
-    *,
-    select_block: int,
-    scale: float,
-    interpret: bool = False,
-) -> Float[Array, "B Tq H Dv"]:
-    """Attention of each query to the tokens of its selected blocks; the contract is in the package's docstring."""
-    check_supported(q, k, v, select_block, scale)
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
-    block_indices = block_indices.astype(jnp.int32)
-    return _selected_attention(q, k, v, block_indices, starts, offset, select_block, float(scale), interpret)
+    tiles = forward_tiles(*sizes) if tile is None else (tile, None)
+    o, lse = by_overlap(rows, *tiles, attend, interpret=interpret)
+    return o, heads_first(lse, K)

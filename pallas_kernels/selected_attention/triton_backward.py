@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels.contract import Gradients, Sizes
 from pallas_kernels.selected_attention.block_union import by_overlap
 from pallas_kernels.selected_attention.inverse_index import InverseIndex, invert
 from pallas_kernels.tiles import (
@@ -30,6 +32,7 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
+from pallas_kernels.triton.problem import check_select_block, check_supported, group_last, heads_first, offset_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,20 +332,45 @@ def key_gradients(
     )(index.block_items, dk_items, dv_items)
 
 
-def backward(q, k, v, o, do, lse, block_indices, starts, offset, gate=None, dq=None, *, select_block, scale, interpret):
-    """(dq, dk, dv, delta) of gate * o, where delta = sum(o * do) [B * K, Tq, G] is the gate's own gradient.
+def backward(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    o: Float[Array, "B Tq H Dv"],
+    lse: Float[Array, "B H Tq"],
+    do: Float[Array, "B Tq H Dv"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    gate: Float[Array, "B Tq H"] | None = None,
+    dq: Float[Array, "B Tq H Dk"] | None = None,
+    interpret: bool = False,
+    query_tile: QueryTile | None = None,
+    key_tile: BlockTile | None = None,
+) -> Gradients:
+    """(dq, dk, dv, delta) of gate * o; see the contract. Tiles override the table, for tests and tuning.
 
-    `gate` is float32 [B, Tq, H] (None: 1). `dq`, where given, is added to the gradient of q.
+    Raises:
+      NotImplementedError: a dtype, head size, group size, scale or size of blocks that the kernels do not support.
     """
+    check_supported(q, k, v, scale=scale)
+    check_select_block(config)
     sizes = (q.shape[2] // k.shape[2], max(q.shape[-1], v.shape[-1]), q.dtype.itemsize)
-    options = dict(select_block=select_block, scale=scale, interpret=interpret)
+    options = dict(select_block=config.select_block, scale=float(scale), interpret=interpret)
+    starts, offset = segment_starts, offset_array(query_offset)
+    block_indices = block_indices.astype(jnp.int32)
+    lse = group_last(lse, k.shape[2])
+    dq_before = dq
 
     def attend(union, tile):
-        return query_gradient(q, k, v, o, do, lse, union, starts, offset, gate, dq, tile=tile, **options)
+        return query_gradient(q, k, v, o, do, lse, union, starts, offset, gate, dq_before, tile=tile, **options)
 
     rows = block_indices.reshape(-1, *block_indices.shape[2:])
-    dq, delta = by_overlap(rows, *query_tiles(*sizes), attend, interpret=interpret)
-    dk, dv = key_gradients(
-        q, k, v, do, lse, delta, block_indices, starts, offset, gate, tile=block_tile(*sizes), **options
-    )
-    return dq, dk, dv, delta
+    tiles = query_tiles(*sizes) if query_tile is None else (query_tile, None)
+    dq, delta = by_overlap(rows, *tiles, attend, interpret=interpret)
+    tile = key_tile or block_tile(*sizes)
+    dk, dv = key_gradients(q, k, v, do, lse, delta, block_indices, starts, offset, gate, tile=tile, **options)
+    return Gradients(dq, dk, dv, heads_first(delta, k.shape[2]))

@@ -1,4 +1,4 @@
-"""Sliding window attention through Pallas Triton: the public function and the forward kernel.
+"""Sliding window attention through Pallas Triton: the forward kernel.
 
 The heads of a group are packed into the rows of a tile: 128 rows are then few queries, whose windows differ by few
 keys, so that little of a tile's work falls outside the band.
@@ -9,18 +9,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.residuals import named
+from pallas_kernels.contract import Sizes
 from pallas_kernels.tiles import (
     LEAST,
     LOG2_E,
     accumulate,
-    check_supported,
     dot_pieces,
     launch,
     load_rows,
@@ -30,7 +28,8 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
-from pallas_kernels.window_attention.triton_backward import backward, key_band
+from pallas_kernels.triton.problem import check_supported, heads_first, offset_array
+from pallas_kernels.window_attention.triton_backward import key_band
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +110,24 @@ def _forward_kernel(
     plgpu.store(lse_ref.at[bk, t, jnp.where(g < G, g, G)], lse, mask=valid)
 
 
-def forward(q, k, v, starts, offset, *, window, scale, interpret, tile=None):
-    """Output [B, Tq, H, Dv] and natural-log lse [B * K, Tq, G] of sliding window attention."""
+def forward(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    interpret: bool = False,
+    tile: ForwardTile | None = None,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """(o, lse); see the contract. `tile` overrides the table, for tests and tuning.
+
+    Raises:
+      NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
+    """
+    check_supported(q, k, v, scale=scale)
     tile = tile or forward_tile(max(q.shape[-1], v.shape[-1]), q.dtype.itemsize)
     (B, Tq, H, _), (_, _, K, Dv) = q.shape, v.shape
     padded_group = next_power_of_two(H // K)
@@ -122,11 +137,11 @@ def forward(q, k, v, starts, offset, *, window, scale, interpret, tile=None):
         num_rows=num_rows,
         num_keys=tile.num_keys,
         padded_group=padded_group,
-        window=window,
-        scale=scale,
+        window=config.window,
+        scale=float(scale),
         interpret=interpret,
     )
-    return launch(
+    o, lse = launch(
         kernel,
         out_shape=(
             jax.ShapeDtypeStruct((B, Tq, H, Dv), q.dtype),
@@ -137,47 +152,5 @@ def forward(q, k, v, starts, offset, *, window, scale, interpret, tile=None):
         num_stages=tile.num_stages,
         interpret=interpret,
         name="window_attention_forward",
-    )(q, k, v, offset, starts)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _window_attention(q, k, v, starts, offset, window, scale, interpret):
-    return forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret)[0]
-
-
-def _forward(q, k, v, starts, offset, window, scale, interpret):
-    o, lse = named(forward(q, k, v, starts, offset, window=window, scale=scale, interpret=interpret))
-    return o, (q, k, v, starts, offset, o, lse)
-
-
-def _backward(window, scale, interpret, residuals, do):
-    q, k, v, starts, offset, o, lse = residuals
-    options = dict(window=window, scale=scale, interpret=interpret)
-    dq, dk, dv, _ = backward(q, k, v, o, do, lse, starts, offset, **options)
-    return dq, dk, dv, *(None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (starts, offset))
-
-
-_window_attention.defvjp(_forward, _backward)
-
-
-def window_attention(
-    q: Float[Array, "B Tq H Dk"],
-    k: Float[Array, "B T K Dk"],
-    v: Float[Array, "B T K Dv"],
-    starts: Int[Array, "B Tq"] | None,
-    query_offset: int | Int[Array, ""],
-    *,
-    window: int,
-    scale: float,
-    interpret: bool = False,
-) -> Float[Array, "B Tq H Dv"]:
-    """Attention of each query to the last `window` positions, its own included (arXiv 2502.11089, section 3.3.3).
-
-    Shapes and dtypes are in the package's docstring.
-
-    Raises:
-      NotImplementedError: a dtype, head size, group size or scale that the kernels do not take.
-    """
-    check_supported(q, k, v, scale)
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
-    return _window_attention(q, k, v, starts, offset, window, float(scale), interpret)
+    )(q, k, v, offset_array(query_offset), segment_starts)
+    return o, heads_first(lse, K)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels.contract import Gradients, Sizes
 from pallas_kernels.tiles import (
     LOG2_E,
     accumulate,
@@ -23,6 +25,7 @@ from pallas_kernels.tiles import (
     store_rows,
     zeros,
 )
+from pallas_kernels.triton.problem import check_supported, group_last, heads_first, offset_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +264,33 @@ def key_gradients(q, k, v, do, lse, delta, starts, offset, gate=None, *, window,
     )(q, k, v, do, lse, delta, offset, starts, gate)
 
 
-def backward(q, k, v, o, do, lse, starts, offset, gate=None, dq=None, *, window, scale, interpret):
-    """(dq, dk, dv, delta) of gate * o, where delta = sum(o * do) [B * K, Tq, G] is the gate's own gradient.
+def backward(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    o: Float[Array, "B Tq H Dv"],
+    lse: Float[Array, "B H Tq"],
+    do: Float[Array, "B Tq H Dv"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    gate: Float[Array, "B Tq H"] | None = None,
+    dq: Float[Array, "B Tq H Dk"] | None = None,
+    interpret: bool = False,
+    query_tile: BackwardTile | None = None,
+    key_tile: BackwardTile | None = None,
+) -> Gradients:
+    """(dq, dk, dv, delta) of gate * o; see the contract. Tiles override the table, for tests and tuning.
 
-    `gate` is float32 [B, Tq, H] (None: 1). `dq`, where given, is added to the gradient of q.
+    Raises:
+      NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
     """
-    options = dict(window=window, scale=scale, interpret=interpret)
-    dq, delta = query_gradient(q, k, v, o, do, lse, starts, offset, gate, dq, **options)
-    dk, dv = key_gradients(q, k, v, do, lse, delta, starts, offset, gate, **options)
-    return dq, dk, dv, delta
+    check_supported(q, k, v, scale=scale)
+    starts, offset = segment_starts, offset_array(query_offset)
+    options = dict(window=config.window, scale=float(scale), interpret=interpret)
+    lse = group_last(lse, k.shape[2])
+    dq, delta = query_gradient(q, k, v, o, do, lse, starts, offset, gate, dq, tile=query_tile, **options)
+    dk, dv = key_gradients(q, k, v, do, lse, delta, starts, offset, gate, tile=key_tile, **options)
+    return Gradients(dq, dk, dv, heads_first(delta, k.shape[2]))

@@ -78,7 +78,11 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
     refused(inputs, "query_offset = 2 with 20 queries", query_offset=jnp.int32(2))
     refused(inputs, "query_offset = -1 with 20 queries", query_offset=-1)
     refused(inputs, "query_offset: float32 of shape ()", query_offset=1.0)
-    refused(inputs, "implementation = 'cuda': expected one of reference, xla, triton, mosaic", implementation="cuda")
+    refused(
+        inputs,
+        "implementation = 'cuda': expected one of mosaic, triton, xla, reference, or None",
+        implementation="cuda",
+    )
 
 
 def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
@@ -95,40 +99,8 @@ def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
 
 
 def test_a_named_implementation_never_falls_back(inputs):
-    with pytest.raises(NotImplementedError, match="implementation = 'mosaic': there is no compressed_attention kernel"):
+    with pytest.raises(NotImplementedError, match=r"implementation = 'mosaic': .*there is no compressed_attention"):
         nsa_jax.nsa_attention(inputs.q, inputs.kv, inputs.gates, config=CONFIG, implementation="mosaic")
-
-
-def test_the_automatic_choice_passes_over_what_is_not_implemented(inputs, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    tried = []
-
-    def unsupported(name):
-        def op(*args, **kwargs):
-            tried.append(name)
-            raise NotImplementedError
-
-        return op
-
-    for name in ("mosaic", "triton"):
-        module = __import__(f"nsa_jax.{name}", fromlist=[name])
-        monkeypatch.setattr(module, "window_attention", unsupported(name))
-    arguments = (inputs.q, inputs.kv.win_k, inputs.kv.win_v)
-    automatic = nsa_jax.window_attention(*arguments, config=CONFIG)
-    assert tried == ["mosaic", "triton"]
-    assert (automatic == nsa_jax.window_attention(*arguments, config=CONFIG, implementation="xla")).all()
-
-
-def test_errors_other_than_not_implemented_are_not_swallowed(inputs, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    from nsa_jax import mosaic
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(mosaic, "window_attention", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        nsa_jax.window_attention(inputs.q, inputs.kv.win_k, inputs.kv.win_v, config=CONFIG)
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.exhaustive), "xla"])

@@ -1,0 +1,252 @@
+"""Which backend runs an op: the one that is named, or the first in order that takes it."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from nsa_jax.backends import registry
+from nsa_jax.backends.protocol import BRANCHES, Backend
+from nsa_jax.config import NSAConfig
+from pallas_kernels.contract import Gradients
+from pallas_kernels.devices import current_device
+from pallas_kernels.differentiable import Op
+
+Result = TypeVar("Result")
+BACKWARD = "_backward"
+_log = logging.getLogger("nsa_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for an op.
+
+    Attributes:
+      op: a name in `OPS`.
+      backend: the backend's name; for `nsa_attention` also "fused" (one op made of kernels of any backends) or "parts"
+        (one op after the other).
+      refusals: (backend, reason) of those that were asked before.
+    """
+
+    op: str
+    backend: str
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+_recorded: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """The choices that are made inside, in their order."""
+    choices: list[Choice] = []
+    token = _recorded.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorded.reset(token)
+
+
+def takes_part(backend: Backend, op: str) -> bool:
+    """Whether a backend has an op and, by itself, takes it on this device."""
+    try:
+        return _has_own(backend, op) and _supports(backend, op, current_device())
+    except NotImplementedError:
+        return False
+
+
+def record(choice: Choice) -> None:
+    """Adds a choice to what `recording` collects."""
+    choices = _recorded.get()
+    if choices is not None and choice not in choices:
+        choices.append(choice)
+
+
+def run(op: str, implementation: str | None, arguments: tuple[Any, ...], *, config: NSAConfig, scale: float) -> Any:
+    """The result of an op: (o, lse) of compressed attention, o of selected and window attention.
+
+    Raises:
+      ValueError: there is no backend of this name.
+      NotImplementedError: the named backend does not support the arguments, or no backend does.
+    """
+
+    def attempt(backend: Backend) -> Any:
+        if op not in BRANCHES:
+            return getattr(backend, op)(*arguments, config=config, scale=scale)
+        returns_lse = op == "compressed_attention"
+        if not is_differentiable(backend):
+            forward, backward = Forward(op, backend.name), Backward(op, implementation)
+            return Op(forward, backward, returns_lse)(*arguments, config=config, scale=scale)
+        o, lse = output_and_lse(op, backend, getattr(backend, op)(*arguments, config=config, scale=scale))
+        return (o, lse) if returns_lse else o
+
+    return first_that_takes(op, implementation, attempt)
+
+
+def first_that_takes(
+    op: str,
+    implementation: str | None,
+    attempt: Callable[[Backend], Result],
+    allowed: Callable[[Backend], bool] = lambda backend: True,
+) -> Result:
+    """attempt(backend) of the named backend, or of the first that does not refuse, of those allowed."""
+    only = None if implementation is None else named(implementation)
+    device = current_device()
+    refusals: list[tuple[str, str]] = []
+    for backend in registry.in_order() if only is None else (only,):
+        try:
+            _check_has(backend, op)
+            if not allowed(backend):
+                raise NotImplementedError("not a kernel")
+            if only is None and not _supports(backend, op.removesuffix(BACKWARD), device):
+                raise NotImplementedError(f"does not support {device}")
+            result = attempt(backend)
+        except NotImplementedError as refusal:
+            if only is not None:
+                raise NotImplementedError(f"implementation = {implementation!r}: {op}: {refusal}") from refusal
+            refusals.append((backend.name, str(refusal)))
+            continue
+        if only is None and backend.name == "xla" and device.platform == "gpu":
+            _log_once(op, tuple(refusals))
+        record(Choice(op, backend.name, tuple(refusals)))
+        return result
+    raise NotImplementedError(f"no backend takes {op}: " + "; ".join(f"{name}: {reason}" for name, reason in refusals))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward pass of an op by one backend, as `pallas_kernels.differentiable` takes it; lse may be None."""
+
+    op: str
+    backend: str
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Array, Array | None]:
+        """(o, lse)."""
+        backend = registry.get(self.backend)
+        return output_and_lse(self.op, backend, getattr(backend, self.op)(*arguments, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstForward:
+    """The forward pass of an op by the named backend or the first in order, of those that are made of kernels."""
+
+    op: str
+    implementation: str | None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """(o, lse) of a branch, or the blocks that `select_blocks` chose."""
+
+        def attempt(backend: Backend) -> Any:
+            result = getattr(backend, self.op)(*arguments, **options)
+            return output_and_lse(self.op, backend, result) if self.op in BRANCHES else result
+
+        kernels_alone = self.op in BRANCHES
+        return first_that_takes(
+            self.op, self.implementation, attempt, lambda backend: not (kernels_alone and is_differentiable(backend))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """The backward pass of an op by the named backend, if it has one, or by the first in order that takes it."""
+
+    op: str
+    implementation: str | None
+
+    def __call__(self, q: Array, k: Array, v: Array, *rest: Any, **options: Any) -> Gradients:
+        """Gradients, as the contract of the op's `Backward` says."""
+        *block_indices, o, lse, do, segment_starts, query_offset = rest
+        inputs, positions = (q, k, v, *block_indices), (segment_starts, query_offset)
+        backward = self.op + BACKWARD
+        implementation = self.implementation
+        if implementation is not None and not _has(named(implementation), backward):
+            implementation = None  # it brings no backward pass, so that the others' serve
+
+        def attempt(backend: Backend) -> Gradients:
+            if not _has_own(backend, backward):
+                return _by_differentiation(getattr(backend, self.op), inputs, o, do, positions, options)
+            residuals = (o, lse)
+            if lse is None:
+                sizes = {name: options[name] for name in ("config", "scale")}
+                residuals = output_and_lse(
+                    self.op, backend, getattr(backend, self.op)(*inputs, *positions, **sizes), needs_lse=True
+                )
+            return getattr(backend, backward)(*inputs, *residuals, do, *positions, **options)
+
+        return first_that_takes(backward, implementation, attempt)
+
+
+def _by_differentiation(
+    forward: Callable[..., Any],
+    inputs: tuple[Array, ...],
+    o: Array,
+    do: Array,
+    positions: tuple[Any, Any],
+    options: dict[str, Any],
+) -> Gradients:
+    """The backward pass that JAX makes of a forward pass, which is computed again."""
+    sizes = {name: options[name] for name in ("config", "scale")}
+    gate, dlse, dq_before = (options.get(name) for name in ("gate", "dlse", "dq"))
+    q, k, v, *block_indices = inputs
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    delta = jnp.swapaxes(jnp.sum(o.astype(wide) * do.astype(wide), axis=-1), 1, 2)
+    if dlse is not None:
+        delta = delta - dlse
+    gated = do if gate is None else (do * gate[..., None]).astype(do.dtype)
+    (_, lse), vjp = jax.vjp(lambda q, k, v: forward(q, k, v, *block_indices, *positions, **sizes), q, k, v)
+    dq, dk, dv = vjp((gated, jnp.zeros_like(lse) if dlse is None else dlse))
+    return Gradients(dq if dq_before is None else (dq + dq_before).astype(q.dtype), dk, dv, delta)
+
+
+def output_and_lse(op: str, backend: Backend, result: Any, *, needs_lse: bool = False) -> tuple[Array, Array | None]:
+    """What a backend's forward pass returned, as (o, lse); lse is None where there is none and none is needed."""
+    o, lse = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if lse is None and (needs_lse or op == "compressed_attention"):
+        raise TypeError(f"backend {backend.name!r}: {op} returned no lse: expected (o, lse)")
+    return o, lse
+
+
+def is_differentiable(backend: Backend) -> bool:
+    """Whether JAX differentiates through the backend's functions."""
+    return bool(getattr(backend, "differentiable", False))
+
+
+def named(implementation: str) -> Backend:
+    """The backend that `implementation` names; ValueError where there is none."""
+    if implementation not in registry.names():
+        raise ValueError(f"implementation = {implementation!r}: expected one of {', '.join(registry.names())}, or None")
+    return registry.get(implementation)
+
+
+def _has_own(backend: Backend, op: str) -> bool:
+    return callable(getattr(backend, op, None))
+
+
+def _has(backend: Backend, op: str) -> bool:
+    """Whether a backend has a function, or, of a backward pass, JAX can make it from the forward pass."""
+    if _has_own(backend, op):
+        return True
+    return op.endswith(BACKWARD) and is_differentiable(backend) and _has_own(backend, op.removesuffix(BACKWARD))
+
+
+def _check_has(backend: Backend, op: str) -> None:
+    if not _has(backend, op):
+        raise NotImplementedError(f"there is no {op}")
+
+
+def _supports(backend: Backend, op: str, device: Any) -> bool:
+    supports = getattr(backend, "supports", None)
+    return supports is None or bool(supports(op, device))
+
+
+@functools.cache
+def _log_once(op: str, refusals: tuple[tuple[str, str], ...]) -> None:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    _log.warning("%s runs on XLA, without a kernel (%s)", op, reasons)

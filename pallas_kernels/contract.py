@@ -1,0 +1,64 @@
+"""What the contracts of all ops share: the sizes they read, and what a backward pass returns.
+
+Shapes: B batch, T tokens, Tq queries, H query heads, K key/value heads, G = H / K query heads of a group, Nc compressed
+tokens, n selected blocks, Dk and Dv sizes of query/key and of value heads.
+
+Queries. Row r of q stands at position t = query_offset + r of the sequence whose keys cover positions 0 .. T - 1.
+`query_offset` is an int or an int32 scalar array. `segment_starts` (int32 [B, Tq], never decreasing along Tq) is the
+position of the first token of each query's segment, and None stands for zeros. `scale` multiplies the scores.
+
+Residuals. Every forward pass returns (o, lse): o in q's dtype, and lse = log sum_j exp(scale q . k_j), the natural
+logarithm, in float32, as [B, H, Tq]. A query that sees nothing has o = 0 and lse = -inf. Any backend's backward pass
+takes what any other backend's forward pass returned.
+
+Refusals. A backend raises NotImplementedError, before anything is computed, for arguments that it does not support. A
+call that no backend could serve raises another error.
+"""
+
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Array, Float
+
+
+class Sizes(Protocol):
+    """The sizes of Native Sparse Attention: frozen and hashable. `nsa_jax.NSAConfig` is one."""
+
+    @property
+    def compress_block(self) -> int:
+        """Tokens that a compressed token stands for: l."""
+
+    @property
+    def compress_stride(self) -> int:
+        """Tokens between the starts of neighbouring compressed tokens: d."""
+
+    @property
+    def select_block(self) -> int:
+        """Tokens of a selection block: s."""
+
+    @property
+    def num_selected(self) -> int:
+        """Blocks that a query reads, the forced ones included: n."""
+
+    @property
+    def num_init(self) -> int:
+        """Blocks at the start of a query's segment that are always read."""
+
+    @property
+    def num_local(self) -> int:
+        """Blocks up to and including the query's own that are always read."""
+
+    @property
+    def window(self) -> int:
+        """Tokens of the sliding window, the query's own included: w."""
+
+    def __hash__(self) -> int:
+        """Sizes are static arguments of compiled functions."""
+
+
+class Gradients(NamedTuple):
+    """What the backward pass of an attention op returns."""
+
+    dq: Float[Array, "B Tq H Dk"]  # added to the `dq` that was given, in q's dtype
+    dk: Float[Array, "B T K Dk"]
+    dv: Float[Array, "B T K Dv"]
+    delta: Float[Array, "B H Tq"]  # sum over Dv of o * do (minus dlse, where there is one): the gradient of the gate

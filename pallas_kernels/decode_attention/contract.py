@@ -1,0 +1,54 @@
+"""Native Sparse Attention of the newest few tokens of each row, over a paged cache: one decoding step.
+
+Query r of row b stands at position t = query_offsets[b] + r. Block j of row b (tokens j s .. (j + 1) s - 1, and the
+compressed tokens that start there) lies in page block_tables[b, j] of the pools, and position p of its window in slot
+p mod W of the ring, W >= window + m - 1. The query sees compressed tokens i with i d + l - 1 <= t, the tokens <= t of
+the num_selected blocks of highest importance, and positions t - window + 1 .. t. Gates are of any float dtype, in the
+order compressed, selected, window.
+
+What lies beyond t may hold anything finite, and block_tables[b, j] is read only for j <= t // s. Softmax statistics are
+float32, block_indices ascend and end in -1 where there are fewer candidates. Not differentiable.
+
+Sizes read: all.
+"""
+
+from typing import Protocol
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.contract import Sizes
+
+
+class Decode(Protocol):
+    """All branches of a few queries of each row over a cache."""
+
+    def __call__(
+        self,
+        q: Float[Array, "B m H Dk"],
+        cmp_k: Float[Array, "P K s/d Dk"],
+        cmp_v: Float[Array, "P K s/d Dv"],
+        slc_k: Float[Array, "P K s Dk"],
+        slc_v: Float[Array, "P K s Dv"],
+        win_k: Float[Array, "B W K Dk"],
+        win_v: Float[Array, "B W K Dv"],
+        gates: Float[Array, "B m H 3"],
+        query_offsets: Int[Array, " B"],
+        block_tables: Int[Array, "B N"],
+        *,
+        config: Sizes,
+        scale: float,
+    ) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
+        """(o in q's dtype, block_indices int32)."""
+
+
+def bytes_read(
+    T: int, config: Sizes, *, num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, dense: bool = False
+) -> int:
+    """Bytes of keys and values that one step of one row must read from a cache of T tokens.
+
+    Every compressed token, `num_selected` blocks and the window, or all that there is where the cache is shorter;
+    dense attention reads all T tokens.
+    """
+    compressed = max(0, (T - config.compress_block) // config.compress_stride + 1)
+    sparse = compressed + min(T, config.num_selected * config.select_block) + min(T, config.window)
+    return num_kv_heads * (T if dense else sparse) * (head_dim + v_head_dim) * itemsize
