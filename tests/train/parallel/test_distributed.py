@@ -288,9 +288,9 @@ WORKER = """
 import dataclasses, importlib, pkgutil, sys
 from pathlib import Path
 import train
-for module in pkgutil.iter_modules(train.__path__):
-    if module.name != "__main__":
-        importlib.import_module(f"train.{module.name}")  # had one asked for a device, start() would raise
+for module in pkgutil.walk_packages(train.__path__, "train."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)  # had one asked for a device, start() would raise
 import jax
 import numpy as np
 from nsa_jax.context import to_zigzag
@@ -298,8 +298,9 @@ from train.__main__ import main
 from train.presets import parse
 from train.config import DistributedConfig, MeshConfig
 from train.parallel.distributed import gather, start, together
-from train.loop import prepare
 from train.parallel.sharding import data_shards, make_mesh, put_batch
+from train.prepare import prepare
+from train.presets import parse
 
 address, index, *arguments = sys.argv[1:]
 index = int(index)
