@@ -19,6 +19,8 @@ from train.generation.generator import Generator, NoFreeSlotError, generate
 from train.generation.sampling import Sampling
 from train.model.transformer import Transformer, logits
 
+pytestmark = pytest.mark.xdist_group("generator")  # the models and programs that these tests share are made once
+
 TOKENIZER = ByteTokenizer()
 
 

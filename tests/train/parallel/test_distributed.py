@@ -65,6 +65,7 @@ Launch = Callable[..., dict[Path, subprocess.Popen]]
 def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     train_runs.write_corpus(folder / "corpus")
+    train_runs.take_compiled(folder / "compiled")
     return folder
 
 
@@ -137,6 +138,7 @@ def in_this_process(workspace: Path, run_dir: Path, **settings) -> "train.config
 def uninterrupted(workspace, launch) -> Path:
     run_dir = workspace / "uninterrupted"
     finish(launch_run(workspace, launch, run_dir))
+    train_runs.keep_compiled(workspace / "compiled")
     assert [step for step, _ in losses(run_dir)] == list(range(1, STEPS + 1))
     return run_dir
 
