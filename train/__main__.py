@@ -19,10 +19,11 @@ from train.checkpoint import CheckpointError
 from train.config import TrainConfig, to_json
 from train.presets import PRESETS
 
-# Commands on a run by name: a module that has their `Arguments`, and the function that takes them.
+# Commands by name: a module that has their `Arguments`, and the function that takes them.
 COMMANDS = {
     "generate": ("train.generate", "continue_prompt"),
     "positions": ("train.positions", "report_positions"),
+    "train-tokenizer": ("train.bpe", "train_tokenizer"),
 }
 FAILED, WRONG_SETTING, SIGNALLED = 1, 2, 128
 
