@@ -78,13 +78,16 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size:
         branches = 1 if config.share_kv else 3
         gate_hidden = max(1, E // 4)
         extra += E * gate_hidden + gate_hidden * 3 * H
+        sizes_of_phi = (Dv,) if config.tie_keys else (Dk, Dv)
         phi = {
-            "mlp": sum(l * D * 2 * D + 2 * D * D for D in (Dk, Dv)),
-            "linear": sum(l * D * D for D in (Dk, Dv)),
+            "mlp": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
+            "linear": sum(l * D * D for D in sizes_of_phi),
             "mean": 0,
         }[config.compression]
         extra += phi * K * compressed[-1] / sequence_length
     projections = E * H * Dk + H * Dv * E + branches * E * K * (Dk + Dv)
+    if config.attention == "nsa" and config.tie_keys:
+        projections -= E * K * Dk
     attention = H * (Dk + Dv) * float(keys.mean())
     moe = config.moe
     num_dense = moe.first_dense if moe.num_routed else config.num_layers

@@ -47,6 +47,11 @@ def logits(params: Any, hidden: Float[Array, "*B E"], config: ModelConfig) -> Fl
     return jnp.dot(hidden, output_kernel(params, config), preferred_element_type=jnp.float32)
 
 
+def output_init_scale(config: ModelConfig) -> float:
+    """Factor on the initial output projections, of which 2 num_layers are added to the residual stream."""
+    return (2 * config.num_layers) ** -0.5 if config.output_init == "depth" else 1.0
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) times a learned scale, with the statistics in float32 (arXiv 1910.07467)."""
 
@@ -73,7 +78,8 @@ class SwiGLU(nn.Module):
         init = nn.initializers.lecun_normal()
         gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
-        down = _weight(self, "down_kernel", init, (M, E), ("mlp", "embed"), x.dtype)
+        scaled = nn.initializers.variance_scaling(output_init_scale(self.config) ** 2, "fan_in", "truncated_normal")
+        down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
         hidden = jax.nn.silu(x @ gate) * (x @ up)
         # On Explicit axes it has to be said how the sum over the split hidden width is: as the input.
         return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
@@ -141,6 +147,8 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         "v_head_dim": config.v_head_dim,
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
+        "qk_norm": config.qk_norm,
+        "output_init_scale": output_init_scale(config),
         "dtype": jnp.dtype(config.dtype),
         "batch_axes": mesh_axes["batch"],
         "head_axes": mesh_axes["kv_heads"],
@@ -153,6 +161,7 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
             config=config.nsa,
             compression=config.compression,
             share_kv=config.share_kv,
+            tie_keys=config.tie_keys,
             implementation=config.implementation,
         )
     return FullAttention(**heads, window=config.nsa.window if config.attention == "window" else None)
@@ -171,7 +180,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declares the parameters."""
         config, V = self.config, padded_vocabulary(self.vocab_size)
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(config.embedding_init)
         self.embedding = _parameter(self, "embedding", init, (V, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             init = nn.initializers.lecun_normal()
