@@ -14,12 +14,13 @@ PAGES = (
     "installing",
     "ops",
     "layers",
-    "decoding",
+    "caches-and-decoding",
     "sharding",
     "training",
     "results",
     "kernels",
     "adding-a-backend",
+    "comparison",
     "glossary",
 )
 

@@ -1,4 +1,4 @@
-"""The pages in docs: examples run as written, links lead somewhere, tables are marked for the generator."""
+"""The pages in docs: examples run as written, and links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ALL = [ROOT / "README.md", *PAGES]
-TABLES = {
-    *("speed", "memory", "speed_paper_heads", "speed_small_groups", "decoding_layer", "decoding_model"),
-    *("training_speed", "training_speed_full_remat", "meshes", "context"),
-    *("quality_60m", "quality_tiny", "moe_balance", "long_context"),
-}
 
 
 def examples(page: Path) -> list[str]:
@@ -44,16 +39,6 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}: {sorted(anchors(target))}"
-
-
-def test_every_table_has_its_marks():
-    found = set()
-    for page in ALL:
-        text = page.read_text()
-        names = re.findall(r"<!-- table: (\w+) -->\n(?:\|.*\n)+<!-- end -->", text)
-        assert len(names) == text.count("<!-- table:") == text.count("<!-- end -->"), page.name
-        found.update(names)
-    assert found == TABLES
 
 
 def test_readme_is_short():
