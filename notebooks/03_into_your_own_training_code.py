@@ -31,7 +31,7 @@ from pathlib import Path
 
 HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[plot]"] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax[plot]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
     sys.path.append(str(HERE.parent))  # only later processes find an editable package by themselves
     importlib.invalidate_caches()

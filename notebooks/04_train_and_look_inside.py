@@ -24,7 +24,8 @@
 # The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
 
 # %%
-# Installs the package if it is missing (on Colab), and prints where this runs.
+# Installs the package if it is missing, and prints where this runs. On Colab, clone the repository first and change to
+# its folder notebooks: the trainer runs from a clone and is never installed.
 import importlib.util
 import os
 import subprocess
@@ -32,12 +33,13 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
+HERE = Path.cwd()  # the folder `notebooks` of a clone
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[train]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # only later processes find an editable package by themselves
     importlib.invalidate_caches()
+if importlib.util.find_spec("train") is None:
+    sys.path.append(str(HERE.parent))
 
 import jax
 

@@ -1,9 +1,11 @@
-"""The pages in docs: examples run as written, and links lead somewhere."""
+"""The pages in docs: examples run as written, links lead somewhere, every table of results is shown."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from docs.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -39,6 +41,11 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}: {sorted(anchors(target))}"
+
+
+def test_every_table_is_shown():
+    shown = re.findall(r"<!-- table: (\w+) -->", "".join(page.read_text() for page in ALL))
+    assert set(shown) == set(TABLES)
 
 
 def test_readme_is_short():
