@@ -74,9 +74,11 @@ class DataConfig:
 
     path: str | None = None  # file, folder or glob; None: the Python source of the interpreter's standard library
     format: DataFormat = "auto"  # auto: by the file's ending; chat: see train.data.chat
-    suffix: str | None = None  # in a folder, only files whose name ends so; None: .py for the default path, else all
+    suffix: str | None = (
+        None  # in a folder, only files whose name ends so; None: .py for the default path, all files for others
+    )
     text_field: str = "text"  # JSONL key or Parquet column that holds the text
-    chat_start: str = "<|im_start|>"  # before the role of a turn: a token where the tokenizer knows it, else text
+    chat_start: str = "<|im_start|>"  # before the role of a turn: a token if the tokenizer has it, otherwise text
     chat_end: str = "<|im_end|>"  # after the content of a turn
     tokenizer: str = "byte"  # "byte", or the path of a Hugging Face tokenizers JSON file
     sequence_length: int = 512  # T, tokens per row
@@ -121,7 +123,7 @@ class MeshConfig:
     context: int = 1  # devices that split the sequence, and share the parameters too
     tensor: int = 1  # devices that split K/V heads (with their groups), MLP and vocabulary
     explicit: bool = (
-        False  # axes of JAX's Explicit type, where every move is in the program; else Auto, where XLA adds it
+        False  # axes of JAX's Explicit type, where the program has every transfer; otherwise Auto, where XLA adds them
     )
 
 
@@ -130,7 +132,7 @@ class DistributedConfig:
     """The processes of the run, for launchers that JAX does not know; SLURM, Open MPI and Kubernetes need nothing."""
 
     coordinator_address: str | None = None  # host:port of the first process, on which it will listen
-    num_processes: int | None = None  # of the run; 1: alone, whatever started it
+    num_processes: int | None = None  # of the run; 1: this process alone, even under a launcher
     process_id: int | None = None  # of this process, from 0
 
 

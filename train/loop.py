@@ -59,7 +59,7 @@ class Result:
 
 
 def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
-    """Trains, from the start or from where the run's folder stands, to the last step.
+    """Trains to the last step, from the start or from the newest checkpoint in the run's folder.
 
     Every process of a run makes the same call. Only the first one prints and writes, except for the arrays of
     checkpoints.
@@ -88,7 +88,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
 
 
 def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Console) -> tuple[int, TrainState]:
-    """The steps that were made before, and the state after them; the data iterator stands where it stood then."""
+    """The number of steps made before and the state after them; the data iterator is put where it was then."""
     config, abstract = prepared.config, prepared.abstract_state
     restored = checkpointer.restore_latest(abstract, prepared.train_batches)
     if restored is not None:

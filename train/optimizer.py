@@ -27,10 +27,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decays(path: tuple[Any, ...]) -> bool:
     """Whether weight decay applies to the parameter at a path of the tree: to kernels and embeddings.
 
-    By name and not by the number of axes: layers are stacked, so a norm's scale has two. Biases, norms and position
-    embeddings are not decayed.
+    The name decides, not the number of axes: layers are stacked, so that a norm's scale has two. Biases, norms and
+    position embeddings do not decay.
     """
-    # Below the name there is one more entry while flax's boxes are still around the arrays.
+    # While flax's boxes are still around the arrays, the path has one more entry after the name.
     name = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
     if name == "embedding" or name.endswith("_kernel"):
         return True

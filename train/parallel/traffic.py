@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
+from train.model.attention.kind import Split
 from train.model.transformer import Transformer
 from train.parallel.sharding import BATCH_AXES, RULES, SHARE_AXES, padded_length
 
@@ -149,9 +150,9 @@ def _to_experts(step: _Step) -> float:
 def _over_context(step: _Step) -> float:
     """Keys and values of tokens on other devices."""
     kind, mesh = attention_kind(step.model.attention), step.mesh
-    sizes = {"length": step.length, "devices": mesh["context"], "tensor": mesh["tensor"], "itemsize": step.itemsize}
-    once = kind.received_over_context(step.model, **sizes)
-    again = kind.received_again_over_context(step.model, **sizes)
+    split = Split(step.length, mesh["context"], mesh["tensor"], step.itemsize)
+    once = kind.received_over_context(step.model, split)
+    again = kind.received_again_over_context(step.model, split)
     return step.model.num_layers * step.rows * ((step.passes + 1) * once + again)
 
 

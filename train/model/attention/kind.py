@@ -2,15 +2,25 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from nsa_jax.context import received_bytes
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
 from train.parallel.sharding import RULES
+
+
+class Split(NamedTuple):
+    """How the tokens and heads of a layer are split over devices."""
+
+    length: int  # tokens of a row, on all devices together
+    context: int  # devices along the context axis
+    tensor: int  # devices along the tensor axis
+    itemsize: int  # bytes of a number
 
 
 class AttentionKind(abc.ABC):
@@ -34,22 +44,10 @@ class AttentionKind(abc.ABC):
         """Keys that the query at each position of a sequence attends to."""
 
     @abc.abstractmethod
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
-        """Bytes that a device receives in the forward pass of one row whose tokens are split over the context axis.
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
+        """Bytes that a device receives in the forward pass of one row; none where `split.context` is 1."""
 
-        Args:
-          config: of the model.
-          length: tokens of the row.
-          devices: along the context axis; with 1 there is nothing to receive.
-          tensor: devices along the tensor axis, which split the heads.
-          itemsize: bytes of a number.
-        """
-
-    def received_again_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """Bytes that the backward pass fetches once more, besides those of a rematerialised forward pass."""
         return 0
 
@@ -85,11 +83,20 @@ def head_dims(config: ModelConfig) -> tuple[int, int]:
     return config.head_dim, config.head_dim if config.v_head_dim is None else config.v_head_dim
 
 
-def split_heads(config: ModelConfig, tensor: int) -> dict[str, int]:
-    """Numbers and sizes of the heads of one device along the tensor axis, as `nsa_jax.context` names them."""
+def received_as(kind: Literal["nsa", "full", "window"], config: ModelConfig, split: Split) -> int:
+    """What `nsa_jax.context` says a device receives for one of the library's own layers."""
     Dk, Dv = head_dims(config)
-    sizes = {"num_heads": config.num_heads // tensor, "num_kv_heads": config.num_kv_heads // tensor}
-    return {**sizes, "head_dim": Dk, "v_head_dim": Dv}
+    return received_bytes(
+        kind,
+        config.nsa,
+        T=split.length,
+        devices=split.context,
+        num_heads=config.num_heads // split.tensor,
+        num_kv_heads=config.num_kv_heads // split.tensor,
+        head_dim=Dk,
+        v_head_dim=Dv,
+        itemsize=split.itemsize,
+    )
 
 
 def make_attention(config: ModelConfig, name: str | None = None) -> Any:

@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nsa_jax import NSAttention
-from nsa_jax.context import received_bytes
 from train.config import ModelConfig, TrainConfig
-from train.model.attention.kind import AttentionKind, head_dims, split_heads
+from train.model.attention.kind import AttentionKind, Split, head_dims, received_as
 from train.parallel.sharding import padded_length
 
 
@@ -56,21 +55,16 @@ class NSA(AttentionKind):
         """The parameters of phi, which all heads share."""
         return name.startswith("phi_")
 
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
         """Compressed and selected keys and values, and the tokens that the window reaches."""
-        heads = split_heads(config, tensor)
-        return received_bytes("nsa", config.nsa, T=length, devices=devices, **heads, itemsize=itemsize)
+        return received_as("nsa", config, split)
 
-    def received_again_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """The selected keys and values, unless remat keeps what attention computed."""
         if config.remat == "attention":
             return 0
-        num_kv_heads = config.num_kv_heads // tensor
-        return (devices - 1) / devices * length * num_kv_heads * sum(head_dims(config)) * itemsize
+        keys_and_values = split.length * (config.num_kv_heads // split.tensor) * sum(head_dims(config))
+        return (split.context - 1) / split.context * keys_and_values * split.itemsize
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
         """A chunk of a device's tokens must hold the overlap of two compressed blocks."""
