@@ -3,6 +3,21 @@
 No token is ever dropped: assignments are sorted by expert and `jax.lax.ragged_dot` multiplies each group by its expert.
 Two ways keep the load even: the auxiliary loss (arXiv 2401.06066, equation 12), and a bias on the choice that no
 gradient trains, moved after each step (arXiv 2408.15664).
+
+Each device routes its own tokens. Then the devices along `expert` gather each other's tokens and their routing, compute
+the outputs of their own experts, and sum them while scattering them back. With n devices along `expert`, a device sends
+for each layer and each of its tokens n - 1 times E entries of x and k pairs of weight and index, and then n - 1 times E
+entries of output; in the backward pass the same. An all-to-all of copies for the k choices sends about 2 k (n - 1) / n
+times E instead, which is less where n > k and more where n < k. But its buffers either overflow, so that tokens are
+dropped, or are as large as what is gathered here.
+
+Work per device does not grow with n. The sorted rows would grow to n k times a device's tokens, because all tokens may
+choose its experts. They are therefore made and used in n parts.
+
+Along `tensor`, partial sums of the scattered output are summed, those of the shared experts among them. Together with
+the scatter this sends as many bytes as one collective over both axes. Where XLA has no grouped matrix product for
+`ragged_dot`, as on a CPU, it multiplies every row by every expert of the device and masks. Statistics are sums over all
+tokens of the mesh.
 """
 
 import functools
@@ -100,20 +115,7 @@ def moe_layer(
 
     B is split over data, fsdp and expert, and T over context. Each device holds N / expert of the routed experts, and
     of every expert embed_dim / fsdp (gathered for use, after rounding to the dtype of x) and expert_dim / tensor.
-
-    Each device routes its own tokens. Then the devices along `expert` gather each other's tokens and their routing,
-    compute the outputs of their own experts, and sum them while scattering them back. With n devices along `expert`, a
-    device sends for each layer and each of its tokens n - 1 times E entries of x and k pairs of weight and index, and
-    then n - 1 times E entries of output; in the backward pass the same. An all-to-all of copies for the k choices
-    sends about 2 k (n - 1) / n times E instead, which is less where n > k and more where n < k. But its buffers either
-    overflow, so that tokens are dropped, or are as large as what is gathered here.
-
-    Work per device does not grow with n. The sorted rows would grow to n k times a device's tokens, because all tokens
-    may choose its experts. They are therefore made and used in n parts.
-
-    `tensor` adds partial sums of the scattered output, the shared experts' among them: together with the scatter as
-    many bytes as one collective over both axes. Where XLA has no grouped matrix product for `ragged_dot`, as on a CPU,
-    it multiplies every row by every expert of the device and masks. Statistics are sums over all tokens of the mesh.
+    The module says what is sent.
 
     Args:
       parameters: as `moe_parameters` names them, float32.
