@@ -59,13 +59,23 @@ class ModelConfig:
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
     share_kv: bool = False  # one key/value projection for the three branches instead of one each
+    tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     rope_theta: float = 10_000.0  # base of the rotary position embedding
     rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output layer is the transposed embedding
+    embedding_init: float = 0.02  # standard deviation of the initial embedding
+    # Initial output projections of attention and dense MLPs: as other matrices, or 1 / sqrt(2 num_layers) as large.
+    output_init: Literal["plain", "depth"] = "plain"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     # What the backward pass computes again: nothing, all but matmuls and attention, all but attention, everything.
     remat: Remat = "none"
+
+    @property
+    def output_init_scale(self) -> float:
+        """Factor on the initial output projections, of which 2 num_layers are added to the residual stream."""
+        return (2 * self.num_layers) ** -0.5 if self.output_init == "depth" else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +101,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW or Muon, with warm-up and decay."""
 
+    # muon: matrices inside the layers by Muon, its updates scaled to the size of AdamW's; all else by AdamW.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3  # at the end of warm-up
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up; wsd: constant, then linear over decay_fraction
+    decay_fraction: float = 0.2  # of all steps, at the end, in which wsd decays
     final_fraction: float = 0.1  # of learning_rate, at the last step
     warmup_steps: int = 20  # linear from 0
+    muon_beta: float = 0.95  # decay of Muon's momentum
+    muon_rms: float = 0.2  # root mean square of Muon's updates before the learning rate; AdamW's are about as large
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     weight_decay: float = 0.1  # decoupled, on matrices only
@@ -190,9 +206,11 @@ AT_LEAST = {
 POSITIVE = (
     "model.rope_theta",
     "model.norm_eps",
+    "model.embedding_init",
     "model.moe.routed_scaling",
     "optimizer.learning_rate",
     "optimizer.clip_norm",
+    "optimizer.muon_rms",
 )
 NOT_EMPTY = ("data.chat_start", "data.chat_end")
 
@@ -215,6 +233,8 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_heads(model: ModelConfig) -> None:
+    if model.tie_keys and model.share_kv:
+        raise ValueError("model.tie_keys = True: expected model.share_kv = False, which shares keys and values already")
     if model.num_heads % model.num_kv_heads:
         raise ValueError(
             f"model.num_heads = {model.num_heads}: expected a multiple of model.num_kv_heads = {model.num_kv_heads}"
@@ -261,6 +281,8 @@ def _check_start_and_end(config: TrainConfig) -> None:
         raise ValueError(f"init_from = {config.init_from}: expected another folder than run_dir")
     if config.init_step is not None and config.init_from is None:
         raise ValueError(f"init_step = {config.init_step}: expected init_from, the run whose step this is")
+    if not 0 <= config.optimizer.decay_fraction <= 1:
+        raise ValueError(f"optimizer.decay_fraction = {config.optimizer.decay_fraction}: expected a number from 0 to 1")
     if warmup_steps >= config.steps:
         raise ValueError(f"optimizer.warmup_steps = {warmup_steps}: expected fewer than steps = {config.steps}")
 

@@ -74,7 +74,8 @@ class SwiGLU(nn.Module):
         init = nn.initializers.lecun_normal()
         gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
-        down = _weight(self, "down_kernel", init, (M, E), ("mlp", "embed"), x.dtype)
+        scaled = nn.initializers.variance_scaling(self.config.output_init_scale**2, "fan_in", "truncated_normal")
+        down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
         hidden = jax.nn.silu(x @ gate) * (x @ up)
         # On Explicit axes the sharding of the sum over the split hidden width must be given: that of the input.
         return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declares the parameters."""
         config, V = self.config, padded_vocabulary(self.vocab_size)
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(config.embedding_init)
         self.embedding = _parameter(self, "embedding", init, (V, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             init = nn.initializers.lecun_normal()

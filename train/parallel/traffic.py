@@ -132,7 +132,7 @@ def _of_gradient(step: _Step, name: str, size: float) -> float:
 def _over_tensor(step: _Step) -> float:
     """Sums of activations and of their gradients over the devices that split the heads and the MLPs."""
     model, kind = step.model, attention_kind(step.model.attention)
-    attention = step.passes + 1 + 2 * kind.kv_projections(model)
+    attention = step.passes + 1 + sum(kind.kv_projections(model))
     times = model.num_layers * attention + (model.num_layers - step.expert_layers) * (1 + 2) + 2
     other = step.tokens * kind.other_hidden_size(model) * step.itemsize
     return 2 * _others(step.mesh["tensor"]) * (times * step.residual + model.num_layers * other)

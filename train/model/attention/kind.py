@@ -51,9 +51,9 @@ class AttentionKind(abc.ABC):
         """Bytes that the backward pass fetches once more, besides those of a rematerialised forward pass."""
         return 0
 
-    def kv_projections(self, config: ModelConfig) -> int:
-        """How often x is projected to keys and values."""
-        return 1
+    def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
+        """How often x is projected to keys, and how often to values."""
+        return 1, 1
 
     def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
         """Multiply-adds per token of matrix products besides projections, scores and values."""
@@ -73,7 +73,8 @@ class AttentionKind(abc.ABC):
     def multiply_adds(self, config: ModelConfig, length: int) -> float:
         """Multiply-adds of matrix products per token, averaged over the positions of a sequence."""
         E, H, K, Dk, Dv = config.embed_dim, config.num_heads, config.num_kv_heads, *head_dims(config)
-        projections = E * H * Dk + H * Dv * E + self.kv_projections(config) * E * K * (Dk + Dv)
+        keys, values = self.kv_projections(config)
+        projections = E * H * Dk + H * Dv * E + E * K * (keys * Dk + values * Dv)
         scores_and_values = H * (Dk + Dv) * float(self.keys_read(config, length).mean())
         return projections + scores_and_values + self.other_multiply_adds(config, length)
 
@@ -110,6 +111,8 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         v_head_dim=config.v_head_dim,
         rope_theta=config.rope_theta,
         rope_scaling=config.rope_scaling,
+        qk_norm=config.qk_norm,
+        output_init_scale=config.output_init_scale,
         dtype=jnp.dtype(config.dtype),
         batch_axes=mesh_axes["batch"],
         head_axes=mesh_axes["kv_heads"],

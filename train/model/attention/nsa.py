@@ -22,6 +22,7 @@ class NSA(AttentionKind):
             config=config.nsa,
             compression=config.compression,
             share_kv=config.share_kv,
+            tie_keys=config.tie_keys,
             implementation=config.implementation,
         )
 
@@ -31,17 +32,19 @@ class NSA(AttentionKind):
         selected = position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
         return _visible_compressed(config, length) + selected + np.minimum(position + 1, config.nsa.window)
 
-    def kv_projections(self, config: ModelConfig) -> int:
-        """One for each branch, unless they share it."""
-        return 1 if config.share_kv else 3
+    def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
+        """One for each branch, unless they share it; the compressed branch has no keys of its own if they are tied."""
+        branches = 1 if config.share_kv else 3
+        return branches - config.tie_keys, branches
 
     def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
         """The gates' MLP for each token, and phi for each compressed token and key/value head."""
         E, l = config.embed_dim, config.nsa.compress_block  # noqa: E741
         gate_hidden = self.other_hidden_size(config)
+        sizes_of_phi = head_dims(config)[1:] if config.tie_keys else head_dims(config)
         phi = {
-            "mlp": sum(l * D * 2 * D + 2 * D * D for D in head_dims(config)),
-            "linear": sum(l * D * D for D in head_dims(config)),
+            "mlp": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
+            "linear": sum(l * D * D for D in sizes_of_phi),
             "mean": 0,
         }[config.compression]
         compressed = _visible_compressed(config, length)[-1]
