@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ SMALL = ModelConfig(
 ATTENTIONS = pytest.mark.parametrize("attention", ["nsa", "full", "window"])
 
 
+@functools.cache
 def make(**changes):
     model = Transformer(dataclasses.replace(SMALL, **changes), VOCABULARY)
     boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, T), jnp.int32))["params"]
