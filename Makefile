@@ -6,9 +6,11 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PRESET ?= tiny
 ARGS ?=
 WORKERS ?= 2
-DOCUMENTED = nsa_jax nsa_jax.nnx nsa_jax.layer nsa_jax.rope nsa_jax.dense nsa_jax.decoding nsa_jax.sharding nsa_jax.context nsa_jax.remat nsa_jax.testing nsa_jax.visualize nsa_jax.reference nsa_jax.visibility train.config train.presets train.loop train.model train.moe train.sharding train.communication train.plan train.distributed train.corpus train.chat train.tokenizer train.generate train.sampling train.positions train.report
+SMOKE = tests/test_brute_force.py
 
-.PHONY: install train test test-all lint docs notebooks clean
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: install train smoke test test-all lint figures docs notebooks wheel clean
 
 install: $(VENV)/installed
 
@@ -22,23 +24,32 @@ $(VENV)/installed: pyproject.toml
 train: install  ## train a preset (default: tiny, on the standard library's source)
 	$(VENV)/bin/python -m train $(PRESET) $(ARGS)
 
-test: lint  ## every check but the exhaustive ones
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not exhaustive"
+smoke: install  ## the fastest checks that touch every package: under two minutes
+	$(PYTEST) -m "not exhaustive" $(SMOKE)
+
+test: lint  ## every check except the exhaustive ones: under ten minutes on two cores
+	$(PYTEST) -m "not exhaustive"
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST)
 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-docs: install  ## the API reference, in build/docs
-	$(VENV)/bin/python -W error::UserWarning -m pdoc $(DOCUMENTED) --docformat google --output-directory build/docs
+figures: install  ## writes the tables of README.md and docs/ and the pictures in docs/figures, from the recorded results
+	$(VENV)/bin/python -m docs.figures
+
+docs: install  ## the pages of docs/ and the API reference, in build/docs
+	$(VENV)/bin/python -m mkdocs build --strict --quiet
+
+wheel: install  ## in dist/
+	$(VENV)/bin/python -m build --wheel
 
 notebooks: install  ## runs every notebook in full and writes its outputs, in place
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
 	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

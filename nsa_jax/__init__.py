@@ -17,6 +17,8 @@ from nsa_jax.linen import FullAttention, NSAttention
 from nsa_jax.remat import save_attention
 from nsa_jax.rope import RopeScaling
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionInputs",
     "BranchKV",

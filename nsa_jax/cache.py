@@ -1,7 +1,7 @@
-"""Caches for decoding: explicit pytrees of fixed shapes, made once, passed in and handed back.
+"""Caches for decoding: explicit pytrees of fixed shapes. A function takes a cache and returns a new one.
 
-A cache holds one layer's keys and values of B sequences ("rows") of different lengths. Nothing here computes attention;
-`nsa_jax.decoding` does.
+A cache holds one layer's keys and values of B sequences ("rows") of different lengths. This module computes no
+attention; `nsa_jax.decoding` does.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +19,21 @@ Pair = tuple[Array, Array]  # of keys and values
 class NSACache(NamedTuple):
     """What one Native Sparse Attention layer remembers of B sequences.
 
-    Tokens live in *pages*, one selection block (s tokens) each, in a pool of P pages that the rows share. Block j of
-    row b is page `block_tables[b, j]`, and a compressed token lies in the page in which it starts. A contiguous cache
-    is the same with tables that `init_nsa_cache` fills; a paged one has the tables that the caller's allocator gives,
-    as serving engines pass them. Compressed keys are rotated. A table entry is read only once a token lies in its
-    block; until then it may be -1 (no page), where writes are dropped.
+    *Pages.* A page holds the tokens of one selection block (s tokens). All rows share a pool of P pages. Block j of row
+    b is page `block_tables[b, j]`. A compressed token lies in the page in which it starts, and compressed keys are
+    stored rotated. In a contiguous cache, `init_nsa_cache` fills the tables. In a paged cache, they come from the
+    caller's allocator, as in serving engines. A table entry is read only after a token lies in its block. Until then it
+    may be -1 (no page); what is written there is dropped.
 
-    Rings hold the last R positions of each row, position p in slot p mod R: `win_*` the sliding window,
-    R = w + step_tokens - 1, and `tail_*` the raw (unrotated) keys and values from which the next compressed tokens are
-    made, R = l + step_tokens - 1. A step of up to `step_tokens` tokens finds all it needs there, also when the step
-    before it has been taken back (`rollback`).
+    *Rings.* A ring holds the last R positions of each row, with position p in slot p mod R. `win_*` hold the sliding
+    window, R = w + step_tokens - 1. `tail_*` hold the raw (unrotated) keys and values from which the next compressed
+    tokens are made, R = l + step_tokens - 1. A step of up to `step_tokens` tokens finds everything it needs there, even
+    after the step before it was taken back by `rollback`.
 
-    Bytes, with z the size of a number: z K (Dk + Dv) (1 + 1/d) per token for the pages, where full attention takes
-    z K (Dk + Dv), and z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row for the rings. In bfloat16 with K = 4,
-    Dk = Dv = 128 and the default sizes that is 2176 bytes per token (full attention: 2048) and 1.1 MB per row. A step
-    reads z K (Dk + Dv) (Nc + n s + w) per row.
+    *Bytes.* Let z be the bytes of a number. Pages take z K (Dk + Dv) (1 + 1/d) per token, where full attention takes
+    z K (Dk + Dv). Rings take z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row. In bfloat16 with K = 4, Dk = Dv = 128
+    and the default sizes, that is 2176 bytes per token (full attention: 2048) and 1.1 MB per row. A step reads
+    z K (Dk + Dv) (Nc + n s + w) per row.
     """
 
     slc_k: Float[Array, "P K s Dk"]
@@ -60,7 +60,7 @@ class DenseCache(NamedTuple):
 
 
 Cache = NSACache | DenseCache
-POOLS = ("slc_k", "slc_v", "cmp_k", "cmp_v")  # what the rows of an NSACache share
+POOLS = ("slc_k", "slc_v", "cmp_k", "cmp_v")  # the arrays of an NSACache that all rows share
 
 
 def init_nsa_cache(
@@ -86,13 +86,13 @@ def init_nsa_cache(
     Args:
       config: sizes of the branches; s is the page size.
       batch_size: B, rows.
-      max_length: the most tokens a row can hold; rounded up to whole pages, N = ceil(max_length / s) of them.
-      num_kv_heads, head_dim, v_head_dim: K, Dk, Dv (None: Dk).
-      dtype: of keys and values: that of the layer's computation.
+      max_length: the most tokens that a row can hold, rounded up to whole pages: N = ceil(max_length / s) of them.
+      num_kv_heads, head_dim, v_head_dim: K, Dk and Dv. If `v_head_dim` is None, Dv = Dk.
+      dtype: of keys and values; the dtype of the layer's computation.
       step_tokens: the most tokens that one decode step adds, and that `rollback` can take back.
-      num_pages: P, pages in the pool; None: B N.
-      block_tables: int32 [B, N], the page of each block of each row, -1 for none; may be replaced later, as rows grow,
-        by `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
+      num_pages: P, the pages of the pool. None: B N.
+      block_tables: int32 [B, N], the page of each block of each row, -1 for none. As rows grow, replace it by
+        `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
 
     Raises:
       ValueError: a size is not positive, or the tables do not fit.
@@ -128,7 +128,7 @@ def init_nsa_cache(
     tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1, num_kv_heads)
     win_k, win_v = zeros(batch_size, config.window + step_tokens - 1, num_kv_heads)
     lengths = jnp.zeros((batch_size,), jnp.int32)
-    # Copied, so that a cache can be donated and its tables kept by whoever made them.
+    # A copy, so that the cache can be donated while the caller keeps its own tables.
     block_tables = jnp.array(block_tables, copy=True)
     return NSACache(slc_k, slc_v, cmp_k, cmp_v, tail_k, tail_v, win_k, win_v, lengths, block_tables)
 
@@ -142,7 +142,7 @@ def init_dense_cache(
     v_head_dim: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> DenseCache:
-    """An empty cache for full or sliding-window attention; arguments as of `init_nsa_cache`.
+    """An empty cache for full or sliding-window attention. For the arguments, see `init_nsa_cache`.
 
     Example:
       >>> init_dense_cache(batch_size=2, max_length=1000, num_kv_heads=4, head_dim=128).k.shape
@@ -167,7 +167,7 @@ def step_tokens(cache: NSACache, config: NSAConfig) -> int:
 
 
 def cache_bytes(caches: Any) -> int:
-    """Bytes of a cache, or of any tree of caches; of shapes too, as `jax.eval_shape` gives them.
+    """Bytes of a cache or of any tree of caches. The leaves may also be shapes, as from `jax.eval_shape`.
 
     Example:
       >>> cache_bytes(init_dense_cache(batch_size=1, max_length=1024, num_kv_heads=1, head_dim=64, dtype=jnp.bfloat16))
@@ -177,7 +177,7 @@ def cache_bytes(caches: Any) -> int:
 
 
 def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: NSAConfig) -> NSACache:
-    """Takes back the last tokens of each row: speculative decoding's rejected ones.
+    """Takes back the last tokens of each row, for example drafts that speculative decoding rejected.
 
     Example:
       >>> config = NSAConfig()
@@ -189,8 +189,8 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
 
     Args:
       cache: after a decode step.
-      num_rejected: int32 [B] (or one int), 0 to `step_tokens`, of the tokens that the last step added. What they left
-        behind is seen by nobody, and is overwritten.
+      num_rejected: int32 [B] (or one int), how many of the tokens that the last step added are taken back: 0 to
+        `step_tokens`. Their entries stay in the cache, but no query sees them, and later tokens overwrite them.
       config: of the layer.
 
     Raises:
@@ -204,13 +204,13 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
 
 
 def take_row(cache: Cache, row: int | Int[Array, ""]) -> Cache:
-    """One row as a cache of its own, which still shares the pool; `put_row` puts it back."""
+    """One row as a cache of its own that still contains the whole pool. `put_row` puts it back."""
     rows = {name: jax.lax.dynamic_slice_in_dim(x, row, 1) for name, x in cache._asdict().items() if name not in POOLS}
     return cache._replace(**rows)
 
 
 def put_row(cache: Cache, row: int | Int[Array, ""], one: Cache) -> Cache:
-    """The cache with one row, and with it the pool, replaced by what `take_row` gave and was changed since."""
+    """The cache with one row, and the pool, replaced by those of `one`, which came from `take_row`."""
     new = one._asdict()
     return cache._replace(
         **{
@@ -221,12 +221,12 @@ def put_row(cache: Cache, row: int | Int[Array, ""], one: Cache) -> Cache:
 
 
 def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
-    """The index of the compressed token that is finished next: `num_compressed` of every row."""
+    """The index of the compressed token that each row finishes next, which is `num_compressed` of its length."""
     return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:
-    """Positions first .. first + count - 1 of each row; what stands for negative positions is arbitrary."""
+    """Positions first .. first + count - 1 of each row. Entries for negative positions are arbitrary."""
     slots = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]) % ring.shape[1]
     return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
 
@@ -247,13 +247,13 @@ def write_nsa_tokens(
     *,
     config: NSAConfig,
 ) -> NSACache:
-    """The cache with the first `num_tokens` of the T new tokens of each row, and the compressed tokens they finish.
+    """The cache after the first `num_tokens` of the T new tokens of each row, and the compressed tokens they finish.
 
     Args:
-      cache: before them.
-      raw, selected, window: the new tokens' keys and values of the three branches; `raw` is the compressed branch's,
-        before phi and rotation.
-      compressed: C compressed tokens from index `next_compressed(cache.lengths)` on. Those that end beyond the new
+      cache: the cache before these tokens.
+      raw, selected, window: keys and values of the new tokens for the three branches. `raw` is for the compressed
+        branch, before phi and rotation.
+      compressed: C compressed tokens, from index `next_compressed(cache.lengths)` on. Those that end beyond the new
         tokens are not written.
       num_tokens: int32 [B].
       config: of the layer.
@@ -289,7 +289,7 @@ def write_nsa_tokens(
 def write_dense_tokens(
     cache: DenseCache, k: Float[Array, "B T K Dk"], v: Float[Array, "B T K Dv"], num_tokens: Int[Array, " B"]
 ) -> DenseCache:
-    """The cache with the first `num_tokens` of the T new tokens of each row."""
+    """The cache after the first `num_tokens` of the T new tokens of each row."""
     offsets = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
     slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1])
     rows = jnp.arange(k.shape[0])[:, None]
@@ -298,11 +298,11 @@ def write_dense_tokens(
 
 
 def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int) -> Int[Array, " B"]:
-    """`num_tokens` as an array, after checking that T new tokens of `x` fit a layer's cache.
+    """`num_tokens` as an array, after checking that the T new tokens of `x` fit the cache of a layer.
 
     Raises:
-      ValueError: the cache is of another kind, batch, dtype or head shape; `num_tokens` does not fit; or, where the
-        lengths are known (outside `jit`), a row would grow beyond its cache.
+      ValueError: the cache has another type, batch, dtype or head shape; `num_tokens` does not fit; or, if the lengths
+        are known (outside `jit`), a row would outgrow its cache.
     """
     if not isinstance(cache, kind):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.{kind.__name__}")
@@ -336,7 +336,7 @@ def _write_ring(
     lengths: Int[Array, " B"],
 ) -> Float[Array, "B R K D"]:
     R = ring.shape[1]
-    kept = new & (positions >= lengths[:, None] - R)  # of more than R new tokens, the last
+    kept = new & (positions >= lengths[:, None] - R)  # if there are more than R new tokens, only the last R
     slots = jnp.where(kept, positions % R, R)
     return ring.at[jnp.arange(x.shape[0])[:, None], slots].set(x.astype(ring.dtype), mode="drop")
 

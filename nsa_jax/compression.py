@@ -1,4 +1,4 @@
-"""phi: overlapping blocks of keys or values become compressed tokens (paper, equation 7)."""
+"""phi, which turns overlapping blocks of keys or values into compressed tokens (paper, equation 7)."""
 
 import functools
 import operator
@@ -22,10 +22,10 @@ def compress(
     config: NSAConfig,
     method: Compression = "mlp",
 ) -> Float[Array, "B Nc K D"]:
-    """Compressed tokens phi(x[i d : i d + l] + position) for every i, the same phi for every head.
+    """Compressed tokens phi(x[i d : i d + l] + position) for every i. All heads share the same phi.
 
-    The overlapping windows are never formed: the first layer's weight is split by stride-chunk, each chunk of d tokens
-    is multiplied once with every part, and the products are added shifted.
+    The overlapping blocks are never written to memory. Instead, the first layer's weight is split into parts of d
+    tokens. Each chunk of d tokens is multiplied once with every part, and the products are shifted and added.
 
     Example:
       >>> config = NSAConfig()
@@ -70,7 +70,7 @@ def compress(
 
 
 def add_bias(x: Float[Array, "*N F"], bias: Float[Array, "*F"]) -> Float[Array, "*N F"]:
-    """x + bias in the dtype of x, with the gradient of the bias, a sum over all of N, taken in float32 at least."""
+    """x + bias in the dtype of x. The gradient of the bias, a sum over all of N, is taken in float32 at least."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     bias = bias.astype(x.dtype).astype(wide)
     return (x.astype(wide) + bias.reshape(*(1,) * (x.ndim - bias.ndim), *bias.shape)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The shape of the sparsity: block sizes, how many blocks a query selects, and the window."""
+"""The sizes of Native Sparse Attention: block sizes, the number of selected blocks, and the window."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import dataclasses
 class NSAConfig:
     """Sizes of the three branches of Native Sparse Attention (arXiv 2502.11089, section 3.3).
 
-    Frozen and hashable, so that it can be a static argument of `jax.jit`. The defaults are the paper's.
+    It is frozen and hashable, so it can be a static argument of `jax.jit`. The defaults are the paper's.
 
     Example:
       >>> NSAConfig(window=256).num_selected
@@ -17,14 +17,14 @@ class NSAConfig:
       ValueError: NSAConfig.compress_block = 40: expected a multiple of compress_stride = 16
 
     Raises:
-      ValueError: a size is not a positive integer, `compress_stride` does not divide `compress_block` and
+      ValueError: a size is not a positive integer, `compress_stride` does not divide `compress_block` or
         `select_block`, `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
     """
 
     compress_block: int = 32  # l: tokens that one compressed token stands for
     compress_stride: int = 16  # d: tokens between the starts of neighbouring compressed tokens
     select_block: int = 64  # s: tokens in a selection block
-    num_selected: int = 16  # n: blocks a query reads, the forced ones included
+    num_selected: int = 16  # n: blocks that a query reads, the forced ones included
     num_init: int = 1  # blocks at the start of the sequence that are always read
     num_local: int = 2  # blocks up to and including the query's own that are always read
     window: int = 512  # w: tokens of the sliding window, the query's own included

@@ -1,12 +1,14 @@
-"""The attention layers over a cache, as plain functions: what both kinds of Flax modules wrap.
+"""The attention layers over a cache, as plain functions. The Linen and the NNX modules both wrap these.
 
-`*_layer_prefill` takes in a prompt, or its next chunk; `*_layer_decode_step` adds one token, or a few. Both return the
-layer's output and a new cache. Rows of the batch may get different numbers of tokens: `num_tokens` of the T tokens
-given count, from the left, and the output of the others is finite and means nothing. Shapes depend on T alone, so that
-under `jax.jit` one program serves a whole generation; donate the cache, and it is updated in place.
+`*_layer_prefill` processes a prompt or its next chunk. `*_layer_decode_step` adds one token or a few. Both return the
+layer's output and a new cache.
 
-Lengths are data, so a row that outgrows its cache can be refused by name only outside `jit`. Inside, what does not fit
-is dropped: count on the host.
+Rows of the batch may get different numbers of tokens. Of the T tokens given, the first `num_tokens` count; the outputs
+of the others are finite and mean nothing. Shapes depend on T alone, so under `jax.jit` one program serves a whole
+generation. If the cache is donated, XLA updates it in place.
+
+Lengths are data. A row that outgrows its cache therefore raises an error only outside `jit`. Inside `jit`, tokens that
+do not fit are dropped without a message, so the caller has to count on the host.
 """
 
 from collections.abc import Mapping
@@ -61,8 +63,9 @@ def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, *
 
     Args:
       config: of the layer.
-      dtype: of the computation, where the layer leaves it to its input; None: the layer's, or else float32.
-      sizes: `batch_size`, `max_length` and what else `nsa_jax.init_nsa_cache` takes.
+      dtype: of the computation, for a layer that takes it from its input. None: the layer's dtype, or float32 if it has
+        none.
+      sizes: `batch_size`, `max_length` and the other arguments of `nsa_jax.init_nsa_cache`.
     """
     return init_nsa_cache(config.config, **_heads(config, dtype), **sizes)
 
@@ -81,16 +84,16 @@ def nsa_layer_prefill(
     num_tokens: NumTokens = None,
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], NSACache]:
-    """Takes in T tokens of each row, T of any size.
+    """Processes T tokens of each row and adds them to the cache. T may be any number.
 
     Args:
       parameters: of the layer.
-      x: [B, T, E], padded on the right where rows differ in length.
-      cache: of the layer. Unless `continuing`, what its rows hold is forgotten.
+      x: [B, T, E], padded on the right if rows differ in length.
+      cache: of the layer. What its rows hold is forgotten, unless `continuing`.
       config: of the layer.
-      num_tokens: int32 [B] (or one int), how many of the T tokens count; None: all.
+      num_tokens: int32 [B] (or one int), how many of the T tokens count. None: all of them.
       continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
-        takes the rows one after the other, each at its own position.
+        processes one row after the other, each at its own position.
 
     Returns:
       y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
@@ -117,10 +120,10 @@ def nsa_layer_decode_step(
     config: NSALayerConfig,
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
-    """Adds m tokens to each row, at most the cache's `step_tokens`, reading only what they attend to.
+    """Adds m tokens to each row, at most the cache's `step_tokens`, and reads only what they attend to.
 
-    One token a step is plain decoding; several are drafts to verify, of which `nsa_jax.rollback` takes back the
-    rejected ones. Arguments, result and errors as of `nsa_layer_prefill`; rows with `num_tokens` 0 stay as they are.
+    One token in a step is plain decoding. Several are drafts to be verified; `nsa_jax.rollback` takes back the rejected
+    ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
     """
     x, weights = layer_inputs(x, parameters, config)
     counts = _check(cache, NSACache, x, num_tokens, config)
@@ -166,7 +169,7 @@ def full_layer_decode_step(
     window: int | None = None,
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
-    """`nsa_layer_decode_step` for `full_layer`; reads the whole cache, on cuDNN where that takes one query a row."""
+    """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     x, weights = layer_inputs(x, parameters, config)
     counts = _check(cache, DenseCache, x, num_tokens, config)
     before = cache
@@ -195,11 +198,11 @@ def _take_in(
     most = -(-T // d)  # compressed tokens that T tokens can finish
     index = next_compressed(cache.lengths, config.config)
     if continuing:
-        # The tokens from the first one of compressed token `index` on: some are in the ring, at most l - 1 of them.
+        # The tokens from the first one of compressed token `index` on. At most l - 1 of them are in the ring.
         held = cache.lengths - (l - 1)
         begin = index * d - held
         take = begin[:, None] + jnp.arange(l + (most - 1) * d, dtype=jnp.int32)[None, :]
-        take = jnp.minimum(take, l - 1 + T - 1)[:, :, None, None]  # what lies beyond finishes no compressed token
+        take = jnp.minimum(take, l - 1 + T - 1)[:, :, None, None]  # tokens beyond finish no compressed token
         raw_k, raw_v = (
             jnp.take_along_axis(jnp.concatenate([read_ring(ring, held, l - 1), new], axis=1), take, axis=1)
             for ring, new in ((cache.tail_k, raw_k), (cache.tail_v, raw_v))
@@ -226,22 +229,22 @@ def _attend_continuing(
     gates: Float[Array, "B T H 3"],
     config: NSALayerConfig,
 ) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B K T n"]]:
-    """NSA of a chunk that follows what `before` holds, and the blocks it selects.
+    """NSA of a chunk that follows the tokens in `before`, and the blocks that it selects.
 
-    The ops for whole sequences, on each row's pages laid out in order and at that row's `query_offset`.
+    For each row, this lays out the row's pages in order and calls the ops for whole sequences with a `query_offset`.
     """
     T, w = q.shape[1], config.config.window
     options: dict[str, Any] = {"config": config.config, "implementation": config.implementation}
 
-    # The chunk may have overwritten what its first queries see of the ring, hence `before`. Positions below 0 become a
-    # segment of their own, which no query is in.
+    # The chunk may have overwritten ring entries that its first queries see. Read them from `before`. Positions below 0
+    # become a segment of their own, which contains no query.
     first = before.lengths - (w - 1)
     keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
     values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
     exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
     o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
 
-    # Padding of the chunk may stand beyond the last page: some page more, for keys that nobody sees.
+    # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
     tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
 
     def one_row(row: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

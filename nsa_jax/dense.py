@@ -17,11 +17,11 @@ def causal_attention(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1); with `window`, of the last so many positions.
+    """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1), or over the last `window` positions.
 
-    That is `dense_attention`, but for windows and, on a GPU, for what JAX's cuDNN attention does not take (segments, 32
-    bits, large heads), where XLA would write T x T scores: these are our own `window_attention`, with a window as long
-    as the sequence if there is none.
+    This runs `dense_attention`, with two exceptions. A `window` runs our own `window_attention`. On a GPU, so does
+    everything that JAX's cuDNN attention does not take (segments, 32-bit inputs, large heads), with a window as long as
+    the sequence, because XLA would write T x T scores for it.
 
     Example:
       >>> q, k = jnp.ones((1, 100, 4, 16)), jnp.ones((1, 100, 2, 16))
@@ -29,9 +29,9 @@ def causal_attention(
       (1, 100, 4, 16)
 
     Args:
-      q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype, H a multiple of K;
-        scores are divided by the root of Dk.
-      window: positions that a query sees, its own included; None: all.
+      q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype. H is a multiple of
+        K. Scores are divided by the square root of Dk.
+      window: positions that a query sees, its own included. None: all.
       segment_ids: int32 [B, T], non-decreasing along T.
 
     Returns:
@@ -58,9 +58,9 @@ def dense_attention(
     is_causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
-    """`jax.nn.dot_product_attention`, on cuDNN where it applies; `lengths` says how many keys of each row count."""
+    """`jax.nn.dot_product_attention`, on cuDNN if it can. `lengths` says how many keys of each row count."""
     Dk, Dv = q.shape[-1], v.shape[-1]
-    # The binding wants keys and values of one size: zeros change neither scores nor the columns that are kept.
+    # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
     o = jax.nn.dot_product_attention(
         q,

@@ -1,7 +1,7 @@
-"""The attention layers as plain functions of parameters: what the Linen and the NNX modules both wrap.
+"""The attention layers as plain functions of their parameters. The Linen and the NNX modules both wrap these.
 
-A layer is described by a frozen config. `*_parameters(config, embed_dim)` names each parameter with its shape,
-initialiser and logical axes, and `*_layer(parameters, x, ...)` computes.
+A frozen config describes a layer. `*_parameters(config, embed_dim)` lists its parameters by name, each with its shape,
+initialiser and logical axes. `*_layer(parameters, x, ...)` computes it.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Heads of an attention layer.
+    """Heads of an attention layer, their positions and how they are split over a mesh.
 
     Raises:
       ValueError: the head counts or sizes do not fit together.
@@ -46,8 +46,8 @@ class HeadConfig:
     head_dim: int  # Dk
     v_head_dim: int | None = None  # Dv; None: Dk
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
-    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
-    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
+    dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
@@ -64,7 +64,7 @@ class HeadConfig:
 
     @property
     def mesh_axes(self) -> dict[str, Any]:
-        """How the layer's ops are split, as `nsa_jax.sharding.sharded` takes it."""
+        """How the layer's ops are split, as keyword arguments of `nsa_jax.sharding.sharded`."""
         return {"batch_axes": self.batch_axes, "head_axes": self.head_axes, "context_axes": self.context_axes}
 
     @property
@@ -91,7 +91,7 @@ class NSALayerConfig(HeadConfig):
 
 
 def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[str, ...]) -> dict[str, Parameter]:
-    """Query, output and, for each branch, key and value projections."""
+    """The query and output projections, and a key and a value projection for each branch."""
     H, K, Dk, Dv = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
     project = initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     parameters = {
@@ -152,8 +152,8 @@ def nsa_layer(
 ) -> Float[Array, "B T E"]:
     """Projections, phi, rotary embedding, gates, attention and output projection (paper, section 3).
 
-    Compressed keys are built from unrotated keys and rotated at the position of their first token. Positions count
-    from the start of each segment.
+    Compressed keys are made from unrotated keys. Each is then rotated at the position of the first token of its block.
+    Positions count from the start of each segment.
     """
     x, weights = layer_inputs(x, parameters, config)
     q, kv, g, *_ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
@@ -169,12 +169,12 @@ def nsa_layer_inputs(
     config: NSALayerConfig,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> AttentionInputs:
-    """What a layer gives to `nsa_attention`; arguments as of `nsa_layer`."""
+    """The arguments that a layer gives to `nsa_attention`. For its own arguments, see `nsa_layer`."""
     x, weights = layer_inputs(x, parameters, config)
     positions = _positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
     (B, T, _), d = x.shape, config.config.compress_stride
-    # Cut into strides rather than stepped over: so a sequence that is split over devices stays where it is.
+    # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
     first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
     return AttentionInputs(q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights), segment_ids)
@@ -183,7 +183,7 @@ def nsa_layer_inputs(
 def project_branches(
     weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: NSALayerConfig
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV]:
-    """Queries, and keys and values of the three branches, rotated; `cmp_*` still one per token and not rotated."""
+    """Queries, keys and values of the three branches, rotated. `cmp_*` are one per token still, and not rotated."""
     q = rotate(_project(x, weights["q_kernel"]), positions, config)
     kv = {}
     for branch in BRANCHES:
@@ -201,12 +201,13 @@ def compressed_tokens(
     first: Int[Array, "B C"],
     config: NSALayerConfig,
 ) -> tuple[Float[Array, "B Nc K Dk"], Float[Array, "B Nc K Dv"]]:
-    """phi of the unrotated keys and the values; the keys rotated at `first`, the positions of the blocks' first tokens.
+    """Compressed keys and values: phi of the unrotated keys, then rotated, and phi of the values.
 
-    `first` may name more blocks than T tokens fill.
+    `first` holds the positions of the first tokens of the blocks, at which the compressed keys are rotated. It may name
+    more blocks than T tokens fill.
     """
     compressed = []
-    # Split by hand only where tokens are: else phi of each row and head is the partitioner's.
+    # Only a split over tokens is done by hand. XLA's partitioner splits phi over rows and heads by itself.
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
     for name, array in (("k", k), ("v", v)):
         phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
@@ -223,7 +224,7 @@ def full_layer(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T E"]:
-    """Causal grouped-query attention: the dense baseline, `nsa_jax.dense.causal_attention` between projections.
+    """The dense baseline: causal grouped-query attention (`nsa_jax.dense.causal_attention`) between projections.
 
     With `window`, a query sees the last `window` positions, its own included.
     """
@@ -236,7 +237,7 @@ def full_layer(
 def project_dense(
     weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: HeadConfig
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]]:
-    """Queries and keys, rotated, and values."""
+    """Rotated queries and keys, and values."""
     q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
     return rotate(q, positions, config), rotate(k, positions, config), v
 
@@ -250,7 +251,7 @@ def _phi_names(compression: Compression) -> tuple[str, ...]:
 
 
 def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
-    """Rotary embedding, where the layer has one."""
+    """Rotary embedding, if the layer has one."""
     return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta, config.rope_scaling)
 
 
@@ -259,8 +260,8 @@ def layer_inputs(
 ) -> tuple[Array, dict[str, Array]]:
     """Input and parameters in the dtype of the computation, after checking the input.
 
-    On a mesh whose axes the layer knows, parameters are used whole but for the heads that `head_axes` split: what else
-    is split, such as the embedding for fully sharded data parallelism, is gathered.
+    On a mesh whose axes the layer knows, parameters stay split only along the heads that `head_axes` split. Along other
+    axes, such as the embedding in fully sharded data parallelism, they are gathered.
     """
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
@@ -294,12 +295,12 @@ def join_heads(
     o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
 ) -> Float[Array, "B T E"]:
     """The output projection of a layer whose input is `x`."""
-    # Where heads are split over Explicit axes, it has to be said how the sum over them is: as the layer's input.
+    # If heads are split over Explicit axes, JAX must be told how the sum over them is split: as the layer's input.
     return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
 
 
 def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
-    """g = sigmoid(MLP(x)), in float32 at least, order (compressed, selected, window)."""
+    """g = sigmoid(MLP(x)) in the order (compressed, selected, window), in float32 at least."""
     hidden = add_bias(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]), weights["gate_in_bias"])
     hidden = jax.nn.silu(hidden)
     logits = add_bias(jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]), weights["gate_out_bias"])

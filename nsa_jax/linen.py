@@ -1,4 +1,4 @@
-"""Flax Linen modules: functional `init` and `apply`, logical axis names on every parameter."""
+"""Flax Linen modules. Every parameter carries logical axis names."""
 
 import dataclasses
 from typing import Any
@@ -38,8 +38,9 @@ class NSAttention(nn.Module):
     """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
 
     Call it with x [B, T, E] and, for packed sequences, segment_ids int32 [B, T], non-decreasing along T. It returns
-    [B, T, E] in the compute dtype. The NNX twin is `nsa_jax.nnx.NSAttention`: same parameters, same numbers. Where the
-    "intermediates" are mutable, it sows the `AttentionInputs` that it makes of x there; `nsa_jax.visualize` draws them.
+    [B, T, E] in the compute dtype. `nsa_jax.nnx.NSAttention` is the same layer for NNX, with the same parameters and
+    the same numbers. If the collection "intermediates" is mutable, the layer sows its `AttentionInputs` there, which
+    `nsa_jax.visualize` draws.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -49,7 +50,7 @@ class NSAttention(nn.Module):
       >>> jax.jit(layer.apply)(variables, x).shape
       (1, 100, 64)
 
-    To generate, `init_cache`, `prefill` and `decode_step`:
+    To generate, use `init_cache`, `prefill` and `decode_step`:
       >>> cache = layer.init_cache(batch_size=1, max_length=128)
       >>> prefill, decode_step = (
       ...     jax.jit(functools.partial(layer.apply, method=name)) for name in ("prefill", "decode_step")
@@ -73,12 +74,12 @@ class NSAttention(nn.Module):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
-    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
+    rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     implementation: Implementation | None = None  # of the attention; None: the fastest
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
-    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
     @nn.compact
@@ -94,29 +95,29 @@ class NSAttention(nn.Module):
         return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> NSACache:
-        """An empty cache: `batch_size`, `max_length` and more, as `nsa_jax.decoding.nsa_layer_cache` takes them."""
+        """An empty cache. For `batch_size`, `max_length` and more, see `nsa_jax.decoding.nsa_layer_cache`."""
         return nsa_layer_cache(_layer_config(self, NSALayerConfig), **sizes)
 
     def prefill(
         self, x: Float[Array, "B T E"], cache: NSACache, *, num_tokens: NumTokens = None, continuing: bool = False
     ) -> tuple[Float[Array, "B T E"], NSACache]:
-        """Takes in a prompt or its next chunk: output and new cache; see `nsa_jax.decoding.nsa_layer_prefill`."""
+        """Output and new cache after a prompt or its next chunk; see `nsa_jax.decoding.nsa_layer_prefill`."""
         options = {"config": _layer_config(self, NSALayerConfig), "num_tokens": num_tokens, "continuing": continuing}
         return nsa_layer_prefill(_stored(self), x, cache, **options)
 
     def decode_step(
         self, x: Float[Array, "B m E"], cache: NSACache, *, num_tokens: NumTokens = None
     ) -> tuple[Float[Array, "B m E"], NSACache]:
-        """Adds one token, or a few: output and new cache; see `nsa_jax.decoding.nsa_layer_decode_step`."""
+        """Output and new cache after one token or a few; see `nsa_jax.decoding.nsa_layer_decode_step`."""
         config = _layer_config(self, NSALayerConfig)
         return nsa_layer_decode_step(_stored(self), x, cache, config=config, num_tokens=num_tokens)
 
 
 class FullAttention(nn.Module):
-    """Causal grouped-query attention with the interface of `NSAttention`: the dense baseline.
+    """The dense baseline: causal grouped-query attention with the interface of `NSAttention`.
 
-    Runs through `jax.nn.dot_product_attention`, on cuDNN where it applies; on a GPU our own kernels do what cuDNN does
-    not take. With `window`, sliding-window attention, always our own.
+    It calls `jax.nn.dot_product_attention`, on cuDNN if it can. On a GPU, our own kernels compute what cuDNN does not
+    take. With `window` it is sliding-window attention, which always runs our own implementation.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,11 +133,11 @@ class FullAttention(nn.Module):
     v_head_dim: int | None = None  # Dv; None: head_dim
     window: int | None = None  # positions a query sees, its own included; None: all before it
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
-    rope_scaling: RopeScaling = RopeScaling()  # of the rotary embedding, for contexts longer than those trained on
+    rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
-    dtype: DTypeLike | None = None  # of the computation; None: that of the input
+    dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
     @nn.compact
@@ -149,7 +150,7 @@ class FullAttention(nn.Module):
         return full_layer(parameters, x, config=config, window=self.window, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> DenseCache:
-        """An empty cache: `batch_size`, `max_length` and, if wanted, `dtype`."""
+        """An empty cache of `batch_size` rows of `max_length` tokens, optionally with a `dtype`."""
         return full_layer_cache(_layer_config(self, HeadConfig), **sizes)
 
     def prefill(

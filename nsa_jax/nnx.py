@@ -1,4 +1,4 @@
-"""Flax NNX twins of the Linen modules: same parameter names, shapes and numbers."""
+"""Flax NNX versions of the Linen modules, with the same parameter names, shapes and numbers."""
 
 from typing import Any
 
@@ -39,10 +39,10 @@ class NSAttention(nnx.Module):
       (1, 100, 64)
 
     Args:
-      embed_dim: E, the width of its input.
+      embed_dim: E, the width of the input.
       param_dtype: dtype of the parameters.
-      rngs: its `params` stream initialises them.
-      fields: as of `nsa_jax.NSAttention` (num_heads, num_kv_heads, head_dim, config, ...).
+      rngs: the `params` stream initialises the parameters.
+      fields: num_heads, num_kv_heads, head_dim, config and so on, see `nsa_jax.NSAttention`.
     """
 
     def __init__(self, embed_dim: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **fields: Any) -> None:
@@ -58,29 +58,29 @@ class NSAttention(nnx.Module):
     def attention_inputs(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> AttentionInputs:
-        """What the layer gives to `nsa_jax.nsa_attention`: queries, keys and values, gates."""
+        """The queries, keys, values and gates that the layer gives to `nsa_jax.nsa_attention`."""
         return nsa_layer_inputs(_values(self), x, config=self.layer_config, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> NSACache:
-        """An empty cache: `batch_size`, `max_length` and more, as `nsa_jax.decoding.nsa_layer_cache` takes them."""
+        """An empty cache. For `batch_size`, `max_length` and more, see `nsa_jax.decoding.nsa_layer_cache`."""
         return nsa_layer_cache(self.layer_config, **sizes)
 
     def prefill(
         self, x: Float[Array, "B T E"], cache: NSACache, *, num_tokens: NumTokens = None, continuing: bool = False
     ) -> tuple[Float[Array, "B T E"], NSACache]:
-        """Takes in a prompt or its next chunk: output and new cache; see `nsa_jax.decoding.nsa_layer_prefill`."""
+        """Output and new cache after a prompt or its next chunk; see `nsa_jax.decoding.nsa_layer_prefill`."""
         options: dict[str, Any] = {"num_tokens": num_tokens, "continuing": continuing}
         return nsa_layer_prefill(_values(self), x, cache, config=self.layer_config, **options)
 
     def decode_step(
         self, x: Float[Array, "B m E"], cache: NSACache, *, num_tokens: NumTokens = None
     ) -> tuple[Float[Array, "B m E"], NSACache]:
-        """Adds one token, or a few: output and new cache; see `nsa_jax.decoding.nsa_layer_decode_step`."""
+        """Output and new cache after one token or a few; see `nsa_jax.decoding.nsa_layer_decode_step`."""
         return nsa_layer_decode_step(_values(self), x, cache, config=self.layer_config, num_tokens=num_tokens)
 
 
 class FullAttention(nnx.Module):
-    """Causal grouped-query attention; see `nsa_jax.FullAttention`. Arguments as of `NSAttention` above.
+    """Causal grouped-query attention; see `nsa_jax.FullAttention`. For the arguments, see `NSAttention` above.
 
     Example:
       >>> FullAttention(64, rngs=nnx.Rngs(0), num_heads=8, num_kv_heads=2, head_dim=16)(jnp.ones((1, 100, 64))).shape
@@ -107,7 +107,7 @@ class FullAttention(nnx.Module):
         return full_layer(_values(self), x, config=self.layer_config, window=self.window, segment_ids=segment_ids)
 
     def init_cache(self, **sizes: Any) -> DenseCache:
-        """An empty cache: `batch_size`, `max_length` and, if wanted, `dtype`."""
+        """An empty cache of `batch_size` rows of `max_length` tokens, optionally with a `dtype`."""
         return full_layer_cache(self.layer_config, **sizes)
 
     def prefill(
@@ -127,7 +127,7 @@ class FullAttention(nnx.Module):
 
 
 def _declare(module: nnx.Module, parameters: dict[str, Parameter], rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-    # The logical names are metadata for the user's own axis rules. Sharding at creation would need a mesh and rules.
+    # The logical names are metadata for the user's own axis rules. Creating sharded arrays would need a mesh and rules.
     for name, p in parameters.items():
         value = p.init(rngs.params(), p.shape, dtype)
         setattr(module, name, nnx.Param(value, out_sharding=p.axes, eager_sharding=False))

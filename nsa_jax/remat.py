@@ -1,4 +1,4 @@
-"""What `jax.checkpoint` keeps of attention."""
+"""A policy for `jax.checkpoint` that keeps the results of attention."""
 
 from typing import Any
 
@@ -7,18 +7,19 @@ import jax
 from pallas_kernels.residuals import RESIDUALS
 
 _NAMED = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
-_CUDNN = "dot_product_attention_fwd"  # begins the names of the primitives behind `jax.nn.dot_product_attention`
+_CUDNN = "dot_product_attention_fwd"  # how the names of the primitives behind `jax.nn.dot_product_attention` begin
 
 
 def save_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
-    """A policy of `jax.checkpoint`: keep what attention computed, and compute everything else again.
+    """A policy of `jax.checkpoint` that rematerialises everything except attention.
 
-    Of every op of this package that runs on kernels the outputs of its branches, the logarithms of its softmax sums and
-    the selected blocks are kept: 3 Dv numbers of the dtype for each query head and token, 3 in float32, and n int32
-    for each K/V head. So the backward pass runs no attention forward again. Of `jax.nn.dot_product_attention` on cuDNN
-    the output and the statistics are kept. Pure JAX implementations compute everything again.
+    It keeps what the ops of this package computed if they run on kernels: the outputs of the branches, the logarithms
+    of their softmax sums, and the selected blocks. These are 3 Dv numbers in the inputs' dtype and 3 in float32 for
+    each query head and token, and n int32 for each K/V head and token. The backward pass then runs no attention forward
+    again. It also keeps the output and the statistics of `jax.nn.dot_product_attention` on cuDNN. Implementations in
+    pure JAX are rematerialised in full.
 
-    Combine it with others by `jax.checkpoint_policies.save_from_both_policies`.
+    `jax.checkpoint_policies.save_from_both_policies` combines it with other policies.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -30,6 +31,6 @@ def save_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
       (1, 100, 4, 16)
 
     Args:
-      primitive, avals, params: as `jax.checkpoint` gives them to its policies.
+      primitive, avals, params: what `jax.checkpoint` passes to its policies.
     """
     return str(primitive.name).startswith(_CUDNN) or _NAMED(primitive, *avals, **params)

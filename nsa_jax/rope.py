@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), and its scaling to contexts longer than those trained on."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864), and how to stretch it for longer contexts."""
 
 import dataclasses
 import math
@@ -15,12 +15,14 @@ ScalingKind = Literal["none", "linear", "ntk", "yarn"]
 class RopeScaling:
     """How the frequencies of the rotary embedding are stretched for a longer context (YaRN paper, arXiv 2309.00071).
 
-    Frozen and hashable, so that it can be a static argument of `jax.jit`. Equation numbers are the YaRN paper's:
-    `linear` divides every frequency by `factor` (position interpolation, equation 10); `ntk` enlarges the base so that
-    the highest frequency stays and the lowest is divided by `factor` (equations 14 to 16); `yarn` keeps frequencies
-    that turn more than `beta_fast` times in `original_length` tokens, divides by `factor` those that turn less than
-    `beta_slow` times, goes from one to the other linearly in the number of turns (equations 18 to 20), and multiplies
-    logits by (0.1 ln factor + 1)^2 (equations 21 and 22).
+    It is frozen and hashable, so it can be a static argument of `jax.jit`. Equation numbers are the YaRN paper's.
+
+    * `linear` divides every frequency by `factor` (position interpolation, equation 10).
+    * `ntk` enlarges the base, so that the highest frequency stays and the lowest is divided by `factor` (equations 14
+      to 16).
+    * `yarn` keeps frequencies that turn more than `beta_fast` times in `original_length` tokens, and divides by
+      `factor` those that turn less than `beta_slow` times. In between it goes from one to the other linearly in the
+      number of turns (equations 18 to 20). It also multiplies logits by (0.1 ln factor + 1)^2 (equations 21 and 22).
 
     Example:
       >>> rope_frequencies(8, 10_000.0, RopeScaling("linear", factor=4)).tolist()
@@ -32,10 +34,10 @@ class RopeScaling:
     """
 
     kind: ScalingKind = "none"  # none: plain rotary embedding, at any length
-    factor: float = 1.0  # s: the longer context over the one trained on
-    original_length: int | None = None  # L: tokens of the context trained on; only yarn needs it
-    beta_fast: float = 32.0  # yarn: frequencies of more turns in original_length stay as they are
-    beta_slow: float = 1.0  # yarn: frequencies of fewer turns are divided by factor
+    factor: float = 1.0  # s: length of the longer context over that of the context trained on
+    original_length: int | None = None  # L: tokens of the context trained on; needed for yarn only
+    beta_fast: float = 32.0  # yarn: frequencies that turn more often in original_length stay as they are
+    beta_slow: float = 1.0  # yarn: frequencies that turn less often are divided by factor
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScalingKind):
@@ -56,15 +58,15 @@ class RopeScaling:
 
     @property
     def magnitude(self) -> float:
-        """What queries and keys are multiplied by: sqrt(1/t) = 0.1 ln s + 1 for `yarn` (equation 22), else 1."""
+        """The factor of queries and keys: sqrt(1/t) = 0.1 ln s + 1 for `yarn` (equation 22), otherwise 1."""
         return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float64[np.ndarray, " D/2"]:
-    """Radians per token of each pair, highest first: theta ** (-2 i / D), scaled.
+    """The frequency of each pair in radians per token, highest first: theta ** (-2 i / D), scaled.
 
     Raises:
-      ValueError: `head_dim` is odd, or 2 with kind = ntk, which needs a highest and a lowest frequency.
+      ValueError: `head_dim` is odd, or it is 2 with kind = ntk, which needs a highest and a lowest frequency.
     """
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}: rotary position embedding needs an even head size")
@@ -77,7 +79,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
         return frequencies / scaling.factor
     if scaling.kind == "yarn":
         assert scaling.original_length is not None
-        # Equation 17 prints the enlarged base b' here; by equation 13 a wavelength is that of the embedding trained.
+        # Equation 17 prints the enlarged base b' here. By equation 13 the wavelength is that of the trained embedding.
         turns = scaling.original_length * frequencies / (2 * np.pi)
         kept = np.clip((turns - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow), 0, 1)
         return (1 - kept) * frequencies / scaling.factor + kept * frequencies
@@ -87,10 +89,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
 def apply_rope(
     x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float, scaling: RopeScaling = RopeScaling()
 ) -> Float[Array, "B T H D"]:
-    """Rotates the pairs (x_i, x_{i + D/2}) by positions * frequency_i. Computed in float32 at least.
+    """Rotates the pairs (x_i, x_{i + D/2}) by positions * frequency_i, in float32 at least.
 
     The frequencies are those of `rope_frequencies`. With kind = yarn the result is also multiplied by
-    `scaling.magnitude`: done to queries and keys alike, that scales the logits.
+    `scaling.magnitude`. If this is done to queries and to keys, it scales the logits.
 
     Raises:
       ValueError: D does not fit; see `rope_frequencies`.

@@ -2,7 +2,7 @@
 
 Every figure takes `AttentionInputs`, made of plain arrays or got from a model by `trace_attention`, and returns a
 `matplotlib.figure.Figure`. What is drawn is computed by the reference, in float32 at least. `import nsa_jax` does not
-import this module, nor matplotlib.
+import this module, nor matplotlib, which is in the extra `plot`.
 
 Example:
   >>> import jax
@@ -21,13 +21,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise ImportError("nsa_jax.visualize needs matplotlib: pip install 'nsa-jax[plot]'") from error
 
 from nsa_jax.attention import (
     AttentionInputs,
@@ -38,7 +42,8 @@ from nsa_jax.attention import (
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.nnx import NSAttention
 from nsa_jax.testing import reference_selection
-from pallas_kernels.benchmarks.plot import COLORS
+from pallas_kernels.decode_attention.contract import bytes_read
+from pallas_kernels.palette import COLORS
 
 BRANCHES = ("compressed", "selected", "window")
 COLORMAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
@@ -275,22 +280,16 @@ def plot_bytes_read(
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths = {lengths!r}: expected positive numbers of tokens")
-    # Not above: only this figure has to do with the kernels.
-    from pallas_kernels.benchmarks.cases import Shape
-    from pallas_kernels.benchmarks.decode import bytes_read
-
-    sizes: dict[str, Any] = {
-        "K": num_kv_heads,
-        "Dk": head_dim,
-        "Dv": head_dim if v_head_dim is None else v_head_dim,
-        "dtype": jnp.dtype(dtype).name,
-        **{name: getattr(config, name) for name in ("compress_block", "compress_stride", "select_block")},
-        **{name: getattr(config, name) for name in ("num_selected", "window")},
+    sizes = {
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": head_dim if v_head_dim is None else v_head_dim,
+        "itemsize": jnp.dtype(dtype).itemsize,
     }
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     for label, color, style, dense in (("NSA", COLORS[0], "o-", False), ("dense", COLORS[2], "s--", True)):
-        mebibytes = [bytes_read(Shape(T=T, **sizes), 1, dense=dense) / 2**20 for T in lengths]
+        mebibytes = [bytes_read(T, config, dense=dense, **sizes) / 2**20 for T in lengths]
         axes.plot(lengths, mebibytes, style, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="context (tokens)", ylabel="read per token and layer (MiB)")

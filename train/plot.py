@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pallas_kernels.benchmarks.plot import COLORS
+from pallas_kernels.palette import COLORS
 from train.commands.positions import read_positions
 from train.config import from_json
 from train.metrics import read_metrics

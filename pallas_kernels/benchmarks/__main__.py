@@ -11,6 +11,7 @@ import jax
 
 from pallas_kernels.benchmarks.cases import Shape, cases
 from pallas_kernels.benchmarks.plot import describe, plot
+from pallas_kernels.benchmarks.provenance import provenance
 from pallas_kernels.benchmarks.timing import measure
 
 COLUMNS = (
@@ -97,11 +98,8 @@ def _line(row: dict[str, Any], dense: dict[str, Any] | None) -> str:
 
 
 def _write(out: Path, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    device = jax.devices()[0]
     record = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "platform": device.client.platform_version,
+        "provenance": provenance(["python", "-m", "pallas_kernels.benchmarks", *sys.argv[1:]]),
         "shape": {name: value for name, value in dataclasses.asdict(shape).items() if name != "T"},
         "units": "milliseconds per call; backward = forward and backward - forward; memory by the compiler's count",
         "rows": rows,

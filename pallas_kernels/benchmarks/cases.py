@@ -29,6 +29,8 @@ class Shape:
     compress_stride: int = 16
     select_block: int = 64
     num_selected: int = 16
+    num_init: int = 1
+    num_local: int = 2
     window: int = 512
     dtype: str = "bfloat16"
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.benchmarks.cases import Shape
+from pallas_kernels.benchmarks.provenance import provenance
 from pallas_kernels.benchmarks.timing import Timing, time_call
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.contract import bytes_read
 
 BYTES = 400e6  # read by the layers that the steps go through, so that no cache of the GPU holds them all
 MOST_LAYERS = 16
@@ -69,14 +71,6 @@ def dense_step(shape: Shape) -> Callable[..., Array]:
     return step
 
 
-def bytes_read(shape: Shape, batch: int, *, dense: bool) -> int:
-    """Keys and values that a step must read."""
-    compressed = max(0, (shape.T - shape.compress_block) // shape.compress_stride + 1)
-    sparse = compressed + min(shape.T, shape.num_selected * shape.select_block) + min(shape.T, shape.window)
-    tokens = shape.T if dense else sparse
-    return batch * shape.K * tokens * (shape.Dk + shape.Dv) * jnp.dtype(shape.dtype).itemsize
-
-
 def time_step(step: Callable[..., Array], layers: list[tuple[Array, ...]]) -> Timing:
     """Milliseconds of one step, from a program of `STEPS` steps, one after the other, through the layers in turn."""
 
@@ -96,7 +90,9 @@ def measure(shape: Shape, batch: int, peak_bandwidth: float) -> dict[str, Any]:
     """Times of both, their ratio, and the bandwidth of what must be read as a share of the card's."""
     row: dict[str, Any] = {"batch": batch, "T": shape.T}
     for name, step in (("nsa", sparse_step(shape)), ("dense", dense_step(shape))):
-        read = bytes_read(shape, batch, dense=name == "dense")
+        sizes = {"num_kv_heads": shape.K, "head_dim": shape.Dk, "v_head_dim": shape.Dv}
+        itemsize = jnp.dtype(shape.dtype).itemsize
+        read = batch * bytes_read(shape.T, shape, itemsize=itemsize, dense=name == "dense", **sizes)
         count = min(MOST_LAYERS, math.ceil(BYTES / read))
         layers = [inputs(shape, batch, seed) for seed in range(count)]
         timing = time_step(step, layers)
@@ -135,13 +131,12 @@ def main(arguments: list[str]) -> int:
             )
             if options.out is not None:
                 result = {
-                    "device": jax.devices()[0].device_kind,
-                    "jax": jax.__version__,
+                    "provenance": provenance(["python", "-m", "pallas_kernels.benchmarks.decode", *arguments]),
                     "shape": {k: v for k, v in dataclasses.asdict(shape).items() if k != "T"},
                     "units": "milliseconds per step; bandwidth as a share of " + str(options.bandwidth) + " GB/s",
                     "rows": rows,
                 }
-                options.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
+                options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.style import library
 from matplotlib.ticker import FuncFormatter
 
-# Of every picture. Told apart by everybody, in grey too: https://jfly.uni-koeln.de/color/
-COLORS = library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
+from pallas_kernels.palette import COLORS
+
 LINES = {
     ("nsa", "random"): ("NSA, random selection", "o-", COLORS[0]),
     ("nsa", "local"): ("NSA, local selection", "s-", COLORS[1]),
@@ -60,7 +59,7 @@ def describe(record: dict[str, Any]) -> str:
     """A title from a recorded result: device and shape."""
     shape = record["shape"]
     heads = f"{shape['H']} query heads, {shape['K']} key/value heads of {shape['Dk']}"
-    return f"{record['device']}, {heads}, {shape['dtype']}, batch 1"
+    return f"{record['provenance']['device']['kind']}, {heads}, {shape['dtype']}, batch 1"
 
 
 def main(arguments: list[str]) -> None:

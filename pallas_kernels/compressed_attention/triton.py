@@ -5,17 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compressed_attention import tiling
-from pallas_kernels.compressed_attention.tiling import Tile
+from pallas_kernels.compressed_attention import tiles
+from pallas_kernels.compressed_attention.visibility import Visibility, walk
 from pallas_kernels.contract import Sizes
-from pallas_kernels.tiles import exp2
+from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces
+from pallas_kernels.triton.integers import div, iota
+from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
-from pallas_kernels.triton_call import triton_call
+from pallas_kernels.triton.rows import Pair, Rows, load_rows, packed_rows, program_pair, store_rows
+from pallas_kernels.triton.softmax import softmax_finish, softmax_start, softmax_step
+from pallas_kernels.triton.tiles import Tile, find_tile, key_of
 
 
 def forward(
@@ -36,36 +39,36 @@ def forward(
       NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
     """
     check_supported(q, k, v, scale=scale)
-    (B, Tq, H, Dk), (_, Nc, K, Dv) = q.shape, v.shape
+    (B, Tq, H, _), (_, Nc, K, Dv) = q.shape, v.shape
     if 0 in (B, Tq, Nc):
         return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
-    problem, starts, offset = problem_of(config, scale, interpret), segment_starts, offset_array(query_offset)
-    G = H // K
-    tile = tile or tiling.forward_tile(max(Dk, Dv), q.dtype)
-    num_tiles = pl.cdiv(Tq * G, tile.rows)
-    kernel = functools.partial(_forward_kernel, problem=problem, tile=tile, num_tiles=num_tiles)
-    o, lse = triton_call(
-        kernel,
+    tile = tile or find_tile(tiles.FORWARD, key_of(q, k, v))
+    num_tiles = pl.cdiv(Tq * (H // K), tile.rows)
+    return launch(
+        functools.partial(
+            _forward_kernel, problem=problem_of(config, scale, interpret), tile=tile, num_tiles=num_tiles
+        ),
         name="compressed_attention_forward",
         grid=(num_tiles, B * K),
-        in_specs=[
-            pl.BlockSpec((1,), lambda i, y: (0,)),
-            None if starts is None else pl.BlockSpec((None, Tq), lambda i, y: (lax.div(y, K), 0)),
-            *tiling.specs_qkv(Tq, G, K, Nc, Dk, Dv),
-        ],
-        out_specs=[
-            tiling.query_spec(Tq, K, G, Dv),
-            pl.BlockSpec((None, None, G, Tq), lambda i, y: (lax.div(y, K), lax.rem(y, K), 0, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, Tq, K, G, Dv), q.dtype),
-            jax.ShapeDtypeStruct((B, K, G, Tq), jnp.float32),
-        ],
+        out_shape=(jax.ShapeDtypeStruct((B, Tq, H, Dv), q.dtype), jax.ShapeDtypeStruct((B, H, Tq), jnp.float32)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        interpret=problem.interpret,
-    )(offset, starts, q.reshape(B, Tq, K, G, Dk), k, v)
-    return o.reshape(B, Tq, H, Dv), lse.reshape(B, H, Tq)
+        interpret=interpret,
+    )(offset_array(query_offset), segment_starts, q, k, v)
+
+
+def query_major_rows(
+    pair: Pair, tile: Tile, num_tiles: int, shape: tuple[int, ...], K: int
+) -> tuple[Any, Rows, tuple[Any, Any]]:
+    """(first row, rows, (first query, last query)) of this program's tile of q [B, Tq, H, Dk].
+
+    The longest tiles come last in the sequence and go first, so that the short ones fill the end of the run.
+    """
+    _, Tq, H, _ = shape
+    first_row = (num_tiles - 1 - pl.program_id(0)) * tile.rows
+    rows = packed_rows(first_row, tile.rows, H // K, pair, H, K)
+    last_query = jnp.minimum(div(first_row + tile.rows - 1, H // K), Tq - 1)
+    return first_row, rows, (div(first_row, H // K), last_query)
 
 
 def _forward_kernel(
@@ -81,51 +84,25 @@ def _forward_kernel(
     tile: Tile,
     num_tiles: int,
 ) -> None:
-    num_queries, group, key_size = q_ref.shape
-    num_keys, value_size = v_ref.shape
-    key_pieces = tiling.head_pieces(key_size, q_ref.dtype)
-    value_pieces = tiling.head_pieces(value_size, v_ref.dtype)
-    scale = problem.scale * tiling.LOG2E
+    (_, Tq, _, Dk), (_, Nc, K, Dv) = q_ref.shape, v_ref.shape
+    key_pieces, value_pieces = head_pieces(Dk, tile.widest), head_pieces(Dv, tile.widest)
+    pair = program_pair(K)
+    _, rows, ends = query_major_rows(pair, tile, num_tiles, q_ref.shape, K)
+    valid = rows.query < Tq
+    sight = Visibility(problem, Nc, pair.batch, offset_ref[0], starts_ref)
+    q = load_rows(q_ref, (pair.batch, rows.query, rows.head), key_pieces, valid)
 
-    # The longest tiles come last in the sequence and go first, so that the short ones fill the end of the run.
-    first_row = (num_tiles - 1 - pl.program_id(0)) * tile.rows
-    query, head = tiling.packed_rows(first_row, tile.rows, group)
-    valid = query < num_queries
-    offset = offset_ref[0]
-    q = tiling.load_rows(q_ref, query, head, valid, key_pieces)
+    def step(i: Any, carry: Any, edge: bool) -> Any:
+        m, total, acc = carry
+        key = i * tile.keys + iota(tile.keys)
+        at, there = (pair.batch, key, pair.kv_head), key < Nc if edge else None
+        s = dot_pieces(q, load_rows(k_ref, at, key_pieces, there))
+        if edge:
+            s = jnp.where(sight.mask(key, rows.query, 0), s, -jnp.inf)
+        p, m, total, decay = softmax_step(s, m, total, problem.scale_log2, problem.interpret)
+        return m, total, accumulate(acc, p, load_rows(v_ref, at, value_pieces, there), decay)
 
-    def body(masked: bool) -> Any:
-        def step(j: Any, carry: Any) -> Any:
-            acc, m, total = carry
-            first_key = j * tile.keys
-            limit = num_keys if masked else None
-            k = tiling.load_keys(k_ref, first_key, tile.keys, limit, key_pieces)
-            s = tiling.dot_pieces(q, k)
-            if masked:
-                key = first_key + lax.broadcasted_iota(jnp.int32, (tile.keys,), 0)
-                s = jnp.where(tiling.visible(key, query, offset, starts_ref, problem, num_keys, 0), s, -jnp.inf)
-            m_next = jnp.maximum(m, jnp.max(s, axis=1))
-            # m is kept unscaled, so that scaling and subtraction are one fused operation per score.
-            alpha = exp2((m - m_next) * scale, problem.interpret)
-            p = exp2(s * scale - (m_next * scale)[:, None], problem.interpret)
-            total = total * alpha + jnp.sum(p, axis=1)
-            v = tiling.load_keys(v_ref, first_key, tile.keys, limit, value_pieces)
-            p = p.astype(v_ref.dtype)
-            acc = tuple(a * alpha[:, None] + tiling.dot(p, piece, (1, 0)) for a, piece in zip(acc, v, strict=True))
-            return acc, m_next, total
-
-        return step
-
-    first_query = tiling.positive_div(first_row, group)
-    last_query = jnp.minimum(tiling.positive_div(first_row + tile.rows - 1, group), num_queries - 1)
-    ranges = tiling.key_ranges(first_query, last_query, offset, starts_ref, problem, num_keys, tile.keys)
-    acc = tuple(jnp.zeros((tile.rows, width), jnp.float32) for _, width, _ in value_pieces)
-    m = jnp.full((tile.rows,), tiling.FLOOR, jnp.float32)
-    total = jnp.zeros((tile.rows,), jnp.float32)
-    acc, m, total = tiling.walk(ranges, body, (acc, m, total))
-
-    empty = total == 0.0
-    inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-    tiling.store_rows(o_ref, query, head, valid, value_pieces, [a * inverse[:, None] for a in acc])
-    lse = jnp.where(empty, -jnp.inf, m * problem.scale + jnp.log(jnp.where(empty, 1.0, total)))
-    plgpu.store(lse_ref.at[head, query], lse, mask=valid)
+    m, total, acc = walk(sight.key_ranges(ends, tile.keys), step, softmax_start(tile.rows, value_pieces))
+    o, lse = softmax_finish(m, total, acc, problem.scale)
+    store_rows(o_ref, (pair.batch, rows.query, rows.head), value_pieces, o, valid)
+    plgpu.store(lse_ref.at[pair.batch, rows.head, rows.query], lse, mask=valid)

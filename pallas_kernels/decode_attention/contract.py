@@ -39,3 +39,16 @@ class Decode(Protocol):
         scale: float,
     ) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
         """(o in q's dtype, block_indices int32)."""
+
+
+def bytes_read(
+    T: int, config: Sizes, *, num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, dense: bool = False
+) -> int:
+    """Bytes of keys and values that one step of one row must read from a cache of T tokens.
+
+    Every compressed token, `num_selected` blocks and the window, or all that there is where the cache is shorter;
+    dense attention reads all T tokens.
+    """
+    compressed = max(0, (T - config.compress_block) // config.compress_stride + 1)
+    sparse = compressed + min(T, config.num_selected * config.select_block) + min(T, config.window)
+    return num_kv_heads * (T if dense else sparse) * (head_dim + v_head_dim) * itemsize

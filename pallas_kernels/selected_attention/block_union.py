@@ -1,39 +1,48 @@
-"""Which blocks a tile of adjacent queries reads: the union of their selections, with a membership mask per block."""
+"""Which blocks a tile of adjacent queries reads: the union of their selections, and its members per block."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from pallas_kernels.tiles import launch, next_power_of_two
+from pallas_kernels.triton.integers import count, div, iota, loop, next_power_of_two, rem
+from pallas_kernels.triton.launch import launch
+from pallas_kernels.triton.problem import Problem
+from pallas_kernels.triton.rows import Pair, Rows, load_starts, packed_rows
+from pallas_kernels.triton.tiles import QueryTile
 
 _PAST_EVERY_BLOCK = 2**30
+# Below this many queries the choice between two tiles is not worth its own cost, and the first is taken.
+_ADAPTIVE_FROM = 4096
 
 
-def _block_union_kernel(indices_ref, union_ref, *, num_queries, num_selected):
-    tile, row = pl.program_id(0), pl.program_id(1)
+def _block_union_kernel(indices_ref: Any, union_ref: Any, *, num_queries: int, num_selected: int) -> None:
+    tile, pair = pl.program_id(0), pl.program_id(1)
     size = union_ref.shape[-1]
-    place = jnp.arange(size, dtype=jnp.int32)
-    query, slot = lax.rem(place, jnp.int32(num_queries)), lax.div(place, jnp.int32(num_queries))
+    slot = iota(size)
+    query, choice = rem(slot, num_queries), div(slot, num_queries)
     t = tile * num_queries + query
-    valid = (t < indices_ref.shape[1]) & (slot < num_selected)
-    blocks = plgpu.load(indices_ref.at[row, t, slot], mask=valid, other=-1)
+    valid = (t < indices_ref.shape[1]) & (choice < num_selected)
+    blocks = plgpu.load(indices_ref.at[pair, t, choice], mask=valid, other=-1)
     blocks = jnp.where(blocks < 0, _PAST_EVERY_BLOCK, blocks)
     bit = lax.shift_left(jnp.ones_like(query), query)
 
-    def merge(carry):
+    def merge(carry: Any) -> Any:
         i, block, union = carry
-        members = jnp.sum(jnp.where(blocks == block, bit, 0))
-        union = jnp.where(place == i, block * (1 << num_queries) + members, union)
+        members = jnp.sum(jnp.where(blocks == block, bit, 0), dtype=jnp.int32)
+        union = jnp.where(slot == i, block * (1 << num_queries) + members, union)
         return i + 1, jnp.min(jnp.where(blocks > block, blocks, _PAST_EVERY_BLOCK)), union
 
     start = (jnp.int32(0), jnp.min(blocks), jnp.full((size,), -1, jnp.int32))
     _, _, union = lax.while_loop(lambda carry: carry[1] < _PAST_EVERY_BLOCK, merge, start)
-    plgpu.store(union_ref.at[row, tile, place], union)
+    plgpu.store(union_ref.at[pair, tile, slot], union)
 
 
 def block_union(
@@ -42,42 +51,125 @@ def block_union(
     """Ascending union of the blocks that each run of `num_queries` queries selected.
 
     An entry is block << num_queries | members, where bit i of members says that query i of the run selected the
-    block. Unused entries are -1. A query on its own is its own union, and then an entry is the block.
+    block. Unused entries are -1. With one query per tile, the union is that query's blocks, and an entry is a block.
     """
-    rows, Tq, n = block_indices.shape
+    pairs, Tq, n = block_indices.shape
     if num_queries == 1:
         return block_indices
     size = next_power_of_two(num_queries * n)
     tiles = pl.cdiv(Tq, num_queries)
     return launch(
         functools.partial(_block_union_kernel, num_queries=num_queries, num_selected=n),
-        out_shape=jax.ShapeDtypeStruct((rows, tiles, size), jnp.int32),
-        grid=(tiles, rows),
+        name="block_union",
+        grid=(tiles, pairs),
+        out_shape=jax.ShapeDtypeStruct((pairs, tiles, size), jnp.int32),
         num_warps=1,
         num_stages=1,
         interpret=interpret,
-        name="block_union",
     )(block_indices)
 
 
-# Below this many queries the choice is not worth its own cost, and is made by the shapes alone.
-_ADAPTIVE_FROM = 4096
+def tile_queries(tile: QueryTile, group: int) -> int:
+    """Queries of a tile."""
+    return max(1, tile.rows // next_power_of_two(group))
 
 
-def by_overlap(rows: Int[Array, "BK Tq n"], lone, shared, attend, *, interpret: bool):
-    """`attend(union, tile)` with the tile `shared` where neighbours' selections overlap, and with `lone` where not.
+def by_overlap(
+    block_indices: Int[Array, "B K Tq n"],
+    group: int,
+    tile: QueryTile,
+    attend: Callable[[Int[Array, "BK tiles size"], QueryTile], Any],
+    *,
+    interpret: bool,
+) -> Any:
+    """`attend(union, tile)`, with `tile.shared` where neighbours' selections overlap.
 
-    A tile of four queries does four times the arithmetic of a query alone for each block in its union, and reads the
-    block once instead of up to four times. It wins while the union stays below about twice one query's blocks, which
-    is measured here on the whole selection. Both tiles give the same result up to rounding.
+    A tile of four queries does four times the arithmetic of one query for each block in its union, and reads the block
+    once instead of up to four times. It wins while the union stays below about twice one query's blocks, which is
+    measured here on the whole selection. Both tiles give the same result up to rounding.
     """
+    B, K, Tq, n = block_indices.shape
+    rows = block_indices.reshape(B * K, Tq, n)
 
-    def alone():
-        return attend(block_union(rows, lone.num_queries, interpret=interpret), lone)
+    def attend_with(tile: QueryTile) -> Any:
+        return attend(block_union(rows, tile_queries(tile, group), interpret=interpret), tile)
 
-    if shared is None or rows.shape[0] * rows.shape[1] < _ADAPTIVE_FROM:
-        return alone()
-    shared_union = block_union(rows, shared.num_queries, interpret=interpret)
-    blocks = jnp.sum(shared_union >= 0, axis=2).astype(jnp.float32)
-    overlap = jnp.mean(blocks) < 2 * rows.shape[2]
-    return lax.cond(overlap, lambda: attend(shared_union, shared), alone)
+    shared = tile.shared
+    if shared is None or B * K * Tq < _ADAPTIVE_FROM:
+        return attend_with(tile)
+    union = block_union(rows, tile_queries(shared, group), interpret=interpret)
+    blocks = jnp.sum(union >= 0, axis=2).astype(jnp.float32)
+    overlap = jnp.mean(blocks) < 2 * n
+    return lax.cond(overlap, lambda: attend(union, shared), lambda: attend_with(tile))
+
+
+class UnionRows(NamedTuple):
+    """The queries of a tile of a query-major kernel, and the blocks in their union."""
+
+    rows: Rows
+    query: Any  # row of q of each packed row
+    valid: Any
+    position: Any
+    start: Any  # first token of each row's segment; None: 0
+    num_past: Any  # entries, the first ones, whose blocks lie wholly before the tile, and need no causal mask
+    num_entries: Any
+    load_entry: Callable[[Any], Any]
+    shift: int  # bits of members in an entry
+
+    def entry(self, i: Any) -> tuple[Any, Any]:
+        """(block of entry i, whether each row's query selected it; None where there is one query)."""
+        entry = self.load_entry(i)
+        block = lax.shift_right_arithmetic(entry, np.int32(self.shift))
+        if self.shift == 0:
+            return block, None
+        members = jnp.broadcast_to(entry, self.rows.query.shape)
+        return block, (lax.shift_right_logical(members, self.rows.query) & 1) == 1
+
+    def walk(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Runs `step(i, carry, edge)` over the entries."""
+        carry = loop(0, self.num_past, functools.partial(step, edge=False), carry)
+        return loop(self.num_past, self.num_entries, functools.partial(step, edge=True), carry)
+
+
+def union_rows(
+    pair: Pair,
+    q_shape: tuple[int, ...],
+    num_kv_heads: int,
+    num_queries: int,
+    offset: Any,
+    starts_ref: Any,
+    union_ref: Any,
+    problem: Problem,
+) -> UnionRows:
+    """The rows of this program: program id 0 counts tiles of `num_queries` queries."""
+    _, Tq, H, _ = q_shape
+    padded_group = max(next_power_of_two(H // num_kv_heads), 16 // num_queries)
+    tile = pl.program_id(0)
+    first_query = tile * num_queries
+    rows = packed_rows(0, num_queries * padded_group, padded_group, pair, H, num_kv_heads)
+    query = first_query + rows.query
+    shift = num_queries if num_queries > 1 else 0
+
+    size = union_ref.shape[-1]
+    slot = iota(next_power_of_two(size))
+    entries = plgpu.load(union_ref.at[pair.index, tile, slot], mask=slot < size, other=-1)
+    used = entries >= 0
+    blocks = lax.shift_right_arithmetic(entries, np.int32(shift))
+    past = used & (blocks < div(offset + first_query + 1, problem.select_block))
+    return UnionRows(
+        rows=rows,
+        query=query,
+        valid=rows.valid(query < Tq),
+        position=offset + query,
+        start=load_starts(starts_ref, pair.batch, query, query < Tq),
+        num_past=count(past),
+        num_entries=count(used),
+        load_entry=lambda i: union_ref[pair.index, tile, i],
+        shift=shift,
+    )
+
+
+def block_keys(problem: Problem) -> tuple[Any, Any]:
+    """(key of the block, whether there is such) for all rows of a tile of one block; None: there are all."""
+    key = iota(next_power_of_two(problem.select_block))
+    return key, None if key.shape[0] == problem.select_block else key < problem.select_block

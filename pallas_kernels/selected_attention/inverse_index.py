@@ -12,15 +12,15 @@ class InverseIndex(NamedTuple):
     """Where in the selection each block occurs. BK runs over batch x K/V head, L = Tq * n.
 
     Attributes:
-      places: flat places t * n + slot of the selection, sorted by block and then by query [BK, L].
+      choices: flat indices t * n + slot of the selection, sorted by block and then by query [BK, L].
       block: the block of each work item [BK, items].
-      first: the item's first entry in `places` [BK, items].
+      first: the item's first entry in `choices` [BK, items].
       length: how many entries the item has, 0 for an item that is not used [BK, items].
       rank: how many entries of the same block come before the item [BK, items].
       block_items: the items of block j are block_items[j] to block_items[j + 1] - 1 [BK, blocks + 1].
     """
 
-    places: Int[Array, "BK L"]
+    choices: Int[Array, "BK L"]
     block: Int[Array, "BK items"]
     first: Int[Array, "BK items"]
     length: Int[Array, "BK items"]
@@ -42,9 +42,9 @@ def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int
     boundaries = jnp.arange(num_blocks + 1, dtype=jnp.int32)
     if (num_blocks + 1) * L < 2**31:  # One key holds both, and a sort of keys alone is the fastest there is.
         keys = lax.sort(block * L + place, dimension=1, is_stable=False)
-        places, starts = keys % L, _search(keys, boundaries * L)
+        choices, starts = keys % L, _search(keys, boundaries * L)
     else:
-        blocks, places = lax.sort((block, place), dimension=1, num_keys=1, is_stable=True)
+        blocks, choices = lax.sort((block, place), dimension=1, num_keys=1, is_stable=True)
         starts = _search(blocks, boundaries)
     counts = starts[:, 1:] - starts[:, :-1]
     num_items = -(-counts // item_size)
@@ -56,4 +56,4 @@ def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int
     rank = (item[None, :] - jnp.take_along_axis(block_items, owner, axis=1)) * item_size
     count = jnp.clip(jnp.take_along_axis(counts, owner, axis=1) - rank, 0, item_size)
     first = jnp.take_along_axis(starts, owner, axis=1) + rank
-    return InverseIndex(places, owner, first, count, rank, block_items)
+    return InverseIndex(choices, owner, first, count, rank, block_items)

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.contract import Sizes
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+LOG2_E = 1.4426950408889634
 LARGEST_GROUP = 64
+MOST_BLOCKS = 32768  # that a query chooses among
 MOST_PAIRS = 65535  # of a batch entry and a K/V head: they are the second axis of a CUDA grid
 
 
@@ -26,6 +28,11 @@ class Problem:
     window: int  # w
     scale: float
     interpret: bool
+
+    @property
+    def scale_log2(self) -> float:
+        """Factor of scores whose exponential is taken in base 2."""
+        return self.scale * LOG2_E
 
 
 def problem_of(config: Sizes, scale: float, interpret: bool) -> Problem:
@@ -63,6 +70,12 @@ def check_select_block(config: Sizes) -> None:
     """Raises NotImplementedError for blocks that are not one tile of keys."""
     if not 16 <= config.select_block <= 128:
         raise NotImplementedError(f"select_block = {config.select_block}: expected 16 to 128")
+
+
+def check_num_blocks(num_blocks: int) -> None:
+    """Raises NotImplementedError for more blocks than the kernels that choose among them hold."""
+    if num_blocks > MOST_BLOCKS:
+        raise NotImplementedError(f"num_blocks = {num_blocks}: expected at most {MOST_BLOCKS}")
 
 
 def offset_array(query_offset: int | Int[Array, ""]) -> Int[Array, "1"]:

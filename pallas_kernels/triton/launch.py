@@ -1,4 +1,4 @@
-"""`pallas_call` on the Pallas Triton backend, as every kernel here uses it."""
+"""`pallas_call` on the Pallas Triton backend, as every kernel here uses it: whole arrays and a grid of programs."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ class TritonParams(plgpu.CompilerParams):
 
 
 def _register_quiet_lowering() -> bool:
-    """JAX warns while lowering, long after `triton_call` has returned, so the silence has to sit in the lowering."""
+    """JAX warns while lowering, long after `launch` has returned, so the silence has to sit in the lowering."""
     try:
         from jax._src.pallas import core
         from jax._src.pallas.triton import pallas_call_registration
@@ -56,33 +56,38 @@ def poisoned_outputs() -> Iterator[None]:
         _poisoned = before
 
 
-def triton_call(
+def launch(
     kernel: Callable[..., None],
     *,
     name: str,
     grid: tuple[int, ...],
-    in_specs: Any,
-    out_specs: Any,
     out_shape: Any,
     num_warps: int,
     num_stages: int,
     interpret: bool,
 ) -> Callable[..., Any]:
-    """`pl.pallas_call` of a kernel body written for the Triton backend; the arguments are those of `pl.pallas_call`."""
-    if _poisoned and not interpret:
-        call = _poisoning_call(kernel, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages)
-    else:
-        call = pl.pallas_call(
-            kernel,
-            name=name,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            compiler_params=_PARAMS(num_warps=num_warps, num_stages=num_stages),
-            interpret=interpret,
-        )
-    return jax.named_call(_checking_vmap(call, name, grid), name=name)
+    """A function of arrays that runs `kernel` once for each point of `grid`.
+
+    Every reference that the kernel gets is a whole array, which it indexes by its program ids. For an argument that is
+    None it gets None.
+    """
+    params = _PARAMS(num_warps=num_warps, num_stages=num_stages)
+    options = dict(name=name, grid=grid, out_shape=out_shape, compiler_params=params, interpret=interpret)
+
+    def call(*arguments: Any) -> Any:
+        def body(*refs: Any) -> None:
+            rest = iter(refs)
+            kernel(*[None if argument is None else next(rest) for argument in arguments], *rest)
+
+        arrays = [argument for argument in arguments if argument is not None]
+        run = _poisoning_call(body, options) if _poisoned and not interpret else _call(body, options)
+        return jax.named_call(_checking_vmap(run, name, grid), name=name)(*arrays)
+
+    return call
+
+
+def _call(body: Callable[..., None], options: dict[str, Any]) -> Callable[..., Any]:
+    return pl.pallas_call(body, in_specs=pl.no_block_spec, out_specs=pl.no_block_spec, **options)
 
 
 def _checking_vmap(call: Callable[..., Any], name: str, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -103,35 +108,20 @@ def _checking_vmap(call: Callable[..., Any], name: str, grid: tuple[int, ...]) -
     return checked
 
 
-def _poisoning_call(
-    kernel: Callable[..., None],
-    name: str,
-    grid: tuple[int, ...],
-    in_specs: Any,
-    out_specs: Any,
-    out_shape: Any,
-    num_warps: int,
-    num_stages: int,
-) -> Callable[..., Any]:
+def _poisoning_call(body: Callable[..., None], options: dict[str, Any]) -> Callable[..., Any]:
     """The same call whose outputs lie over inputs full of poison."""
-    shapes = jax.tree.leaves(out_shape)
+    shapes = jax.tree.leaves(options["out_shape"])
 
-    def call(*arguments: Any) -> Any:
-        given = len(arguments)
-        first = len(jax.tree.leaves(arguments))
+    def call(*arrays: Any) -> Any:
+        given = len(arrays)
         poison = [
             jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -(2**31), x.dtype) for x in shapes
         ]
-        specs = in_specs if in_specs is pl.no_block_spec else [*in_specs, *jax.tree.leaves(out_specs)]
-        return pl.pallas_call(
-            lambda *refs: kernel(*refs[:given], *refs[given + len(shapes) :]),
-            name=name,
-            grid=grid,
-            in_specs=specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            input_output_aliases={first + i: i for i in range(len(shapes))},
-            compiler_params=_PARAMS(num_warps=num_warps, num_stages=num_stages),
-        )(*arguments, *poison)
+        aliases = {given + i: i for i in range(len(shapes))}
+
+        def without_poison(*refs: Any) -> None:
+            body(*refs[:given], *refs[given + len(shapes) :])
+
+        return _call(without_poison, {**options, "input_output_aliases": aliases})(*arrays, *poison)
 
     return call

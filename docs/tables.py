@@ -1,0 +1,337 @@
+"""The tables of README.md and docs/, each made from recorded results. `docs.figures` writes them into the pages."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+KERNELS = Path("pallas_kernels/benchmarks/results")
+TRAINING = Path("train/results")
+
+Row = Sequence[object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table in Markdown, from result files."""
+
+    files: tuple[Path, ...]
+    rows: Callable[..., list[Row]]  # from what is in each file; the first row is the heading
+
+
+def read(file: Path) -> Any:
+    """What a result file holds; of a run's metrics, the lines under "steps" and what NAME.meta.json says."""
+    if file.suffix != ".jsonl":
+        return json.loads((ROOT / file).read_text())
+    meta = json.loads((ROOT / file).with_suffix(".meta.json").read_text())
+    return {**meta, "steps": read_metrics(ROOT / file)}
+
+
+def markdown(name: str) -> str:
+    """A table and a line that says what was measured where and when.
+
+    Raises:
+      ValueError: there is no such table.
+    """
+    if name not in TABLES:
+        raise ValueError(f"table: {name}: expected one of {', '.join(TABLES)}")
+    table = TABLES[name]
+    records = [read(file) for file in table.files]
+    heading, *rows = (" | ".join(map(str, row)) for row in table.rows(*records))
+    rule = "|".join(["---"] * (heading.count(" | ") + 1))
+    lines = [f"| {heading} |", f"|{rule}|", *(f"| {row} |" for row in rows)]
+    return "\n".join(lines) + f"\n\n{_origin(records)}\n"
+
+
+def _origin(records: list[Any]) -> str:
+    """Where each of the records comes from, once for each place."""
+    found = {}
+    for record in records:
+        origin = record["provenance"]
+        device, jax = origin["device"], origin["versions"]["jax"]
+        where = "a device that was not recorded" if device is None else f"{device['count']} x {device['kind']}"
+        version = "" if jax is None else f", JAX {jax}"
+        commit = "no commit" if origin["commit"] is None else f"commit {origin['commit'][:7]}"
+        how = "recorded with " if "recorded_with" in origin else ""
+        found[f"{where}{version}, {origin['date'][:10]}, {how}{commit}"] = None
+    return f"*Measured on {'; '.join(found)}.*"
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 1024}k"
+
+
+def _three_digits(value: float) -> str:
+    """Or as many as stand before the point."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def _both(row: dict[str, Any] | None) -> str:
+    """Forward and backward; nothing where there is no such row."""
+    return f"{_three_digits(row['forward_ms']['median'])} / {_three_digits(row['backward_ms'])}" if row else ""
+
+
+def _times_as_fast(dense: dict[str, Any] | None, nsa: dict[str, Any] | None) -> str:
+    if not dense or not nsa:
+        return ""
+    forward = dense["forward_ms"]["median"] / nsa["forward_ms"]["median"]
+    return f"{forward:.2f} / {dense['backward_ms'] / nsa['backward_ms']:.2f}"
+
+
+class _Ops:
+    """The rows of files of `python -m pallas_kernels.benchmarks`, by length, op and selection."""
+
+    def __init__(self, records: Sequence[Any]):
+        self.rows = {(r["T"], r["op"], r["selection"]): r for record in records for r in record["rows"]}
+        self.lengths = sorted({T for T, _, _ in self.rows})
+
+    def __call__(self, T: int, op: str, selection: str | None = None) -> dict[str, Any] | None:
+        return self.rows.get((T, op, selection))
+
+
+def speed(*records: Any) -> list[Row]:
+    """The whole attention against dense attention."""
+    at = _Ops(records)
+    table: list[Row] = [
+        (
+            "tokens",
+            "dense, forward / backward (ms)",
+            "NSA, random selection",
+            "NSA, local selection",
+            "dense / NSA, random",
+            "dense / NSA, local",
+        )
+    ]
+    for T in at.lengths:
+        dense, random, local = at(T, "dense"), at(T, "nsa", "random"), at(T, "nsa", "local")
+        ratios = (_times_as_fast(dense, nsa) for nsa in (random, local))
+        table.append((_length(T), _both(dense), _both(random), _both(local), *ratios))
+    return table
+
+
+def parts(record: Any) -> list[Row]:
+    """The forward pass of each op by itself."""
+    at = _Ops([record])
+    columns = {
+        "compressed attention": ("compressed_attention", None),
+        "scoring and top-n": ("block_selection", None),
+        "selected attention, random": ("selected_attention", "random"),
+        "selected attention, local": ("selected_attention", "local"),
+        "window": ("window_attention", None),
+    }
+    table: list[Row] = [("tokens", *(f"{name} (ms)" for name in columns))]
+    for T in at.lengths:
+        table.append(
+            (_length(T), *(_three_digits(at.rows[T, *key]["forward_ms"]["median"]) for key in columns.values()))
+        )
+    return table
+
+
+def memory(*records: Any) -> list[Row]:
+    """Of forward and backward, by the compiler's count."""
+    at = _Ops(records)
+    table: list[Row] = [("tokens", "NSA, forward and backward (GiB)", "dense")]
+    for T in at.lengths:
+        found = (at(T, "nsa", "random"), at(T, "dense"))
+        table.append((_length(T), *(f"{row['forward_backward_memory_gib']:.2f}" if row else "" for row in found)))
+    return table
+
+
+def small_groups(record: Any) -> list[Row]:
+    """The fastest tile of each way through the selected branch's forward pass."""
+    ways = ("query-major, one query", "query-major, union of queries", "block-major")
+    rows = [row for row in record["rows"] if row["pass"] == "forward"]
+    table: list[Row] = [("query heads per key/value head", *(f"{way}, random / local (ms)" for way in ways))]
+    for G in sorted({row["G"] for row in rows}):
+        cells = []
+        for way in ways:
+            random, local = min((r["random_ms"], r["local_ms"]) for r in rows if (r["G"], r["path"]) == (G, way))
+            cells.append(f"{_three_digits(random)} / {_three_digits(local)}")
+        table.append((G, *cells))
+    return table
+
+
+def window(*records: Any) -> list[Row]:
+    """Our window and cuDNN's."""
+    table: list[Row] = [("tokens", "heads, key/value heads, size", "ours, forward / backward (ms)", "cuDNN")]
+    for record in records:
+        at, shape = _Ops([record]), record["shape"]
+        for T in at.lengths:
+            heads = f"{shape['H']}, {shape['K']}, {shape['Dk']}"
+            table.append((_length(T), heads, _both(at(T, "window_attention")), _both(at(T, "dense_window"))))
+    return table
+
+
+def decoding(record: Any) -> list[Row]:
+    """One layer's step."""
+    table: list[Row] = [("batch", "tokens", "NSA (ms)", "dense (ms)", "dense / NSA", "bandwidth, NSA")]
+    for row in sorted(record["rows"], key=lambda row: (row["batch"], row["T"])):
+        times = (f"{row[f'{name}_ms']['median']:.3f}" for name in ("nsa", "dense"))
+        share = f"{row['nsa_bandwidth_share']:.0%}"
+        table.append((row["batch"], _length(row["T"]), *times, f"{row['dense / nsa']:.2f}", share))
+    return table
+
+
+def model_decoding(record: Any) -> list[Row]:
+    """A whole model's step."""
+    at = {(row["attention"], row["batch"]): row for row in record["rows"]}
+    table: list[Row] = [("batch", "NSA, tokens/s", "full, tokens/s", "NSA / full", "caches, NSA / full (GiB)")]
+    for batch in record["batches"]:
+        nsa, full = at["nsa", batch], at["full", batch]
+        speeds = nsa["tokens_per_second"], full["tokens_per_second"]
+        caches = f"{_three_digits(nsa['cache_gib'])} / {_three_digits(full['cache_gib'])}"
+        table.append((batch, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.2f}", caches))
+    return table
+
+
+def training(record: Any) -> list[Row]:
+    """Tokens per second of a training step, by length."""
+    at = {(row["attention"], row["length"]): row for row in record["rows"]}
+    table: list[Row] = [
+        ("context", "NSA, tokens/s (MFU)", "full, tokens/s (MFU)", "NSA / full", "memory, NSA / full (GiB)")
+    ]
+    for length in record["lengths"]:
+        nsa, full = at["nsa", length], at["full", length]
+        cells = (f"{r['tokens_per_second']:,.0f} ({r['model_flop_utilisation']:.1%})" for r in (nsa, full))
+        ratio = nsa["tokens_per_second"] / full["tokens_per_second"]
+        memory = f"{nsa['memory_gib']:.1f} / {full['memory_gib']:.1f}"
+        table.append((_length(length), *cells, f"{ratio:.2f}", memory))
+    return table
+
+
+def _by_mesh(record: Any) -> dict[tuple[str, int, str], Any]:
+    return {
+        (row["attention"], row["length"], ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())): row
+        for row in record["rows"]
+    }
+
+
+def meshes(record: Any) -> list[Row]:
+    """Tokens per second on each device."""
+    at = _by_mesh(record)
+    names = [mesh for mesh in dict.fromkeys(mesh for _, _, mesh in at) if mesh]
+    table: list[Row] = [("attention", "tokens", "one GPU, tokens/s", *(f"{mesh}, tokens/s on each" for mesh in names))]
+    for attention in record["attentions"]:
+        for length in record["lengths"]:
+            alone = at[attention, length, ""]["tokens_per_second"]
+            cells = []
+            for mesh in names:
+                row = at[attention, length, mesh]
+                each = row["tokens_per_second"] / row["devices"]
+                cells.append(f"{each:,.0f} ({each / alone:.0%})")
+            table.append((attention, _length(length), f"{alone:,.0f}", *cells))
+    return table
+
+
+def communication(record: Any) -> list[Row]:
+    """Milliseconds of a step that devices communicate, and of these the hidden ones."""
+    at = _by_mesh(record)
+    names = [mesh for mesh in dict.fromkeys(mesh for _, _, mesh in at) if mesh]
+    table: list[Row] = [("attention", "tokens", *(f"{mesh}: communication, hidden (ms)" for mesh in names))]
+    for attention in record["attentions"]:
+        for length in record["lengths"]:
+            found = [at[attention, length, mesh]["seconds_of_a_step"] for mesh in names]
+            cells = (f"{1e3 * x['communication_s']:.0f}, {1e3 * x['hidden_s']:.0f}" for x in found)
+            table.append((attention, _length(length), *cells))
+    return table
+
+
+def context(*records: Any) -> list[Row]:
+    """One layer's attention with its tokens split over devices."""
+    table: list[Row] = [
+        ("tokens", "device", "one, forward / backward (ms)", "one (GiB)", "two, forward / backward (ms)", "two (GiB)")
+    ]
+    found = []
+    for record in records:
+        kind = record["provenance"]["device"]["kind"].removeprefix("NVIDIA ").split()[0]
+        at = {(row["T"], row["devices"]): row for row in record["rows"] if "error" not in row}
+        for T in record["lengths"]:
+            cells = []
+            for devices in (1, 2):
+                row = at.get((T, devices))
+                cells += [_both(row), f"{row['both_memory_gib']:.0f}" if row else ""]
+            found.append((T, kind, cells))
+    return table + [(_length(T), kind, *cells) for T, kind, cells in sorted(found)]
+
+
+def quality(*records: Any) -> list[Row]:
+    """Held-out loss at the end of runs, two by two."""
+    table: list[Row] = [("preset", "training tokens", "NSA, held-out bits per byte", "full attention")]
+    for nsa, full in zip(records[::2], records[1::2], strict=True):
+        ends = [run["steps"][-1] for run in (nsa, full)]
+        tokens = ends[0]["step"] * nsa["tokens_per_step"]
+        losses = (f"{end['held_out_bits_per_byte']:.3f}" for end in ends)
+        table.append((f"`{nsa['preset']}`", f"{tokens / 1e6:.3g}M", *losses))
+    return table
+
+
+def experts(*records: Any) -> list[Row]:
+    """How evenly experts are used at the end of runs with the balancing bias and without."""
+    table: list[Row] = [("", "largest load / mean load, last 25 steps", "held-out bits per byte")]
+    for name, run in zip(("with the balancing bias", "without"), records, strict=True):
+        load = statistics.mean(step["router_load_mean"] for step in run["steps"][-25:])
+        table.append((name, f"{load:.2f}", f"{run['steps'][-1]['held_out_bits_per_byte']:.3f}"))
+    return table
+
+
+def positions(*records: Any) -> list[Row]:
+    """Held-out bits per byte by position."""
+    table: list[Row] = [("positions", *LONG_CONTEXT)]
+    for buckets in zip(*(record["buckets"] for record in records), strict=True):
+        losses = (f"{bucket['bits_per_byte']:.3f}" for bucket in buckets)
+        table.append((f"{buckets[0]['begin']} to {buckets[0]['end'] - 1}", *losses))
+    return table
+
+
+def plan(record: Any) -> list[Row]:
+    """What a step of a large model would take."""
+    table: list[Row] = [
+        ("rows x tokens", "mesh", "memory (GB)", "received, counted (GB)", "by formula (GB)", "by formula in bf16 (GB)")
+    ]
+    for row in record["rows"]:
+        mesh = ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
+        received = f"{row['received_gb']:.2f}", f"{row['predicted_gb']:.2f}", f"{row['predicted_bf16_gb']:.1f}"
+        table.append((f"{row['rows']} x {_length(row['length'])}", mesh, f"{row['memory_gb']:.1f}", *received))
+    return table
+
+
+SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
+H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
+TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full"))
+MOE = tuple(TRAINING / f"tiny_moe_{name}.jsonl" for name in ("balanced", "unbalanced"))
+LONG_CONTEXT = {
+    "1k model, no scaling": TRAINING / "long_context_1k_plain.json",
+    "1k model, YaRN": TRAINING / "long_context_1k_yarn.json",
+    "continued at 4k, no scaling": TRAINING / "long_context_4k_plain.json",
+    "continued at 4k, YaRN": TRAINING / "long_context_4k_yarn.json",
+}
+
+TABLES = {
+    "speed": Table(SPEED, speed),
+    "speed-parts": Table(SPEED[:1], parts),
+    "memory": Table(SPEED, memory),
+    "paper-shape": Table((KERNELS / "paper_shape_h100.json",), speed),
+    "small-groups": Table((KERNELS / "selected_attention_small_groups_h100.json",), small_groups),
+    "window": Table(
+        (SPEED[0], KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"),
+        window,
+    ),
+    "decoding": Table((KERNELS / "decode_attention_h100.json",), decoding),
+    "model-decoding": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
+    "training": Table((TRAINING / "h100_350m_speed.json",), training),
+    "training-full-remat": Table((TRAINING / "h100_350m_speed_full_remat.json",), training),
+    "meshes": Table((TRAINING / "h100x2_350m_speed.json",), meshes),
+    "communication": Table((TRAINING / "h100x2_350m_speed.json",), communication),
+    "context": Table(
+        tuple(TRAINING / f"{name}.json" for name in ("h100x2_context", "h200x2_context", "h200x2_context_1m")), context
+    ),
+    "quality": Table((*H100_60M, *TINY), quality),
+    "experts": Table(MOE, experts),
+    "positions": Table(tuple(LONG_CONTEXT.values()), positions),
+    "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
+}

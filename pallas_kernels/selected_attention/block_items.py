@@ -1,0 +1,65 @@
+"""What the block-major kernels share: a program takes one work item of the inverse index (`inverse_index`)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.selected_attention.block_union import block_keys
+from pallas_kernels.triton.integers import cdiv, div, loop
+from pallas_kernels.triton.problem import Problem
+from pallas_kernels.triton.rows import Pair, Rows, packed_rows
+
+
+class Item(NamedTuple):
+    """The queries that one program gathers, and the keys of their block."""
+
+    pair: Pair
+    rows: Rows
+    key: Any  # number within the block, of a power of two
+    key_position: Any
+    there: Any  # whether there is such a key
+    first: Any  # the item's first entry in the list of choices
+    count: Any
+    steps: Any
+    own: Any  # steps, the first ones, with queries that do not see all of the block
+    queries: int  # of a step
+    choices_ref: Any
+
+    def gather(self, i: Any, num_selected: int) -> tuple[Any, Any, Any]:
+        """(choice, query, whether there is one) of each packed row in step i."""
+        entry = i * self.queries + self.rows.query
+        listed = entry < self.count
+        choice = plgpu.load(self.choices_ref.at[self.pair.index, self.first + entry], mask=listed, other=0)
+        return choice, div(choice, num_selected), listed
+
+    def walk(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Runs `step(i, carry, edge)`: a block's list begins with its own queries, which do not see all of it."""
+        carry = loop(0, self.own, functools.partial(step, edge=True), carry)
+        return loop(self.own, self.steps, functools.partial(step, edge=False), carry)
+
+
+def item_of(
+    pair: Pair,
+    q_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    num_rows: int,
+    stride: int,
+    refs: Any,
+    problem: Problem,
+) -> Item:
+    """The item of this program; `refs` are those of the inverse index."""
+    (_, _, H, _), (_, T, K, _) = q_shape, v_shape
+    choices_ref, *fields = refs
+    block, first, count, rank = (ref[pair.index, pl.program_id(0)] for ref in fields)
+    rows = packed_rows(0, num_rows, stride, pair, H, K)
+    queries = num_rows // stride
+    key, inside = block_keys(problem)
+    key_position = block * problem.select_block + key
+    there = key_position < T if inside is None else inside & (key_position < T)
+    steps = cdiv(count, queries)
+    own = jnp.minimum(cdiv(jnp.maximum(problem.select_block - rank, 0), queries), steps)
+    return Item(pair, rows, key, key_position, there, first, count, steps, own, queries, choices_ref)
