@@ -16,7 +16,7 @@ import pytest
 from nsa_jax import BranchKV, NSAConfig, backends, num_compressed, reference
 from pallas_kernels.contract import Gradients
 from pallas_kernels.devices import current_device
-from pallas_kernels.triton_call import poisoned_outputs
+from pallas_kernels.triton.launch import poisoned_outputs
 
 BACKENDS = ("triton",)
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -156,14 +157,22 @@ def test_equals_the_reference_on_whole_rows(backend, name):
         np.testing.assert_array_equal(a, b)
 
 
+def programs() -> list[Any]:
+    """Every step, dtype, GPU and width; of each step only two, in turn, are not exhaustive."""
+    ways = list(
+        itertools.product((jnp.bfloat16, jnp.float16, jnp.float32), ("NVIDIA H100", "NVIDIA A100"), (True, False))
+    )
+    return [
+        pytest.param(name, *way, marks=[] if i in (5 * turn % 12, (5 * turn + 7) % 12) else [pytest.mark.exhaustive])
+        for turn, name in enumerate(GPU_STEPS)
+        for i, way in enumerate(ways)
+    ]
+
+
 @each_backend
-@pytest.mark.parametrize("kind", ["NVIDIA H100", "NVIDIA A100"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("name", GPU_STEPS)
+@pytest.mark.parametrize(("name", "dtype", "kind", "x64"), programs())
 def test_lowers_for_gpus(backend, name, dtype, kind, x64):
-    step = GPU_STEPS[name]
-    step = dataclasses.replace(step, lengths=tuple(70 for _ in step.lengths))
+    step = dataclasses.replace(GPU_STEPS[name], lengths=tuple(70 for _ in GPU_STEPS[name].lengths))
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(step, dtype).arguments(dtype))
     with jax.enable_x64(x64), cases.abstract(kind):
         decode = functools.partial(cases.function(backend, "decode_attention"), **step.options)

@@ -1,23 +1,23 @@
 """What only the Triton kernels have: cuts of long sequences, tiles of several queries, block-major ways, grids."""
 
+import contextlib
 import functools
+import importlib
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from nsa_jax import NSAConfig
+from pallas_kernels import devices
 from pallas_kernels.block_selection import triton as block_selection
 from pallas_kernels.selected_attention import block_union
-from pallas_kernels.selected_attention import triton as query_major
-from pallas_kernels.selected_attention import triton_backward as backward
-from pallas_kernels.selected_attention.block_major import BlockMajorTile
 from pallas_kernels.selected_attention.inverse_index import invert
-from pallas_kernels.triton.problem import problem_of
-from pallas_kernels.triton_call import triton_call
+from pallas_kernels.triton.launch import launch
+from pallas_kernels.triton.tiles import BlockTile, Key, QueryTile, Table, Tile, find_row
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.test_ops import INTERPRETED, check_branch
@@ -34,14 +34,16 @@ def selection(case: Case) -> tuple[Any, ...]:
     return arrays, np.asarray(select(*arrays, None, jnp.int32(0)))
 
 
-def test_slabs_and_spans_change_nothing(monkeypatch):
+def test_cuts_and_chunks_change_nothing(monkeypatch):
     arrays, expected = selection(SELECTION)
     monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
-    problem = problem_of(SELECTION.config, SELECTION.scale, True)
-    spans = block_selection.query_spans(500, SELECTION.num_compressed, 8, 0, problem)
-    assert len(spans) == 3
-    actual = block_selection.choose(*arrays, None, jnp.zeros((1,), jnp.int32), problem, spans, scratch_bytes=40000)
-    np.testing.assert_array_equal(actual, expected)
+    monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 40000)
+    run = functools.partial(block_selection.select_blocks, **SELECTION.options, interpret=True)
+    cut = jax.jit(lambda *arrays: run(*arrays, None, 0))
+    np.testing.assert_array_equal(cut(*arrays), expected)
+    program = str(jax.make_jaxpr(cut)(*arrays))
+    assert program.count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
+    assert "scan" in program  # over chunks
 
 
 def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):
@@ -57,17 +59,55 @@ def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):
 
 def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     monkeypatch.setattr(block_union, "_ADAPTIVE_FROM", 8)
-    pairs = query_major.ForwardTile(2, 2, 2), query_major.ForwardTile(4, 4, 2)
-    monkeypatch.setattr(query_major, "forward_tiles", lambda *_: pairs)
-    monkeypatch.setattr(backward, "query_tiles", lambda *_: (backward.QueryTile(8, 4, 2), None))
     case = Case(70, 8, 1, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1), query_offset=37, segments=(43,))
-    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED)
+    tile = QueryTile(16, 2, 2, shared=QueryTile(32, 4, 2))
+    query_tile = QueryTile(32, 4, 2)
+    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=tile, query_tile=query_tile)
 
 
-def test_block_major_forward_equals_the_reference(monkeypatch):
-    monkeypatch.setattr(query_major, "block_major_tile", lambda *_: BlockMajorTile(16, 32, 4, 2))
+def test_block_major_forward_equals_the_reference():
     case = Case(70, 6, 2, 32, 40, NSAConfig(8, 8, 24, 3, 1, 1), query_offset=37, segments=(43,), given=True)
-    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED)
+    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=BlockTile(16, 32, 4, 2))
+
+
+def tables() -> dict[str, Table]:
+    """Every table of tiles, by op and kernel."""
+    ops = ("block_selection", "compressed_attention", "decode_attention", "selected_attention", "window_attention")
+    modules = {op: importlib.import_module(f"pallas_kernels.{op}.tiles") for op in ops}
+    return {
+        f"{op} {name}": value
+        for op, module in modules.items()
+        for name, value in vars(module).items()
+        if name.isupper() and value and hasattr(value[0], "tile")
+    }
+
+
+@pytest.mark.parametrize("table", tables().values(), ids=tables())
+@pytest.mark.parametrize("kind", ["cpu", *(names[0] for names in devices.KINDS.values())])
+def test_every_supported_call_has_a_tile_that_was_chosen_for_no_larger_gpu(table, kind):
+    capability = devices.capability_of(kind)
+    context = contextlib.nullcontext() if kind == "cpu" else cases.abstract(kind)
+    with context:
+        for itemsize, head_dim, group in itertools.product((2, 4), (16, 64, 65, 128, 192, 256), (1, 3, 16, 64)):
+            row = find_row(table, Key(itemsize, head_dim, group))
+            assert row.itemsize == itemsize
+            assert head_dim <= row.head_dim
+            assert group <= row.group
+            assert capability is None or capability < (8, 0) or row.capability <= capability
+
+
+def test_every_op_takes_a_tile_of_ones_own():
+    case = Case(64, 4, 2, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1, 20), traced=False)
+    inputs, tile = cases.shapes(case, jnp.float32), Tile(32, 16, 8, 2)
+
+    def program(op, *arrays):
+        call = functools.partial(cases.function("triton", op), **case.options, tile=tile)
+        return str(jax.make_jaxpr(lambda *arrays: call(*arrays, None, 0))(*arrays))
+
+    shapes = (inputs.q, *inputs.kv[:2])
+    assert "num_warps=8" in program("compressed_attention", *shapes)
+    assert "num_warps=8" in program("window_attention", *shapes[:1], *inputs.kv[4:])
+    assert "num_warps=8" in program("select_blocks", *shapes[:2], inputs.dlse)
 
 
 def test_inverse_index_lists_every_choice_once_in_order():
@@ -78,19 +118,19 @@ def test_inverse_index_lists_every_choice_once_in_order():
         for block in range(6):
             items = range(*index.block_items[row, block : block + 2])
             assert all(index.block[row, i] == block and 0 < index.length[row, i] <= 32 for i in items)
-            spans = [index.places[row, index.first[row, i] : index.first[row, i] + index.length[row, i]] for i in items]
+            spans = [
+                index.choices[row, index.first[row, i] : index.first[row, i] + index.length[row, i]] for i in items
+            ]
             np.testing.assert_array_equal(np.concatenate(spans), np.flatnonzero(chosen == block))
         used = index.block_items[row, -1]
         assert not index.length[row, used:].any()
 
 
 def test_vmap_of_a_grid_too_long_for_cuda_is_refused():
-    call = triton_call(
+    call = launch(
         lambda x_ref, o_ref: None,
         name="long",
         grid=(65536, 1),
-        in_specs=pl.no_block_spec,
-        out_specs=pl.no_block_spec,
         out_shape=jax.ShapeDtypeStruct((4,), jnp.float32),
         num_warps=4,
         num_stages=1,
