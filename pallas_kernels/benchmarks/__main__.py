@@ -1,4 +1,7 @@
-"""Times every op, the whole attention and cuDNN's dense attention; prints a table, writes JSON and a plot."""
+"""Times every op, the whole attention and cuDNN's dense attention; prints a table, writes JSON and a plot.
+
+`python -m pallas_kernels.benchmarks tune --op OP` measures the tiles of an op's kernels instead; see `tune`.
+"""
 
 import argparse
 import dataclasses
@@ -9,6 +12,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.benchmarks import tune
 from pallas_kernels.benchmarks.cases import Shape, cases
 from pallas_kernels.benchmarks.plot import describe, plot
 from pallas_kernels.benchmarks.provenance import provenance
@@ -30,6 +34,8 @@ COLUMNS = (
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that the command line asks for."""
+    if arguments[:1] == ["tune"]:
+        return tune.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.benchmarks", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--selection", nargs="+", choices=["random", "local"], default=["random", "local"])

@@ -2,23 +2,28 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.benchmarks.ops import (
+    PARTS,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
 from pallas_kernels.benchmarks.patterns import Pattern, block_indices
-from pallas_kernels.block_selection import select_blocks
-from pallas_kernels.compressed_attention import compressed_attention
-from pallas_kernels.nsa_attention import nsa_attention
-from pallas_kernels.selected_attention import selected_attention
-from pallas_kernels.window_attention import window_attention
+from pallas_kernels.differentiable import Positions
+from pallas_kernels.nsa_attention.contract import Keys
+from pallas_kernels.nsa_attention.fused import nsa_attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One attention layer on one sequence."""
+    """One attention layer on one sequence; it is the `config` of the ops, too."""
 
     T: int
     H: int = 64
@@ -47,56 +52,62 @@ class Case:
     bytes: float  # the forward pass must move: each argument read once, the output written once
 
 
-def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
-    """Every op alone, all of them as one attention, then cuDNN: dense attention, and the window alone."""
+class Inputs(NamedTuple):
+    """Random arguments of the ops."""
+
+    q: Array
+    keys: Keys
+    gates: Array
+    block_indices: Array
+
+
+def inputs(shape: Shape, pattern: Pattern, seed: int = 0) -> Inputs:
+    """Standard normal arrays, gates in (0, 1) and a selection of the pattern."""
     T, H, K, Dk, Dv = shape.T, shape.H, shape.K, shape.Dk, shape.Dv
-    dtype = jnp.dtype(shape.dtype)
     compressed = max(0, (T - shape.compress_block) // shape.compress_stride + 1)
     keys = jax.random.split(jax.random.key(seed), 9)
 
     def normal(i: int, *dims: int) -> Array:
-        return jax.random.normal(keys[i], (1, *dims), dtype)
+        return jax.random.normal(keys[i], (1, *dims), jnp.dtype(shape.dtype))
 
-    q = normal(0, T, H, Dk)
-    cmp_kv = (normal(1, compressed, K, Dk), normal(2, compressed, K, Dv))
-    slc_kv = (normal(3, T, K, Dk), normal(4, T, K, Dv))
-    win_kv = (normal(5, T, K, Dk), normal(6, T, K, Dv))
-    gates = jax.nn.sigmoid(jax.random.normal(keys[7], (1, T, H, 3)))
-    chosen = block_indices(
-        keys[8], pattern=pattern, K=K, T=T, select_block=shape.select_block, num_selected=shape.num_selected
+    return Inputs(
+        q=normal(0, T, H, Dk),
+        keys=Keys(*(normal(1 + i, (compressed, T, T)[i // 2], K, (Dk, Dv)[i % 2]) for i in range(6))),
+        gates=jax.nn.sigmoid(jax.random.normal(keys[7], (1, T, H, 3))),
+        block_indices=block_indices(
+            keys[8], pattern=pattern, K=K, T=T, select_block=shape.select_block, num_selected=shape.num_selected
+        ),
     )
+
+
+def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
+    """Every op alone, all of them as one attention, then cuDNN: dense attention, and the window alone."""
+    T, H, Dk, Dv = shape.T, shape.H, shape.Dk, shape.Dv
+    q, keys, gates, chosen = inputs(shape, pattern, seed)
+    cmp_kv, slc_kv, win_kv = keys[:2], keys[2:4], keys[4:]
     scale = Dk**-0.5
-    blocks: dict[str, Any] = {
-        "compress_block": shape.compress_block,
-        "compress_stride": shape.compress_stride,
-        "scale": scale,
-    }
-    choice: dict[str, Any] = {
-        "select_block": shape.select_block,
-        "num_selected": shape.num_selected,
-        "num_init": 1,
-        "num_local": 2,
-    }
+    options: dict[str, Any] = {"config": shape, "scale": scale}
 
     def compress(q, k, v):
-        return compressed_attention(q, k, v, None, 0, **blocks)
+        return compressed_attention(q, k, v, None, 0, **options)
 
     def select(q, k, lse):
-        return select_blocks(q, k, lse, None, 0, **blocks, **choice)
+        return select_blocks(q, k, lse, None, 0, **options)
 
     def selected(q, k, v, indices):
-        return selected_attention(q, k, v, indices, None, 0, select_block=shape.select_block, scale=scale)
+        return selected_attention(q, k, v, indices, None, 0, **options)
 
     def window(q, k, v):
-        return window_attention(q, k, v, None, 0, window=shape.window, scale=scale)
+        return window_attention(q, k, v, None, 0, **options)
 
-    def whole(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, indices, lse):
+    def whole(q, *arrays):
+        *keys, gates, indices, lse = arrays
         # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to. A
         # barrier does not do: the compiler drops what comes out of it unused, and the selection with it.
-        found = select(*jax.lax.stop_gradient((q, cmp_k)), lse)
+        found = select(*jax.lax.stop_gradient((q, keys[0])), lse)
         indices = jnp.where(found < -1, found, indices)
-        sizes = {**blocks, **choice, "window": shape.window}
-        return nsa_attention(q, cmp_k, cmp_v, slc_k, slc_v, win_k, win_v, gates, None, 0, indices, **sizes)
+        positions = Positions(None, 0)
+        return nsa_attention(q, Keys(*keys), gates, positions, positions, indices, parts=PARTS, **options)
 
     def dense(q, k, v, local_window_size=None):
         size = max(Dk, Dv)
@@ -111,9 +122,10 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
 
     _, lse = jax.jit(compress)(q, *cmp_kv)
     read = shape.num_selected * shape.select_block
+    num_compressed = keys.cmp_k.shape[1]
     pairs = {
-        "compressed_attention": T * compressed / 2,
-        "block_selection": T * compressed / 2,
+        "compressed_attention": T * num_compressed / 2,
+        "block_selection": T * num_compressed / 2,
         "selected_attention": sum(min(t, read) for t in range(T)),
         "window_attention": sum(min(t, shape.window) for t in range(T)),
         "dense": T * T / 2,
@@ -127,7 +139,7 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, out)))
         return Case(name, forward, arguments, differentiable, flops[name], moved)
 
-    everything = (q, *cmp_kv, *slc_kv, *win_kv, gates, chosen, lse)
+    everything = (q, *keys, gates, chosen, lse)
     return [
         case("compressed_attention", lambda *a: compress(*a)[0], (q, *cmp_kv), 3),
         case("block_selection", select, (q, cmp_kv[0], lse), 0),

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.benchmarks.cases import Shape
+from pallas_kernels.benchmarks.ops import decode_attention
 from pallas_kernels.benchmarks.provenance import provenance
 from pallas_kernels.benchmarks.timing import Timing, time_call
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.contract import bytes_read
 
 BYTES = 400e6  # read by the layers that the steps go through, so that no cache of the GPU holds them all
@@ -46,17 +46,7 @@ def sparse_step(shape: Shape) -> Callable[..., Array]:
     """Native Sparse Attention of one new token of each row."""
 
     def step(*arguments: Array) -> Array:
-        return decode_attention(
-            *arguments,
-            compress_block=shape.compress_block,
-            compress_stride=shape.compress_stride,
-            select_block=shape.select_block,
-            num_selected=shape.num_selected,
-            num_init=1,
-            num_local=2,
-            window=shape.window,
-            scale=shape.Dk**-0.5,
-        )[0]
+        return decode_attention(*arguments, config=shape, scale=shape.Dk**-0.5)[0]
 
     return step
 

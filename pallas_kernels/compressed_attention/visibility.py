@@ -39,7 +39,7 @@ class Visibility:
     def key_ranges(self, ends: tuple[Any, Any], keys: int) -> list[Range]:
         """Ranges (begin, end, edge) of tiles of `keys` keys that hold one which a tile of queries sees.
 
-        `ends` are the first and the last of the queries. Tiles that all of them see whole need no mask: they are no edge.
+        `ends` are the first and the last of the queries. Tiles that all of them see whole are no edge.
         """
         first_query, last_query = ends
         end = cdiv(visible_end(self.offset + last_query, self.problem, self.num_keys), keys)

@@ -114,6 +114,9 @@ def decode_attention(
       NotImplementedError: a dtype, head size, group size, scale or number of blocks that the kernels do not take.
     """
     check_supported(q, win_k, win_v, scale=scale)
+    for name, pool in {"cmp_k": cmp_k, "cmp_v": cmp_v, "slc_k": slc_k, "slc_v": slc_v}.items():
+        if pool.dtype != q.dtype:
+            raise NotImplementedError(f"{name}.dtype = {pool.dtype}: expected q's, {q.dtype}")
     (B, m, H, Dk), (K, s, Dv), N = q.shape, slc_v.shape[1:], block_tables.shape[1]
     check_num_blocks(N)
     tile = tile or find_tile(tiles.STEP, key_of(q, win_k, win_v))

@@ -1,8 +1,8 @@
 """Which query heads the rows of a tile hold, and how rows of arrays are loaded and stored.
 
-The G heads of a group share their keys, so that a tile packs them: packed row r is head r % stride of query r // stride,
-where heads count within the group. With stride = G nothing is padded, but a query may lie in two tiles. With a power of
-two as stride, a tile holds whole queries, and heads from G on are padding.
+The G heads of a group share their keys, so that a tile packs them. Packed row r is head r % stride of the group and
+query r // stride. With stride = G nothing is padded, but a query may lie in two tiles. With a power of two as stride, a
+tile holds whole queries, and heads from G on are padding.
 """
 
 from collections.abc import Sequence

@@ -25,9 +25,9 @@ def test_the_compiler_does_not_drop_the_selection_of_the_whole_attention(monkeyp
     def compressed_attention(q, k, v, *_, **__):
         return q, jnp.zeros((1, q.shape[2], q.shape[1]))
 
-    def select_blocks(q, k, lse, *_, num_selected, **__):
+    def select_blocks(q, k, lse, *_, config, **__):
         order = jnp.sort(jnp.sin(lse[:, : k.shape[2]]), axis=-1)
-        return jnp.repeat((order[..., None] > 0).astype(jnp.int32), num_selected, axis=-1)
+        return jnp.repeat((order[..., None] > 0).astype(jnp.int32), config.num_selected, axis=-1)
 
     def nsa_attention(q, *others, **_):
         return q + others[-1].sum()
