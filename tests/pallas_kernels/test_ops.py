@@ -180,6 +180,19 @@ def test_equal_keys_are_chosen_in_order_of_index(backend):
 
 
 @each_backend
+def test_the_newest_compressed_token_of_the_last_query_is_scored(backend):
+    """It ends with the last query's own token, because d divides T - l."""
+    case = Case(192, 1, 1, 32, 32, cases.NSAConfig(num_selected=2, num_local=0))
+    q = jnp.ones((1, case.T, 1, 32))
+    k = jnp.zeros((1, case.num_compressed, 1, 32)).at[:, -1].set(1.0).at[:, 5].set(0.1)
+    _, lse = reference.compressed_attention(q, k, k, None, 0, **case.options)
+    expected = reference.select_blocks(q, k, lse, None, 0, **case.options)
+    np.testing.assert_array_equal(expected[0, 0, -1], [0, 2])  # nothing forces block 2 but the newest token's score
+    select = functools.partial(cases.function(backend, "select_blocks"), **case.options)
+    np.testing.assert_array_equal(jax.jit(lambda *arrays: select(*arrays, None, 0))(q, k, lse), expected)
+
+
+@each_backend
 def test_blocks_carry_no_gradient(backend):
     case = Case(100, 2, 1, 32, 32, cases.NSAConfig(32, 16, 64, 2, 0, 1), traced=False)
     select = functools.partial(cases.function(backend, "select_blocks"), **case.options)

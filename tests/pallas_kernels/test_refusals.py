@@ -57,6 +57,7 @@ REFUSED = {
     "triton": {
         "q of float64": ({"q": jnp.float64}, r"q\.dtype = float64: expected bfloat16, float16 or float32"),
         "all of float64": ({"dtype": jnp.float64}, r"q\.dtype = float64: expected bfloat16, float16 or float32"),
+        "keys of another dtype": ({"k": jnp.bfloat16}, r"k\.dtype = bfloat16: expected q's, float32"),
         "small heads": ({"Dk": 8}, "head_dim of q = 8: expected 16 to 256"),
         "large heads": ({"Dk": 320}, "head_dim of q = 320: expected 16 to 256"),
         "small values": ({"Dv": 8}, "head_dim of v = 8: expected 16 to 256"),
@@ -67,19 +68,15 @@ REFUSED = {
         "no scale": ({"scale": 0.0}, r"scale = 0\.0: expected a positive number"),
     }
 }
-ALSO_BY_ONE = {
-    "triton": {"keys of another dtype": ({"k": jnp.bfloat16}, r"k\.dtype = bfloat16: expected q's, float32")}
-}
 
 
 def each_refusal():
     return [
         pytest.param(backend, op, *refusal, id=f"{backend}-{op}-{name}")
         for backend in BACKENDS
-        for name, refusal in (REFUSED[backend] | ALSO_BY_ONE[backend]).items()
+        for name, refusal in REFUSED[backend].items()
         for op in PASSES
         if not (name.endswith("values") and op == "select_blocks")  # which has none
-        and not (name in ALSO_BY_ONE[backend] and op == "decode_attention")  # its keys are the cache's
     ]
 
 

@@ -1,9 +1,6 @@
 """What only the Triton kernels have: cuts of long sequences, tiles of several queries, block-major ways, grids."""
 
-import contextlib
 import functools
-import importlib
-import itertools
 from typing import Any
 
 import jax
@@ -12,12 +9,11 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
-from pallas_kernels import devices
 from pallas_kernels.block_selection import triton as block_selection
 from pallas_kernels.selected_attention import block_union
 from pallas_kernels.selected_attention.inverse_index import invert
 from pallas_kernels.triton.launch import launch
-from pallas_kernels.triton.tiles import BlockTile, Key, QueryTile, Table, Tile, find_row
+from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.test_ops import INTERPRETED, check_branch, close
@@ -73,32 +69,6 @@ def test_block_major_forward_equals_the_reference():
     expected = cases.expected_results(op, case, inputs)
     close("o", o, expected.o, INTERPRETED)
     close("lse", lse, expected.lse, INTERPRETED)
-
-
-def tables() -> dict[str, Table]:
-    """Every table of tiles, by op and kernel."""
-    ops = ("block_selection", "compressed_attention", "decode_attention", "selected_attention", "window_attention")
-    modules = {op: importlib.import_module(f"pallas_kernels.{op}.tiles") for op in ops}
-    return {
-        f"{op} {name}": value
-        for op, module in modules.items()
-        for name, value in vars(module).items()
-        if name.isupper() and value and hasattr(value[0], "tile")
-    }
-
-
-@pytest.mark.parametrize("table", tables().values(), ids=tables())
-@pytest.mark.parametrize("kind", ["cpu", *(names[0] for names in devices.KINDS.values())])
-def test_every_supported_call_has_a_tile_that_was_chosen_for_no_larger_gpu(table, kind):
-    capability = devices.capability_of(kind)
-    context = contextlib.nullcontext() if kind == "cpu" else cases.abstract(kind)
-    with context:
-        for itemsize, head_dim, group in itertools.product((2, 4), (16, 64, 65, 128, 192, 256), (1, 3, 16, 64)):
-            row = find_row(table, Key(itemsize, head_dim, group))
-            assert row.itemsize == itemsize
-            assert head_dim <= row.head_dim
-            assert group <= row.group
-            assert capability is None or capability < (8, 0) or row.capability <= capability
 
 
 def test_every_op_takes_a_tile_of_ones_own():
