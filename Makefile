@@ -6,8 +6,11 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PRESET ?= tiny
 ARGS ?=
 WORKERS ?= 2
-SMOKE = tests/test_brute_force.py
-
+SMOKE = tests/test_brute_force.py tests/test_results.py \
+	tests/nsa_jax/test_against_brute_force.py tests/nsa_jax/test_rope.py \
+	tests/pallas_kernels/test_window_attention.py \
+	tests/train/test_config.py tests/train/test_data.py tests/train/test_tokenizer.py tests/train/test_loss.py \
+	tests/train/test_step.py tests/train/test_saved.py
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: install train smoke test test-all lint figures docs notebooks wheel clean

@@ -14,12 +14,13 @@ PAGES = (
     "installing",
     "ops",
     "layers",
-    "decoding",
+    "caches-and-decoding",
     "sharding",
     "training",
     "results",
     "kernels",
     "adding-a-backend",
+    "comparison",
     "glossary",
 )
 
@@ -40,8 +41,15 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to notebooks lead to the copies beside the pages."""
+    return markdown.replace("](../notebooks/", "](notebooks/")
+
+
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages of the reference."""
+    """Adds the pages of the reference, and the notebooks."""
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
     for package in PACKAGES:
         for name in modules(package):
             files.append(File.generated(config, f"reference/{name}.md", content=f"# `{name}`\n\n::: {name}\n"))

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 KERNELS = Path("pallas_kernels/benchmarks/results")
 TRAINING = Path("train/results")
 
+ATTENTIONS = {"nsa": "NSA", "full": "full"}  # as tables call them
+
 Row = Sequence[object]
 
 
@@ -49,17 +51,18 @@ def markdown(name: str) -> str:
 
 
 def _origin(records: list[Any]) -> str:
-    """Where each of the records comes from, once for each place."""
-    found = {}
+    """Where and when each of the records was measured, once for each place."""
+    found: dict[str, list[str]] = {}
     for record in records:
         origin = record["provenance"]
         device, jax = origin["device"], origin["versions"]["jax"]
         where = "a device that was not recorded" if device is None else f"{device['count']} x {device['kind']}"
-        version = "" if jax is None else f", JAX {jax}"
         commit = "no commit" if origin["commit"] is None else f"commit {origin['commit'][:7]}"
         how = "recorded with " if "recorded_with" in origin else ""
-        found[f"{where}{version}, {origin['date'][:10]}, {how}{commit}"] = None
-    return f"*Measured on {'; '.join(found)}.*"
+        when = found.setdefault(where if jax is None else f"{where}, JAX {jax}", [])
+        if (new := f"{origin['date'][:10]}, {how}{commit}") not in when:
+            when.append(new)
+    return "*Measured on " + "; ".join(f"{where} ({' and '.join(when)})" for where, when in found.items()) + ".*"
 
 
 def _length(tokens: int) -> str:
@@ -100,9 +103,9 @@ def speed(*records: Any) -> list[Row]:
     table: list[Row] = [
         (
             "tokens",
-            "dense, forward / backward (ms)",
-            "NSA, random selection",
-            "NSA, local selection",
+            "dense (ms, forward / backward)",
+            "NSA, random",
+            "NSA, local",
             "dense / NSA, random",
             "dense / NSA, local",
         )
@@ -135,21 +138,35 @@ def parts(record: Any) -> list[Row]:
 def memory(*records: Any) -> list[Row]:
     """Of forward and backward, by the compiler's count."""
     at = _Ops(records)
-    table: list[Row] = [("tokens", "NSA, forward and backward (GiB)", "dense")]
+    table: list[Row] = [("tokens", "NSA (GiB)", "dense (GiB)")]
     for T in at.lengths:
         found = (at(T, "nsa", "random"), at(T, "dense"))
         table.append((_length(T), *(f"{row['forward_backward_memory_gib']:.2f}" if row else "" for row in found)))
     return table
 
 
+def paper_heads(record: Any) -> list[Row]:
+    """The whole attention with random selection against dense attention, whose heads are padded."""
+    at = _Ops([record])
+    table: list[Row] = [("tokens", "dense, padded (ms, forward / backward)", "NSA", "dense / NSA")]
+    for T in at.lengths:
+        dense, nsa = at(T, "dense"), at(T, "nsa", "random")
+        table.append((_length(T), _both(dense), _both(nsa), _times_as_fast(dense, nsa)))
+    return table
+
+
 def small_groups(record: Any) -> list[Row]:
     """The fastest tile of each way through the selected branch's forward pass."""
-    ways = ("query-major, one query", "query-major, union of queries", "block-major")
+    ways = {
+        "query-major": "query-major, one query",
+        "query-major, several queries": "query-major, union of queries",
+        "block-major": "block-major",
+    }
     rows = [row for row in record["rows"] if row["pass"] == "forward"]
-    table: list[Row] = [("query heads per key/value head", *(f"{way}, random / local (ms)" for way in ways))]
+    table: list[Row] = [("query heads per key/value head", *(f"{name} (ms)" for name in ways))]
     for G in sorted({row["G"] for row in rows}):
         cells = []
-        for way in ways:
+        for way in ways.values():
             random, local = min((r["random_ms"], r["local_ms"]) for r in rows if (r["G"], r["path"]) == (G, way))
             cells.append(f"{_three_digits(random)} / {_three_digits(local)}")
         table.append((G, *cells))
@@ -224,7 +241,7 @@ def meshes(record: Any) -> list[Row]:
                 row = at[attention, length, mesh]
                 each = row["tokens_per_second"] / row["devices"]
                 cells.append(f"{each:,.0f} ({each / alone:.0%})")
-            table.append((attention, _length(length), f"{alone:,.0f}", *cells))
+            table.append((ATTENTIONS[attention], _length(length), f"{alone:,.0f}", *cells))
     return table
 
 
@@ -237,7 +254,7 @@ def communication(record: Any) -> list[Row]:
         for length in record["lengths"]:
             found = [at[attention, length, mesh]["seconds_of_a_step"] for mesh in names]
             cells = (f"{1e3 * x['communication_s']:.0f}, {1e3 * x['hidden_s']:.0f}" for x in found)
-            table.append((attention, _length(length), *cells))
+            table.append((ATTENTIONS[attention], _length(length), *cells))
     return table
 
 
@@ -260,13 +277,13 @@ def context(*records: Any) -> list[Row]:
 
 
 def quality(*records: Any) -> list[Row]:
-    """Held-out loss at the end of runs, two by two."""
-    table: list[Row] = [("preset", "training tokens", "NSA, held-out bits per byte", "full attention")]
-    for nsa, full in zip(records[::2], records[1::2], strict=True):
-        ends = [run["steps"][-1] for run in (nsa, full)]
-        tokens = ends[0]["step"] * nsa["tokens_per_step"]
-        losses = (f"{end['held_out_bits_per_byte']:.3f}" for end in ends)
-        table.append((f"`{nsa['preset']}`", f"{tokens / 1e6:.3g}M", *losses))
+    """Held-out loss at the end of a run with each attention."""
+    table: list[Row] = [("attention", "training tokens", "held-out bits per byte")]
+    for run in records:
+        end = run["steps"][-1]
+        tokens = end["step"] * run["tokens_per_step"]
+        shown = f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k"
+        table.append((ATTENTIONS[run["attention"]], shown, f"{end['held_out_bits_per_byte']:.3f}"))
     return table
 
 
@@ -313,25 +330,23 @@ LONG_CONTEXT = {
 
 TABLES = {
     "speed": Table(SPEED, speed),
-    "speed-parts": Table(SPEED[:1], parts),
+    "speed_parts": Table(SPEED[:1], parts),
     "memory": Table(SPEED, memory),
-    "paper-shape": Table((KERNELS / "paper_shape_h100.json",), speed),
-    "small-groups": Table((KERNELS / "selected_attention_small_groups_h100.json",), small_groups),
-    "window": Table(
-        (SPEED[0], KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"),
-        window,
-    ),
-    "decoding": Table((KERNELS / "decode_attention_h100.json",), decoding),
-    "model-decoding": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
-    "training": Table((TRAINING / "h100_350m_speed.json",), training),
-    "training-full-remat": Table((TRAINING / "h100_350m_speed_full_remat.json",), training),
+    "speed_paper_heads": Table((KERNELS / "paper_shape_h100.json",), paper_heads),
+    "speed_small_groups": Table((KERNELS / "selected_attention_small_groups_h100.json",), small_groups),
+    "window": Table((SPEED[0], KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"), window),
+    "decoding_layer": Table((KERNELS / "decode_attention_h100.json",), decoding),
+    "decoding_model": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
+    "training_speed": Table((TRAINING / "h100_350m_speed.json",), training),
+    "training_speed_full_remat": Table((TRAINING / "h100_350m_speed_full_remat.json",), training),
     "meshes": Table((TRAINING / "h100x2_350m_speed.json",), meshes),
     "communication": Table((TRAINING / "h100x2_350m_speed.json",), communication),
     "context": Table(
         tuple(TRAINING / f"{name}.json" for name in ("h100x2_context", "h200x2_context", "h200x2_context_1m")), context
     ),
-    "quality": Table((*H100_60M, *TINY), quality),
-    "experts": Table(MOE, experts),
-    "positions": Table(tuple(LONG_CONTEXT.values()), positions),
+    "quality_60m": Table(H100_60M, quality),
+    "quality_tiny": Table(TINY, quality),
+    "moe_balance": Table(MOE, experts),
+    "long_context": Table(tuple(LONG_CONTEXT.values()), positions),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

@@ -14,20 +14,20 @@
 # %% [markdown]
 # # Native Sparse Attention in twenty minutes
 #
-# Attention costs time in proportion to the square of the length, because every query reads every key before it.
-# [Native Sparse Attention](https://arxiv.org/abs/2502.11089) (NSA) lets a query read
+# The cost of attention grows with the square of the length, because every query reads every key before it. With
+# [Native Sparse Attention](https://arxiv.org/abs/2502.11089) (NSA), a query reads only
 #
 # 1. a coarse summary of everything before it (the *compressed* branch),
 # 2. the few blocks that this summary shows to matter, in full (the *selected* branch), and
-# 3. its neighbourhood (the *window* branch),
+# 3. its neighbourhood (the *window* branch).
 #
-# and adds the three with gates that are learned with everything else. We begin with dense attention and get there in
-# six steps. Each step has its equation, a picture, and the function of `nsa_jax` that computes it.
+# Gates, which are learned with everything else, weigh and add the three. We begin with dense attention and get there
+# in six steps. Each step has its equation, a picture, and the function of `nsa_jax` that computes it.
 #
-# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
 
 # %%
-# Installs the package where it is missing (on Colab), and says where this runs.
+# Installs the package if it is missing (on Colab), and prints where this runs.
 import importlib.util
 import os
 import subprocess
@@ -37,9 +37,9 @@ from pathlib import Path
 
 HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[plot]"] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax[plot]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
+    sys.path.append(str(HERE.parent))  # only later processes find an editable package by themselves
     importlib.invalidate_caches()
 
 import jax
@@ -53,13 +53,13 @@ print("All of it takes about 2 minutes on two busy CPU cores, 2 minutes on an H1
 # %% [markdown]
 # ## The data: a sequence with a repeated phrase
 #
-# Queries and keys are usually what a model has learned. To see something without training one, we make them by hand.
-# Every stretch of 16 tokens has a topic, a random direction that its keys share, and every token something of its
-# own. Queries look for their own token. The same phrase of 16 tokens stands near the beginning and again near the
-# end: attention should find the first phrase from the second, far away.
+# Queries and keys usually come from a trained model. To see something without training one, we make them by hand.
+# Every stretch of 16 tokens has a topic: a random direction that its keys share. Every token also has a direction of
+# its own. Queries look for their own token. The same phrase of 16 tokens stands near the beginning and again near the
+# end. Attention should find the first phrase from the second, far away.
 #
 # Shapes are those of the whole library: `[batch, tokens, heads, head size]`. Two query heads share one key/value
-# head; such a *group* is what makes NSA fast, as we shall see.
+# head. They form a *group*. Groups make NSA fast, as we shall see.
 
 # %%
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ print("q", q.shape, " k", k.shape, " v", v.shape)
 
 # %%
 def show(values, title, xlabel):
-    """One picture of weights; what is 0 is white."""
+    """One picture of attention weights. Zero is white."""
     figure = Figure(figsize=(4.6, 3.7), layout="constrained")
     axes = figure.subplots()
     norm = PowerNorm(0.4, vmin=0, vmax=1)  # so that small weights can be seen too
@@ -103,8 +103,8 @@ def show(values, title, xlabel):
 #
 # $$o_t = \sum_{i \le t} p_{t,i} v_i, \qquad p_{t,\cdot} = \mathrm{softmax}_{i \le t}(q_t \cdot k_i / \sqrt{D_k})$$
 #
-# Most of the triangle is nearly empty: only the diagonal (a token finds itself) and one short streak (the second
-# phrase finds the first) carry weight. Dense attention computes all of it.
+# Most of the triangle is nearly empty. Only the diagonal (a token finds itself) and one short streak (the second
+# phrase finds the first) carry weight. Dense attention computes the whole triangle.
 
 # %%
 scores = jnp.einsum("bthd,bsd->bhts", q, k[:, :, 0]) * D**-0.5
@@ -116,14 +116,15 @@ show(dense[0, 0], "dense attention, head 0", "key position (token)")
 # %% [markdown]
 # ## Step 1: compression
 #
-# Every `compress_stride` tokens, one block of `compress_block` tokens becomes one compressed key and value:
+# Every `compress_stride` tokens, a block of `compress_block` tokens becomes one compressed key and one compressed
+# value:
 #
 # $$\tilde K_i = \varphi(k_{id}, \dots, k_{id+l-1}), \qquad i = 0, 1, \dots, N_c - 1,
 #   \qquad N_c = \lfloor (T - l)/d \rfloor + 1$$
 #
-# with $l$ = `compress_block` and $d$ = `compress_stride` (the paper's are 32 and 16; ours are smaller, so that 256
-# tokens have something to show). In a model $\varphi$ is a small network with learned positions inside the block.
-# Here it is the mean, without positions, which is an option of the library too.
+# with $l$ = `compress_block` and $d$ = `compress_stride`. The paper's are 32 and 16. Ours are smaller, so that 256
+# tokens have something to show. In the paper's models $\varphi$ is a small network with learned positions inside the
+# block. Here it is the mean, without positions, which the library also offers.
 
 # %%
 from nsa_jax import compress
@@ -137,9 +138,9 @@ cmp_v = compress(v, no_position, config=config, method="mean")
 print(f"{T} tokens make {num_compressed(T, config)} compressed tokens: {cmp_k.shape}")
 
 # %% [markdown]
-# A query sees the compressed tokens that end at or before it: token $i$ is visible at $t$ if $id + l - 1 \le t$. So
-# the compressed branch costs a $d$-th of dense attention, and the first $l - 1$ queries see nothing at all: their
-# output is 0.
+# A query sees the compressed tokens that end at or before it: token $i$ is visible at $t$ if $id + l - 1 \le t$. The
+# compressed branch therefore costs a $d$-th of dense attention. The first $l - 1$ queries see no compressed token, and
+# their output is 0.
 
 # %%
 from nsa_jax import AttentionInputs, BranchKV, compressed_attention
@@ -154,20 +155,20 @@ maps = attention_maps(inputs, config)
 show(maps.compressed, "compressed branch, head 0", "compressed token (one every 4 tokens)")
 
 # %% [markdown]
-# The streak is still there, blurred: the summary says *where* to look, not what is there.
+# The streak is still there, but blurred. The summary says *where* to look, not what is there.
 #
 # ## Step 2: importance of blocks
 #
-# Selection works on larger blocks of `select_block` tokens (the paper: 64), because a GPU reads contiguous memory
-# well and scattered memory badly. Their importance costs no new scores. It is the compressed branch's own
-# probabilities, summed over the heads of the group (which must agree on the blocks, since they share the keys) and
-# over the compressed tokens that overlap the block:
+# Selection works on larger blocks of `select_block` tokens (64 in the paper), because a GPU reads contiguous memory
+# well and scattered memory badly. The importance of a block needs no new scores. It is the sum of the compressed
+# branch's own probabilities, over the compressed tokens that overlap the block and over the heads of the group. The
+# heads of a group must agree on the blocks, because they share the keys:
 #
 # $$\mathrm{imp}_{t,j} = \sum_{h \in \text{group}} \sum_i c(i, j)\, p^{h}_{t,i}, \qquad
 #   c(i, j) = \text{strides that compressed token } i \text{ and block } j \text{ share}$$
 #
 # For the paper's sizes these weights are 1, 2, 2, 2, 1 for the compressed tokens $4j-1, \dots, 4j+3$. (The paper's
-# equation 9 counts from 1. Read as if it counted from 0 it scores one block too early.)
+# equation 9 counts from 1. If it is read as counting from 0, it scores one block too early.)
 
 # %%
 from nsa_jax.visibility import overlap_weights
@@ -178,9 +179,9 @@ print(f"the paper's sizes: compressed tokens 4j{first:+d} .. 4j{first + len(weig
 # %% [markdown]
 # ## Step 3: the top n
 #
-# Each query reads `num_selected` blocks (the paper: 16): always the first block, its own and the one before it, and
-# for the rest those of the highest importance. No gradient goes through the choice. The compressed branch is trained
-# by its own output, and selection follows it.
+# Each query reads `num_selected` blocks (16 in the paper). It always reads the first block, its own block and the one
+# before that. The rest are the blocks of the highest importance. No gradient goes through the choice. The compressed
+# branch is trained by its own output, and selection follows it.
 
 # %%
 from nsa_jax import select_blocks
@@ -192,7 +193,8 @@ assert (PHRASE.start + 8) // 16 in block_indices[0, 0, AGAIN.start + 8]
 plot_importance(inputs, config)
 
 # %% [markdown]
-# Left: the importance of every block to every query. Right: what the top 4 leave. Read by blocks of queries:
+# Left: the importance of every block to every query. Right: only the 4 blocks that each query reads. The same by blocks
+# of queries:
 
 # %%
 plot_selection(inputs, config)
@@ -200,8 +202,8 @@ plot_selection(inputs, config)
 # %% [markdown]
 # ## Step 4: selected attention
 #
-# Plain attention to the tokens of the chosen blocks, up to the query's own position. At long lengths this is the
-# branch that matters: `num_selected * select_block` tokens (the paper: 1024), whatever the length.
+# This is plain attention to the tokens of the chosen blocks, up to the query's own position. It reads
+# `num_selected * select_block` tokens (1024 in the paper), whatever the length.
 
 # %%
 from nsa_jax import selected_attention
@@ -213,8 +215,9 @@ print(f"weight of the first phrase's token for the second's: {found:.2f} (dense:
 # %% [markdown]
 # ## Step 5: the sliding window
 #
-# The last `window` tokens (the paper: 512), the query's own included. It has keys and values of its own, as the other
-# branches do, so that local patterns, which are easy to learn, do not crowd out what the other two should learn.
+# The window branch reads the last `window` tokens (512 in the paper), the query's own included. In the paper it has
+# keys and values of its own, as the other branches do. Local patterns are easy to learn, and with keys and values of
+# their own they do not crowd out what the other two branches should learn.
 
 # %%
 from nsa_jax import window_attention
@@ -228,7 +231,7 @@ plot_branches(inputs, config)
 # $$o_t = g^\mathrm{cmp}_t o^\mathrm{cmp}_t + g^\mathrm{slc}_t o^\mathrm{slc}_t + g^\mathrm{win}_t o^\mathrm{win}_t,
 #   \qquad g_t = \sigma(\mathrm{MLP}(x_t)) \in (0, 1)^3 \text{ for each head}$$
 #
-# `nsa_attention` is all six steps in one call. It equals the pieces:
+# `nsa_attention` is all six steps in one call. It gives the same as the parts:
 
 # %%
 from nsa_jax import nsa_attention
@@ -243,7 +246,7 @@ assert normwise_error(o, pieces) < 1e-5
 # ## What it saves
 #
 # To decode one token, dense attention reads every key and value before it. NSA reads the compressed tokens, the
-# selected blocks and the window. With the paper's sizes, 4 key/value heads of 128 in bfloat16:
+# selected blocks and the window. The picture is for the paper's sizes and 4 key/value heads of size 128 in bfloat16:
 
 # %%
 from nsa_jax.visualize import plot_bytes_read
@@ -251,13 +254,13 @@ from nsa_jax.visualize import plot_bytes_read
 plot_bytes_read(NSAConfig(), num_kv_heads=4, head_dim=128)
 
 # %% [markdown]
-# Below about 1.7k tokens NSA reads more than dense attention; at 64k it reads less than a tenth. These are bytes, not
-# times: how much of it a kernel turns into speed is the subject of `02_pallas_against_the_reference`.
+# Below about 1.7k tokens NSA reads more than dense attention. At 64k it reads less than a tenth. These are bytes, not
+# times. `02_pallas_against_the_reference` shows how much of this the kernels turn into speed.
 #
 # ## As a layer
 #
-# `NSAttention` (Flax Linen; `nsa_jax.nnx.NSAttention` is its NNX twin) owns the projections, $\varphi$, the gates and
-# the rotary embedding. Its gates, before any training:
+# `NSAttention` is a layer of Flax Linen; `nsa_jax.nnx.NSAttention` is the same layer for NNX. It contains the
+# projections, $\varphi$, the gates and the rotary embedding. These are its gates before any training:
 
 # %%
 from nsa_jax import NSAttention
@@ -271,8 +274,8 @@ print("layer:", x.shape, "->", y.shape)
 plot_gates(trace_attention(layer, variables, x))
 
 # %% [markdown]
-# A causal layer must not see the future. The gradient of an early output with respect to later inputs is exactly
-# zero:
+# A causal layer must not see the future. So the gradient of an early output with respect to later inputs must be
+# exactly zero:
 
 # %%
 middle = T // 2
@@ -283,5 +286,5 @@ assert (gradient[0, middle] != 0).any()
 print(f"This notebook took {time.perf_counter() - began:.0f} s.")
 
 # %% [markdown]
-# Next: `02_pallas_against_the_reference` (is it right, and how fast), `03_into_your_own_training_code`, and
-# `04_train_and_look_inside`.
+# Next: `02_pallas_against_the_reference` (whether it is right, and how fast it is),
+# `03_into_your_own_training_code`, and `04_train_and_look_inside`.

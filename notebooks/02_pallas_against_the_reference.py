@@ -14,15 +14,15 @@
 # %% [markdown]
 # # Pallas against the reference
 #
-# The library has several implementations of the same ops: `reference` (plain masks, the oracle), `xla` (pure JAX,
-# linear memory, runs anywhere) and `triton` (Pallas GPU kernels; without a GPU they are interpreted, slowly, by the
-# same code path). This notebook compares them on *your* shapes, forward and gradients, and then asks how fast they
-# are.
+# The library has several implementations of the same ops. `reference` uses plain masks, and all others are compared
+# with it. `xla` is pure JAX with linear memory and runs anywhere. `triton` runs Pallas GPU kernels. Without a GPU the
+# same code runs interpreted, which is slow. This notebook compares them on *your* shapes, forward and gradients, and
+# then measures how fast they are.
 #
-# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
 
 # %%
-# Installs the package where it is missing (on Colab), and says where this runs.
+# Installs the package if it is missing (on Colab), and prints where this runs.
 import importlib.util
 import os
 import subprocess
@@ -32,9 +32,9 @@ from pathlib import Path
 
 HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[plot]"] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax[plot]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
+    sys.path.append(str(HERE.parent))  # only later processes find an editable package by themselves
     importlib.invalidate_caches()
 
 import jax
@@ -49,7 +49,8 @@ print("All of it takes about 7 minutes on two busy CPU cores, 2 minutes on an H1
 # %% [markdown]
 # ## Your shapes
 #
-# Change these to what your model has. `random_inputs` draws queries, keys and values of all three branches and gates.
+# Change these to the sizes of your model. `random_inputs` draws queries, keys and values of all three branches, and
+# gates.
 
 # %%
 import functools
@@ -70,9 +71,9 @@ chex.assert_equal_shape([inputs.kv.slc_k, inputs.kv.win_k])
 # %% [markdown]
 # ## One call
 #
-# `assert_matches_reference` runs every op (the three branches, the log-sum-exp, the block indices, the gated sum) in
-# an implementation and in the reference, and compares results and gradients with respect to every input. It is what
-# our own tests call.
+# `assert_matches_reference` runs every op in an implementation and in the reference: the three branches with the
+# log-sum-exp, the block indices, the gated sum. It compares the results, and the gradients with respect to every input.
+# Our own tests call it too.
 
 # %%
 assert_matches_reference(inputs, config, implementation="xla")
@@ -85,8 +86,8 @@ assert_matches_reference(some, config, implementation="triton", gradients=not FA
 print(f"triton ({where}): {'every op' if FAST else 'every op and every gradient'} agrees with the reference")
 
 # %% [markdown]
-# Packed documents (`segment_ids`) and a slice of the queries (`query_offset`, which chunked prefill and context
-# parallelism use) are arguments like others:
+# Packed documents (`segment_ids`) and a slice of the queries (`query_offset`, used by chunked prefill and context
+# parallelism) are arguments like any other:
 
 # %%
 
@@ -107,9 +108,9 @@ assert error < tolerance_of(jnp.float32)
 # %% [markdown]
 # ## What the tolerance means
 #
-# The error is *normwise*: $\lVert a - b \rVert / \lVert b \rVert$ over the whole array. Comparing entry by entry
-# would ask for relative accuracy where the true value happens to be near 0, which no floating-point sum can give. The
-# tolerance follows from the dtype alone, and is never raised to make something pass:
+# The error is *normwise*: $\lVert a - b \rVert / \lVert b \rVert$ over the whole array. A comparison entry by entry
+# would demand relative accuracy of entries whose true value happens to be near 0, which no floating-point sum can give.
+# The tolerance follows from the dtype alone. It is never raised to make something pass:
 
 # %%
 rows = []
@@ -124,12 +125,12 @@ for name, epsilon, tolerance, error in rows:
     assert error < tolerance
 
 # %% [markdown]
-# Block indices are integers and have no tolerance. Two selections count as the same only where the blocks that were
-# exchanged have the same importance up to rounding.
+# Block indices are integers and have no tolerance. Two selections may differ only in blocks that have the same
+# importance up to rounding.
 #
 # ## Does the comparison notice anything?
 #
-# A test that cannot fail proves nothing. We make the scores 0.1% too large, as a wrong scale would, and see:
+# A test that cannot fail proves nothing. So we make the scores 0.1% too large, as a wrong scale would:
 
 # %%
 q, kv, gates, *_ = inputs
@@ -139,8 +140,8 @@ print(f"normwise error where the scores are 0.1% off: {normwise_error(wrong, rig
 assert normwise_error(wrong, right) > 10 * tolerance_of(jnp.float32)
 
 # %% [markdown]
-# `chex` has plain assertions for the rest. Gradients are finite everywhere, also for the first queries, which see no
-# compressed token at all:
+# `chex` has assertions for the rest. Gradients are finite everywhere, even for the first queries, which see no
+# compressed token:
 
 
 # %%
@@ -156,10 +157,10 @@ print("all gradients are finite and shaped like their inputs")
 # %% [markdown]
 # ## Time and memory against length, on this machine
 #
-# On a GPU: the fastest implementation, the paper's sizes, bfloat16, against cuDNN. On a CPU: the `xla`
-# implementation at small sizes and lengths, against XLA's dense attention. **CPU times say nothing about GPU
-# times**; they show how the curves run. Dense attention's work and memory grow with the square of the length,
-# NSA's nearly in proportion to it.
+# On a GPU this measures the fastest implementation with the paper's sizes in bfloat16, against cuDNN. On a CPU it
+# measures the `xla` implementation at small sizes and lengths, against XLA's dense attention. **CPU times say nothing
+# about GPU times**; they only show the shape of the curves. The work and memory of dense attention grow with the square
+# of the length, those of NSA nearly in proportion to it.
 
 # %%
 if GPU:
@@ -217,9 +218,10 @@ figure
 # %% [markdown]
 # ## Recorded: one H100
 #
-# These were **not** measured here. They are the recorded results of `python -m pallas_kernels.benchmarks` on one H100
-# 80GB, which come with the package: 64 query heads, 4 key/value heads of 128, the paper's sizes, bfloat16, batch 1,
-# the Triton kernels with all branches, scoring, top-n and gates, against cuDNN's dense attention in the same run.
+# These figures were **not** measured here. They are the recorded results of `python -m pallas_kernels.benchmarks` on
+# one H100 80GB, which come with the package: 64 query heads, 4 key/value heads of size 128, the paper's sizes,
+# bfloat16, batch 1. They time the Triton kernels with all branches, scoring, selection and gates, against cuDNN's
+# dense attention in the same run.
 
 # %%
 import json
@@ -245,7 +247,8 @@ for T in sorted({row["T"] for row in recorded if row["op"] == "dense"}):
     )
 
 # %% [markdown]
-# On that card the curves cross between 8k and 16k tokens; below, dense attention is faster. To measure your own GPU:
+# On that card the curves cross between 8k and 16k tokens. Below that, dense attention is faster. To measure your own
+# GPU:
 #
 #     python -m pallas_kernels.benchmarks --lengths 8192 16384 32768 65536 --ops nsa dense --out results
 

@@ -14,14 +14,14 @@
 # %% [markdown]
 # # Into your own training code
 #
-# How to put Native Sparse Attention into a model that you already train: in Flax Linen, in Flax NNX, on a mesh of
-# devices, with packed documents, and when generating. The models here are small enough for a CPU; nothing else about
-# them is special.
+# This notebook puts Native Sparse Attention into a model that you already train: in Flax Linen, in Flax NNX, on a mesh
+# of devices, with packed documents, and for generating. The models are small enough for a CPU. Nothing else about them
+# is special.
 #
-# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
 
 # %%
-# Installs the package where it is missing (on Colab), and says where this runs.
+# Installs the package if it is missing (on Colab), and prints where this runs.
 import importlib.util
 import os
 import subprocess
@@ -31,13 +31,13 @@ from pathlib import Path
 
 HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[plot]"] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax[plot]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
+    sys.path.append(str(HERE.parent))  # only later processes find an editable package by themselves
     importlib.invalidate_caches()
 
-# Without an accelerator, eight simulated devices on the CPU, so that the part on meshes has something to show. JAX must
-# not be imported before.
+# Without an accelerator, this simulates eight devices on the CPU, so that the part on meshes has something to show. It
+# must happen before JAX is imported.
 if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -52,8 +52,8 @@ print("All of it takes about 4 minutes on two busy CPU cores, 2.5 minutes on an 
 # %% [markdown]
 # ## A model that you might have
 #
-# A byte-level decoder, whose attention is made by a function that it is given. The data: rows of bytes from the
-# source of `nsa_jax` itself.
+# The model is a byte-level decoder that gets a function which makes its attention layers. The data are rows of bytes
+# from the source of `nsa_jax` itself.
 
 # %%
 import functools
@@ -93,13 +93,13 @@ class Decoder(nn.Module):
 # %% [markdown]
 # ## The swap, in Linen
 #
-# `FullAttention` and `NSAttention` have the same interface: `[batch, tokens, embedding]` in and out, positions and
-# causality inside. The swap is one line. (Coming from `nn.MultiHeadDotProductAttention`: drop the mask and your own
-# position embeddings, or give `rope_theta=None` to keep yours.)
+# `FullAttention` and `NSAttention` have the same interface: `[batch, tokens, embedding]` in and out, with positions and
+# causality inside. The swap is one line. (If you come from `nn.MultiHeadDotProductAttention`, drop the mask. Drop your
+# position embeddings too, or keep them and pass `rope_theta=None`.)
 
 # %%
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
-# Smaller than the paper's, which are the defaults, because 128 tokens would be hardly more than one block of 64.
+# The defaults are the paper's sizes. These are smaller, because 128 tokens are only two of the paper's blocks.
 SPARSE = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=6, window=32)
 
 before = Decoder(functools.partial(FullAttention, **HEADS))
@@ -133,12 +133,13 @@ for name, model in (("full", before), ("NSA", after)):
 
 # %% [markdown]
 # NSA has more parameters here: a key and a value projection for each of three branches, $\varphi$ and the gates.
-# `share_kv=True` gives the branches one projection, `compression="mean"` takes $\varphi$ away. These losses after a
-# few steps on a few rows say that gradients flow, and nothing about which attention is better.
+# `share_kv=True` gives all branches the same keys and values, and `compression="mean"` removes $\varphi$'s network.
+# These losses after a few steps on a few rows show that gradients flow. They say nothing about which attention is
+# better.
 #
 # ## The swap, in NNX
 #
-# `nsa_jax.nnx.NSAttention` has the same parameters under the same names, and the same numbers.
+# `nsa_jax.nnx.NSAttention` has the same parameters under the same names and gives the same numbers.
 
 # %%
 from flax import nnx
@@ -188,10 +189,10 @@ print(f"NNX: loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per byte in {STEPS} s
 # %% [markdown]
 # ## On a mesh
 #
-# Two things are needed. The *parameters* say which axis is which by logical names ("embed", "heads", "kv_heads",
-# ...), as Linen modules do, so your own rules place them. The *attention* is told which mesh axes split the batch and
-# the key/value heads, because a GPU kernel under automatic sharding gathers its inputs on every device without a
-# word. With the axes named, every device attends to its own rows and heads and sends nothing. The query heads of a
+# Two things are needed. First, your own rules must place the *parameters*. Every parameter names its axes ("embed",
+# "heads", "kv_heads", ...), as is usual in Linen. Second, the *attention* must know which mesh axes split the batch
+# and the key/value heads. Without that, automatic sharding gathers the inputs of a GPU kernel on every device, and
+# does not say so. With it, every device attends to its own rows and heads and sends nothing. The query heads of a
 # group stay with their key/value head.
 
 # %%
@@ -217,13 +218,13 @@ print(f"q_kernel {kernel.shape}, on each device {kernel.sharding.shard_shape(ker
 assert abs(float(value) - float(alone)) < 1e-4
 
 # %% [markdown]
-# The ops alone are wrapped the same way: `nsa_jax.sharding.sharded(nsa_attention, batch_axes="data",
-# head_axes="tensor")`.
+# For an op alone, `nsa_jax.sharding.sharded(nsa_attention, batch_axes="data", head_axes="tensor")` does the same.
 #
 # ## Packed documents
 #
-# Several documents in one row, told apart by `segment_ids`, do not see one another. If each starts on a multiple of
-# `select_block`, its output is that of the document alone. Changing the first leaves the second as it was:
+# `segment_ids` separate several documents in one row, so that they do not see each other. If every document starts on a
+# multiple of `select_block`, its output equals that of the document alone. Here we change the first document, and the
+# second stays as it was:
 
 # %%
 segment_ids = jnp.repeat(jnp.array([[0, 1]], jnp.int32), T // 2, axis=1)
@@ -237,9 +238,9 @@ assert difference == 0
 # %% [markdown]
 # ## Only the attention
 #
-# If your projections are your own, call `nsa_attention` on queries, the keys and values of each branch, and gates.
-# Layout is that of `jax.nn.dot_product_attention`. `compress` makes compressed keys and values; rotate the compressed
-# keys after it.
+# If your model has its own projections, call `nsa_attention` with queries, the keys and values of each branch, and
+# gates. The layout is that of `jax.nn.dot_product_attention`. `compress` makes compressed keys and values from
+# unrotated ones. Rotate the compressed keys afterwards.
 
 # %%
 from nsa_jax import BranchKV, compress, nsa_attention
@@ -256,8 +257,8 @@ print(attend(q, BranchKV(cmp_k, cmp_v, k, v, k, v), gates).shape)
 # %% [markdown]
 # ## Generating
 #
-# Layers have `init_cache`, `prefill` and `decode_step`; the cache is an explicit pytree. A step reads the compressed
-# tokens, the selected blocks and the window, and no more:
+# Layers have `init_cache`, `prefill` and `decode_step`. The cache is an explicit pytree. A step reads the compressed
+# tokens, the selected blocks and the window, and nothing else:
 
 # %%
 layer = NSAttention(**HEADS, config=SPARSE)
@@ -282,13 +283,15 @@ for t in (T - 2, T - 1):
 # | `window` | exact local context | the paper's 512; a smaller one for short sequences |
 # | `num_selected * select_block` | tokens read in full, wherever they are | the paper's 16 × 64 = 1024 |
 # | `compress_stride` | how coarse the summary is: T / stride keys per query | the paper's 16 |
-# | `compression` | `"mlp"`, `"linear"`, `"mean"` | `"mlp"` |
-# | `share_kv` | a third of the key/value projections | `False`, as the paper |
-# | sequence length | short ones are faster with dense attention | 16k and more on an H100, 64 heads of 128 |
-# | `implementation` | leave it at `None`: the fastest for the device | |
+# | `compression`, `share_kv` | how compressed tokens are made; shared keys and values | see below |
+# | sequence length | dense attention is faster for short sequences | 16k and more on an H100, 64 heads of 128 |
+# | `implementation` | which backend computes the attention | `None`: the fastest for the device |
 #
-# Sequences of any length are accepted. Blocks and strides must divide as `NSAConfig` says; it tells you by name if
-# not.
+# The paper's layout is `compression="mlp"` and `share_kv=False`. In our small experiments, selection did not learn to
+# select with it. It did with `compression="mean"` and `share_kv=True`; see `docs/results.md`.
+#
+# Sequences of any length are accepted. Block sizes and strides must divide each other as `NSAConfig` says. If they do
+# not, its error names the field.
 
 # %%
 print(f"This notebook took {time.perf_counter() - began:.0f} s.")

@@ -14,16 +14,18 @@
 # %% [markdown]
 # # Train and look inside
 #
-# Two byte-level transformers on Python source code, equal but for one flag: `attention = "nsa"` and `"full"`. Then:
-# their loss curves, what the sparse one selects, whether each finds a needle in a haystack, and text from both.
+# This notebook trains two byte-level transformers on Python source code. They differ in one flag: `attention = "nsa"`
+# and `"full"`. Then it shows their loss curves, what the sparse one selects, whether each finds a needle in a
+# haystack, and text from both.
 #
-# The models are tiny and the training is minutes, so that a CPU can do it. What comes out is shown as it came out,
-# from one seed, and says how things work, not which attention is better. For runs that say more, see the README.
+# The models are tiny and train for minutes, so that a CPU can do it. Results are shown as they came out, from one seed.
+# They show how things work, not which attention is better. For larger runs, see `docs/results.md`.
 #
-# Runs unchanged on a GPU, a TPU or a CPU. The outputs that are stored here come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
 
 # %%
-# Installs the package where it is missing (on Colab), and says where this runs.
+# Installs the package if it is missing, and prints where this runs. On Colab, clone the repository first and change to
+# its folder notebooks: the trainer runs from a clone and is never installed.
 import importlib.util
 import os
 import subprocess
@@ -31,12 +33,13 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path.cwd()  # the folder `notebooks` of a checkout, or any other
+HERE = Path.cwd()  # the folder `notebooks` of a clone
 if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", str(HERE.parent)] if (HERE.parent / "nsa_jax").exists() else ["nsa-jax"]
+    package = ["--editable", f"{HERE.parent}[train]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
-    sys.path.append(str(HERE.parent))  # an editable package is found by later processes only
     importlib.invalidate_caches()
+if importlib.util.find_spec("train") is None:
+    sys.path.append(str(HERE.parent))
 
 import jax
 
@@ -49,10 +52,10 @@ print("All of it takes about 7 minutes on two busy CPU cores, 3.5 minutes on an 
 # %% [markdown]
 # ## The data
 #
-# Source lines of the running interpreter's standard library, in their order, from files at its top level; lines with
-# digits or `#` are left out. Into each document we put lines like `#7`, with the same digit throughout the document.
-# So after a `#` there is something to recall: the digit that stood after the earlier ones. This is made up for the
-# needle test below; the rest is real code.
+# The text is source code of the running interpreter's standard library: lines of its top-level files in their order,
+# without lines that contain digits or `#`. Into each document we put lines like `#7`, with the same digit throughout
+# the document. So after a `#` there is something to recall: the digit after the earlier ones. This is made up for the
+# needle test below. The rest is real code.
 
 # %%
 import json
@@ -71,7 +74,7 @@ lines = [x for x in lines if 4 <= len(x) <= 40 and x.isascii() and "#" not in x 
 
 
 def document(draw):
-    """Consecutive lines of code, and between them the same short comment several times."""
+    """Consecutive lines of code, with the same short comment between them several times."""
     limit = draw.choice([T // 2, T])
     count, mark = limit // 12, f"#{draw.choice(DIGITS)}"
     chosen, size, at = [], 0, draw.randrange(len(lines) - 60)
@@ -93,7 +96,7 @@ print(documents[2])
 # %% [markdown]
 # ## Training
 #
-# `train.loop` is what `python -m train` runs. A run is one frozen config; the two differ in one field. Held-out
+# `python -m train` runs `train.loop`. One frozen config describes a run. Our two runs differ in one field. Held-out
 # documents are chosen by their content.
 
 # %%
@@ -141,8 +144,8 @@ for name, attention in (("NSA", "nsa"), ("full", "full")):
     print(f"{name:>4}: {size:7} parameters, {bits:.3f} held-out bits per byte, {time.perf_counter() - start:.0f} s")
 
 # %% [markdown]
-# NSA has more parameters: keys and values for each of three branches, $\varphi$ and the gates. The times are mostly
-# compiling, at a length where sparsity has nothing to save, so they say nothing about speed.
+# NSA has more parameters: key and value projections for each of three branches, $\varphi$ and the gates. The times are
+# mostly compilation, at a length where sparsity saves nothing. They say nothing about speed.
 
 # %%
 from train.plot import draw_curves
@@ -152,7 +155,8 @@ draw_curves({name: result.files["metrics"].parent for name, (_, result) in train
 # %% [markdown]
 # ## What the heads select
 #
-# `trace_attention` runs the model on a batch and returns what each layer gives to the attention. One held-out row:
+# `trace_attention` runs the model on a batch and returns what each layer gives to the attention. This is one held-out
+# row:
 
 # %%
 from nsa_jax.visualize import plot_branches, plot_gates, plot_selection, trace_attention
@@ -167,10 +171,12 @@ layers = {names[key]: inputs for key, inputs in layers.items()}
 plot_selection(layers, model.nsa)
 
 # %% [markdown]
-# Rows are blocks of queries, columns blocks of keys; documents that share a row do not see each other. The diagonal
-# and the block beside it, and the first block of each document, are always read. The rest is what the compressed
-# branch's scores chose. The maps of one head, and the gates. In layer 1 those of the compressed and the selected branch
-# are nearly shut at most positions and open at a few:
+# Rows are blocks of queries and columns are blocks of keys. Documents that share a row do not see each other. The
+# diagonal, the block beside it and the first block of each document are always read. The scores of the compressed
+# branch chose the rest.
+#
+# Next come the maps of one head, and the gates. In layer 1 the gates of the compressed and the selected branch are
+# nearly shut at most positions and open at a few:
 
 # %%
 plot_branches(layers["layer 1"], model.nsa, head=0)
@@ -181,10 +187,10 @@ plot_gates(layers)
 # %% [markdown]
 # ## A needle in a haystack
 #
-# A haystack is code without any digit, of a given length, from files that training also saw. One line `#7` is hidden
-# in it at a given depth; the last byte is `#`, and the model must continue with the digit. Chance is 10%. Only what
-# lies within the last 16 bytes is in the window; anything farther must come through the compressed tokens or the
-# selected blocks.
+# A haystack is code without any digit, of a given length, from files that training also saw. One line such as `#7` is
+# hidden in it at a given depth. The last byte is `#`, and the model must continue with the digit. Chance is 10%. The
+# window holds only the last 16 bytes. Anything farther away must come through the compressed tokens or the selected
+# blocks.
 
 # %%
 import jax.numpy as jnp
@@ -199,7 +205,7 @@ TRIALS = 4 if FAST else 100
 
 
 def haystack(draw, length, depth):
-    """Text of `length` - 1 bytes that ends in `#`, and the digit that it hides at `depth` (0: at the beginning)."""
+    """Text of `length` - 1 bytes that ends in `#`, and the digit hidden in it at `depth` (0: at the beginning)."""
     digit, text, at = draw.choice(DIGITS), "", draw.randrange(len(lines) - 60)
     size = length - 1 - len("#7\n") - len("#")
     while len(text) < size:
@@ -210,7 +216,7 @@ def haystack(draw, length, depth):
 
 
 def accuracy(prepared, params):
-    """Share of right digits by depth and length."""
+    """The share of right digits by depth and length."""
 
     @jax.jit
     def predict(params, tokens):
@@ -248,13 +254,15 @@ figure.colorbar(image, ax=panels.tolist(), label="right digits (%)")
 figure
 
 # %% [markdown]
-# In the run that is stored here full attention finds nearly every needle. NSA finds those at the very end, which are in
-# its window, those in 32 bytes, and most at the very beginning: that block is always read. In between it has to find
-# them through compressed tokens and selection, and does in 44 to 96% of the trials. Another seed gives other numbers.
+# In the stored run, full attention finds nearly every needle. NSA finds the needles at the very end, which are in its
+# window, those in haystacks of 32 bytes, and most of those at the very beginning, because that block is always read. In
+# between, it has to find them through compressed tokens and selection. It does so in 44 to 96% of the trials. Another
+# seed gives other numbers.
 #
 # ## Text
 #
-# At about a third of a million parameters and minutes of training, expect the look of Python rather than its sense.
+# With about a third of a million parameters and minutes of training, expect text that looks like Python and makes no
+# sense.
 
 # %%
 from train.generation.generator import generate

@@ -1,29 +1,30 @@
-"""Context parallelism: the ops for a sequence whose tokens lie on several devices, to be run inside `jax.shard_map`.
+"""Context parallelism: the ops for a sequence whose tokens lie on several devices. They run inside `jax.shard_map`.
 
-`nsa_jax.sharding.sharded` with `context_axes` calls these; see there for how to use them.
+`nsa_jax.sharding.sharded` with `context_axes` calls these functions; see there for how to use them.
 
-*Layout.* With C devices the sequence is cut into 2 C chunks, and device r holds chunks r and 2 C - 1 - r, one after the
-other (zigzag), so that every device has as many visible keys. `to_zigzag` brings tokens into that order, once and for
-everything: whatever else a model does is done to each token alone.
+*Layout.* With C devices the sequence is cut into 2 C chunks. Device r holds chunks r and 2 C - 1 - r, one after the
+other. This is zigzag order, in which the queries of every device see equally many keys. `to_zigzag` brings tokens into
+this order. It is needed once, before the model, because everything else in a model treats each token alone.
 
-*What a device receives* of one layer's Native Sparse Attention, for each row of its batch, in numbers of the size of a
-key's, with the device's own H query and K key/value heads, and D = Dk + Dv:
+*What a device receives* for one layer of Native Sparse Attention, per row of its batch, counted in numbers of the size
+of a key's. H query heads and K key/value heads are those of the device, and D = Dk + Dv:
 
     compressed keys and values    (C - 1) / C * T / d * K D    all-gather, for all heads at once
     selected keys and values      (C - 1) / C * T * K D        all-gather, one K/V head after the other
     window                        2 w K D                      from the devices that hold the chunks before
     phi (`compress`)              2 (l - d) K D                from the devices that hold the chunks after
 
-and (C - 1) / C * T int32 segment ids, where there are any, as often as they are asked for. Of full keys and values a
-device holds those of one head at a time. The backward pass receives the selected keys and values once more, because
-they are not kept, and then the gradients of all of the above on the way back: reduce-scatters instead of all-gathers.
+If there are segments, it also receives (C - 1) / C * T int32 segment ids each time an op needs them. A device holds the
+full keys and values of one head at a time. The backward pass receives the selected keys and values once more, because
+they are not kept. Then it sends the gradients of everything above the other way, by reduce-scatters instead of
+all-gathers.
 
-*Full attention* exchanges heads for tokens and back, both by all-to-all, forward and for the gradients:
+*Full attention* exchanges heads for tokens and back, by all-to-all, both forward and for the gradients:
 
-    queries and outputs           (C - 1) / C * T / C * H D              where H does not go round, a little more
+    queries and outputs           (C - 1) / C * T / C * H D              a little more if C does not divide H
     keys and values               (C - 1) / C * T / C * lcm(K, C) D
 
-`received_bytes` adds this up.
+`received_bytes` computes the sum.
 """
 
 import math
@@ -48,14 +49,14 @@ Chunks = tuple[Array, Array]  # a device's early chunk and its late one
 
 
 def zigzag_order(T: int, devices: int) -> np.ndarray:
-    """The position of the token at each place of a sequence of T tokens laid out over `devices`: int32 [T].
+    """For each place in zigzag order, the position of the token that lies there: int32 [T].
 
     Example:
       >>> zigzag_order(8, 2).tolist()
       [0, 1, 6, 7, 2, 3, 4, 5]
 
     Raises:
-      ValueError: T is no multiple of 2 * `devices`.
+      ValueError: T is not a multiple of 2 * `devices`.
     """
     if devices < 1 or T % (2 * devices):
         raise ValueError(f"T = {T}: expected a multiple of 2 * devices = {2 * devices}, two chunks for each device")
@@ -64,7 +65,7 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
 
 
 def to_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
-    """An array, of NumPy or JAX, with the tokens along `axis` brought from the order of their positions into zigzag."""
+    """A NumPy or JAX array whose tokens along `axis` are brought from the order of positions into zigzag order."""
     return x.take(zigzag_order(x.shape[axis], devices), axis=axis)
 
 
@@ -85,14 +86,14 @@ def received_bytes(
     v_head_dim: int,
     itemsize: int,
 ) -> int:
-    """Bytes that a device receives for one layer's forward pass of one row without segments (see the module).
+    """Bytes that a device receives for one layer's forward pass of one row without segments; see the module.
 
     Args:
-      kind: of attention: Native Sparse Attention, causal attention, or that with the window of `config`.
+      kind: "nsa", "full" (causal attention) or "window" (causal attention with the window of `config`).
       config: sizes of the branches.
       T: tokens of the sequence.
-      devices: C, along the context axes.
-      num_heads, num_kv_heads: H and K of a device.
+      devices: C, the devices along the context axes.
+      num_heads, num_kv_heads: H and K of one device.
       head_dim, v_head_dim: Dk and Dv.
       itemsize: bytes of a number.
     """
@@ -121,7 +122,7 @@ def nsa_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S H Dv"]:
-    """`nsa_jax.nsa_attention` of a device's S = T / C tokens, with what `compress` below made of them."""
+    """`nsa_jax.nsa_attention` of a device's S = T / C tokens, with the compressed tokens from `compress` below."""
     devices, S = jax.lax.axis_size(axes), q.shape[1]
     Nc = num_compressed(S * devices, config)
     kv = kv._replace(cmp_k=_whole(kv.cmp_k, axes)[:, :Nc], cmp_v=_whole(kv.cmp_v, axes)[:, :Nc])
@@ -180,10 +181,10 @@ def causal_attention(
 ) -> Float[Array, "B S H Dv"]:
     """`nsa_jax.dense.causal_attention` of a device's S = T / C tokens.
 
-    With a window it is `window_attention`. Else devices exchange heads for tokens, as in DeepSpeed-Ulysses (arXiv
-    2309.14509): each attends with H / C of the query heads over the whole sequence, in one call of the same dense
-    attention as on one device, and sends the outputs back. Where C does not divide K, every K/V head is repeated for
-    some of its query heads; where these are not enough to give each as many, zeros make up for the missing ones.
+    With a window it is `window_attention`. Without a window, devices exchange heads for tokens, as in DeepSpeed-Ulysses
+    (arXiv 2309.14509). Each device attends with H / C of the query heads over the whole sequence, in one call of the
+    same dense attention as on one device, and sends the outputs back. If C does not divide K, K/V heads are repeated,
+    and each copy serves some of the head's query heads. If these cannot be shared out evenly, heads of zeros fill up.
     """
     if window is not None:
         return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
@@ -193,7 +194,7 @@ def causal_attention(
     q = q.reshape(B, S, K, H // K, Dk)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, repeats * group - H // K), (0, 0)))
     q = _heads_to_tokens(q.reshape(B, S, K * repeats * group, Dk), axes)
-    wide = jnp.promote_types(q.dtype, jnp.float32)  # in which the copies' gradients are summed
+    wide = jnp.promote_types(q.dtype, jnp.float32)  # the gradients of the copies are summed in this dtype
     copies = (jnp.repeat(x.astype(wide), repeats, axis=2).astype(x.dtype) for x in (k, v))
     k, v = (_heads_to_tokens(x, axes) for x in copies)
     whole = None if segment_ids is None else _whole(segment_ids, axes)
@@ -203,7 +204,7 @@ def causal_attention(
 
 
 def head_exchange(num_heads: int, num_kv_heads: int, devices: int) -> tuple[int, int]:
-    """How `causal_attention` makes heads to go round: (copies of each K/V head, query heads of each copy).
+    """How `causal_attention` shares out heads over devices: (copies of each K/V head, query heads of each copy).
 
     Example:
       >>> head_exchange(16, 1, 2), head_exchange(16, 4, 2), head_exchange(12, 4, 8), head_exchange(9, 3, 2)
@@ -223,11 +224,12 @@ def compress(
 ) -> Float[Array, "B S/d K D"]:
     """`nsa_jax.compress` of a device's S = T / C tokens: the compressed tokens that begin among them.
 
-    Receives the first l - d tokens of the chunk after each of the device's own. Unlike `nsa_jax.compress` it returns a
-    token for every stride: the last l / d - 1 of the sequence stand for tokens beyond its end, and nobody sees them.
+    The device receives the first l - d tokens of the chunk after each of its own. Unlike `nsa_jax.compress`, this
+    returns one compressed token for every stride. The last l / d - 1 of the sequence stand for tokens beyond its end,
+    and no query sees them.
 
     Raises:
-      ValueError: a chunk is no multiple of d, or shorter than l - d.
+      ValueError: a chunk is not a multiple of d, or is shorter than l - d.
     """
     l, d, chunk = config.compress_block, config.compress_stride, x.shape[1] // 2  # noqa: E741
     if chunk % d or chunk < l - d:
@@ -281,21 +283,21 @@ def _tokens_to_heads(x: Float[Array, "B T N/C D"], axes: Axes) -> Float[Array, "
 
 
 def _by_position(x: Float[Array, "B T ..."], devices: int) -> Float[Array, "B T ..."]:
-    """`from_zigzag` by moving whole chunks: what it takes by index, gradients would have to scatter."""
+    """`from_zigzag`, by moving whole chunks. Taking tokens by index would make the gradient a scatter."""
     B, T, *rest = x.shape
     chunks = x.reshape(B, devices, 2, T // (2 * devices), *rest)
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 def _window_reach(config: NSAConfig, T: int, devices: int) -> int:
-    """So many tokens before a chunk its queries may see: the window, but no more than there can be."""
+    """How many tokens before a chunk its queries may see: the window, but at most those that can exist."""
     return min(config.window, T - T // (2 * devices))
 
 
 def _by_kv_head(one_head: Callable[..., Array], K: int, *arrays: Any) -> Float[Array, "B S H Dv"]:
     """one_head(*arrays) of one K/V head after the other, each with its share of the heads of arrays [B, .., heads, ..].
 
-    The backward pass keeps what `save_attention` says, and does everything else, such as gathering keys, again.
+    The backward pass keeps what `save_attention` keeps and repeats everything else, such as gathering keys.
     """
 
     def split(x: Array) -> Array:
@@ -309,7 +311,7 @@ def _by_kv_head(one_head: Callable[..., Array], K: int, *arrays: Any) -> Float[A
 
 
 def _places(segment_ids: Int[Array, "B S"] | None, S: int, axes: Axes) -> list[Positions]:
-    """Of the queries of the own two chunks, among the keys of the whole sequence."""
+    """The positions of the queries of the device's two chunks among the keys of the whole sequence."""
     begins = chunk_begins(S, axes)
     if segment_ids is None:
         return [Positions(None, begin) for begin in begins]
@@ -318,9 +320,9 @@ def _places(segment_ids: Int[Array, "B S"] | None, S: int, axes: Axes) -> list[P
 
 
 def _place_among_near(place: Positions, w: int, q: Float[Array, "B S H Dk"]) -> Positions:
-    """Of the queries of a chunk among the keys of this chunk and the w tokens before it.
+    """The positions of the queries of a chunk among the keys of this chunk and of the w tokens before it.
 
-    What is there before the first token of the sequence belongs to no segment.
+    Entries before the first token of the sequence belong to no segment.
     """
     starts = (
         jnp.zeros((q.shape[0], q.shape[1] // 2), jnp.int32) if place.segment_starts is None else place.segment_starts
@@ -329,11 +331,11 @@ def _place_among_near(place: Positions, w: int, q: Float[Array, "B S H Dk"]) -> 
 
 
 def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunks:
-    """Each chunk with the w tokens before it, which the devices that hold the chunks before it send."""
+    """Each chunk with the w tokens before it, which come from the devices that hold the chunks before it."""
     own = chunks = _chunks(x)
     before: list[Chunks] = []
     missing = w
-    while missing > 0:  # once, unless chunks are shorter than the window
+    while missing > 0:  # one round, unless chunks are shorter than the window
         early, late = (part[:, -missing:] for part in chunks)
         chunks = _chunks_before((early, late), axes)
         before.insert(0, chunks)
@@ -343,7 +345,7 @@ def _with_tokens_before(x: Float[Array, "B S ..."], w: int, axes: Axes) -> Chunk
 
 
 def _chunks_before(chunks: Chunks, axes: Axes) -> Chunks:
-    """What the holders of the chunks before the own two have; zeros before the first."""
+    """The chunks before the device's own two, from the devices that hold them; zeros before the first chunk."""
     early, late = chunks
     devices, index = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     from_left = jax.lax.ppermute(early, axes, [(i, i + 1) for i in range(devices - 1)])
@@ -352,7 +354,7 @@ def _chunks_before(chunks: Chunks, axes: Axes) -> Chunks:
 
 
 def _chunks_after(chunks: Chunks, axes: Axes) -> Chunks:
-    """What the holders of the chunks after the own two have; zeros after the last."""
+    """The chunks after the device's own two, from the devices that hold them; zeros after the last chunk."""
     early, late = chunks
     devices, index = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     from_right = jax.lax.ppermute(early, axes, [(i + 1, i) for i in range(devices - 1)])

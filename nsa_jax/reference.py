@@ -132,13 +132,13 @@ def decode_attention(
 ) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
     """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
 
-    Copies out everything a row has, as one sequence, and asks the functions above.
+    This copies everything that a row has into one sequence and calls the functions above.
     """
     positions = jnp.arange(block_tables.shape[1] * config.select_block)
 
     def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
         k, v, keys, values = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v, slc_k, slc_v))
-        # Positions that the ring no longer holds, or not yet, are outside the window.
+        # Positions that the ring no longer holds, or does not hold yet, are outside the window.
         recent_keys, recent_values = (ring[None, positions % ring.shape[0]] for ring in (win_k, win_v))
         sizes: dict[str, Any] = {"config": config, "scale": scale}
         o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
@@ -159,7 +159,7 @@ def masked_attention(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention under a mask, and the natural logarithm of the softmax's sum.
 
-    A row whose mask is empty gives output 0 and lse = -inf, with zero gradients.
+    A row with an empty mask gives output 0 and lse = -inf, with zero gradients.
     """
     B, T, H, _ = q.shape
     mask = mask[:, :, None]

@@ -1,8 +1,8 @@
 """The ops on a mesh: every device attends to its own rows, heads and tokens with its own kernels.
 
-Left to itself, the partitioner gathers a kernel's operands on every device. But the rows of a batch are independent,
-and so are the groups of query heads that share a K/V head: `jax.shard_map` over both needs no communication. Where the
-tokens of a sequence are split too, devices exchange just what `nsa_jax.context` says.
+XLA does not know how to split a kernel, so it would gather the kernel's inputs on every device. But the rows of a batch
+are independent, and so are the groups of query heads that share a K/V head. `jax.shard_map` over both needs no
+communication. If the tokens of a sequence are split too, devices exchange only what `nsa_jax.context` lists.
 """
 
 import functools
@@ -27,7 +27,7 @@ MeshAxes = str | tuple[str, ...]
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# How the array arguments and the results of the ops are split. Query heads go with their K/V head: whole groups.
+# How the array arguments and the results of the ops are split. Query heads stay with their K/V head, in whole groups.
 _TOKENS = PartitionSpec("batch", "context", "heads", None)
 ARGUMENTS = {
     "q": _TOKENS,
@@ -52,7 +52,7 @@ RESULTS: dict[Callable, Any] = {
     compress: _TOKENS,
     segment_positions: ARGUMENTS["segment_ids"],
 }
-# The ops whose tokens can be split, and what a device then runs.
+# The ops whose tokens can be split, and the function that each device then runs.
 OVER_CONTEXT: dict[Callable, Callable] = {
     nsa_attention: context.nsa_attention,
     window_attention: context.window_attention,
@@ -70,18 +70,18 @@ def sharded(
     context_axes: MeshAxes = (),
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Callable[Parameters, Result]:
-    """An op with its batch, its K/V heads and its tokens split over a mesh: the same arguments, results and gradients.
+    """An op whose batch, K/V heads and tokens are split over a mesh, with the same arguments, results and gradients.
 
-    The H / K query heads of a group stay with their K/V head. Arrays lie, or are brought, as the op wants them: B of
-    each over `batch_axes`, heads over `head_axes`, tokens over `context_axes`, the rest whole. Arrays that lie
-    otherwise are moved on Auto axes and refused by `jax.shard_map` on Explicit ones. Nothing else is communicated
-    where only batch and heads are split, forward or backward. Devices along other axes of the mesh repeat each other's
-    work; if such an axis is Explicit, gradients are also averaged over it.
+    The H / K query heads of a group stay with their K/V head. Arrays must be split as the op needs them: B over
+    `batch_axes`, heads over `head_axes`, tokens over `context_axes`, and nothing else. If an array is split otherwise,
+    it is moved on Auto axes; on Explicit axes `jax.shard_map` raises an error. If only batch and heads are split,
+    nothing else is communicated, forward or backward. Devices along other axes of the mesh repeat each other's work. If
+    such an axis is Explicit, gradients are also averaged over it.
 
-    With `context_axes` the tokens of all arguments and results are in the order of `nsa_jax.context.zigzag_order`, by
-    which every device gets as much work, T is a multiple of 2 C d on C devices, and compressed tokens are those of
-    `compress`, so split: [B, T / d, K, D], one for every stride, of which the last few stand for tokens beyond the end
-    and are seen by nobody. What is sent, and how much of it, is said in `nsa_jax.context`.
+    With `context_axes`, the tokens of all arguments and results are in the order of `nsa_jax.context.zigzag_order`, in
+    which every device has as much work. T is a multiple of 2 C d on C devices. Compressed tokens come from `compress`,
+    split in the same way: [B, T / d, K, D], one for every stride. The last few of them stand for tokens beyond the end
+    of the sequence, and no query sees them. `nsa_jax.context` lists what is sent, and how much.
 
     Example:
       >>> import functools, jax
@@ -102,18 +102,18 @@ def sharded(
         `dense.causal_attention`, `compress` or `visibility.segment_positions`.
       batch_axes: the mesh axis, or axes, that split B.
       head_axes: the mesh axis, or axes, that split the K/V heads, and the query heads with them.
-      context_axes: the mesh axis, or axes, that split T; for `nsa_attention`, `window_attention`, `causal_attention`,
-        `compress` and `segment_positions`, without a query offset.
-      mesh: None for the one in context (`jax.set_mesh`) when the result is called.
+      context_axes: the mesh axis, or axes, that split T. Only `nsa_attention`, `window_attention`, `causal_attention`,
+        `compress` and `segment_positions` take them, without a query offset.
+      mesh: the mesh. None: the one in context (`jax.set_mesh`) when the result is called.
 
     Returns:
-      A function with the signature of `op`. It passes over axes that the mesh lacks and axes that a surrounding
-      `jax.shard_map` has split already, and is `op` itself where no axis of more than one device is left.
+      A function with the signature of `op`. It ignores axes that the mesh does not have, and axes that a surrounding
+      `jax.shard_map` has already split. If no axis of more than one device is left, it calls `op` itself.
 
     Raises:
-      ValueError: `op` is another function or an axis is named twice; on calling the result, B, T or a number of heads
-        does not fit the devices along its axes, or there is a query offset where T is split. What else `op` refuses it
-        describes by one device's part.
+      ValueError: `op` is another function, or an axis is named twice. When the result is called: the devices along an
+        axis do not divide B, T or the number of heads, or there is a query offset although T is split. Other errors of
+        `op` describe the part of one device.
     """
     if op not in RESULTS:
         raise ValueError(f"op = {op!r}: expected one of {', '.join(known.__name__ for known in RESULTS)}")
@@ -148,10 +148,10 @@ def sharded(
             in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
             out_specs=jax.tree.map(place, RESULTS[op]),
             axis_names=manual_axes(sum(over.values(), ()), around),
-            # With it, every `pallas_call` would have to say over which axes its outputs vary: kernels see no mesh.
+            # The check would need every `pallas_call` to say over which axes its outputs vary, but kernels see no mesh.
             check_vma=False,
         )
-        return jax.jit(split_op)(arrays)  # outside of jit, `shard_map` knows no Auto axes
+        return jax.jit(split_op)(arrays)  # outside jit, `shard_map` does not support Auto axes
 
     return call
 
@@ -163,9 +163,9 @@ def token_positions(
     batch_axes: MeshAxes = (),
     context_axes: MeshAxes = (),
 ) -> Int[Array, "B T"]:
-    """Positions of the tokens of B rows of T, each within its segment if there are any; int32.
+    """Positions of the tokens of B rows of T tokens, int32. With segments, positions count within each segment.
 
-    Tokens that the mesh in context splits over `context_axes` are in zigzag order, as `sharded` wants them.
+    If the mesh in context splits tokens over `context_axes`, they are in zigzag order, as `sharded` needs them.
     """
     if segment_ids is not None:
         return sharded(segment_positions, batch_axes=batch_axes, context_axes=context_axes)(segment_ids)
@@ -175,9 +175,10 @@ def token_positions(
 
 
 def free_axes(axes: MeshAxes | None, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
-    """Those of some axes along which the mesh (None: the one in context) has several devices yet to be split over.
+    """The given axes over which something can still be split, on a mesh (None: the one in context).
 
-    That is, without axes that the mesh lacks, and those that a surrounding `jax.shard_map` has split already.
+    These are the axes of more than one device, without those that the mesh does not have and those that a surrounding
+    `jax.shard_map` has already split.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -189,26 +190,27 @@ def free_axes(axes: MeshAxes | None, mesh: Mesh | AbstractMesh | None = None) ->
 
 
 def manual_axes(axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> set[str]:
-    """The `axis_names` of a `jax.shard_map` that splits over some of the mesh's axes."""
-    # Transposition sums gradients over manual axes that split nothing, though they are equal there: leave such axes to
-    # XLA. Explicit ones are manual all the same, because interpreted kernels write to arrays that have no sharding; and
-    # those of one device, because cuDNN's attention wants to split itself where an axis is left.
+    """The `axis_names` for a `jax.shard_map` that splits over some of the mesh's axes."""
+    # Transposition sums gradients over manual axes that split nothing, although the gradients are equal there. Such
+    # axes are therefore left to XLA, with two exceptions. Explicit axes are manual, because interpreted kernels write
+    # to arrays that have no sharding. Axes of one device are manual, because cuDNN's attention tries to split itself if
+    # an axis is left.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {axis for axis, kind in kinds.items() if axis in axes or kind == AxisType.Explicit or mesh.shape[axis] == 1}
 
 
 def free_split(split: PartitionSpec, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
-    """A split over the mesh (None: the one in context), by `free_axes`."""
+    """A split, with only the axes that `free_axes` returns for the mesh (None: the one in context)."""
     return PartitionSpec(*(free_axes(axes, mesh) or None for axes in split))
 
 
 def devices_along(axes: MeshAxes | None) -> int:
-    """Devices along some axes of the mesh in context, by `free_axes`."""
+    """The number of devices along those of the given axes that `free_axes` returns for the mesh in context."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in free_axes(axes))
 
 
 def place(x: Array, split: PartitionSpec) -> Array:
-    """An array, split over the mesh in context as told: moved there on Explicit axes, constrained to on Auto ones."""
+    """An array, split over the mesh in context: resharded on Explicit axes, constrained on Auto axes."""
     kinds = _free_kinds()
     if AxisType.Explicit in kinds:
         return jax.sharding.reshard(x, free_split(split))
@@ -216,17 +218,17 @@ def place(x: Array, split: PartitionSpec) -> Array:
 
 
 def take_rows(table: Array, indices: Array, split: PartitionSpec) -> Array:
-    """table[indices], split over the mesh in context as told; `table` may be split too."""
+    """table[indices], split over the mesh in context. `table` may be split too."""
     return place(table.at[indices].get(out_sharding=_explicit(split)), split)
 
 
 def reshape(x: Array, shape: tuple[int, ...], split: PartitionSpec) -> Array:
-    """`x.reshape(shape)`, split over the mesh in context as told."""
+    """`x.reshape(shape)`, split over the mesh in context."""
     return place(jax.lax.reshape(x, shape, out_sharding=_explicit(split)), split)
 
 
 def _explicit(split: PartitionSpec) -> PartitionSpec | None:
-    """Where a result shall lie, as JAX asks on Explicit axes; on others it does not want to be told."""
+    """The `out_sharding` of a result, which JAX asks for on Explicit axes; None if there are none."""
     return free_split(split) if AxisType.Explicit in _free_kinds() else None
 
 
@@ -235,7 +237,7 @@ def _free_kinds() -> set[AxisType]:
 
 
 def _over_context(op: Callable, axes: tuple[str, ...], options: dict[str, Any], arrays: Mapping[str, Any]) -> Callable:
-    """What a device runs where T is split; takes the offset, which must be 0, out of the options."""
+    """What a device runs if T is split. Removes the query offset, which must be 0, from the options."""
     if op not in OVER_CONTEXT:
         raise ValueError(
             f"context_axes = {axes}: {op.__name__} is not split so, but {', '.join(o.__name__ for o in OVER_CONTEXT)}"
@@ -250,7 +252,7 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
 
 
 def _separate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays, and all else. A query offset whose value is known is no array: `op` checks it."""
+    """The arrays, and everything else. A query offset whose value is known is not an array, so that `op` checks it."""
     arrays, options = {}, {}
     for name, value in arguments.items():
         known = name == "query_offset" and not isinstance(value, jax.core.Tracer)
@@ -264,7 +266,7 @@ def _separate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _check_divisible(
     arrays: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]], devices: Mapping[str, int]
 ) -> None:
-    """Raises ValueError where the devices along the axes of a dimension do not divide it."""
+    """Raises ValueError if the devices along the axes of a dimension do not divide it."""
     for name, argument in arrays.items():
         split = ARGUMENTS[name]
         for path, array in jax.tree_util.tree_leaves_with_path(argument):

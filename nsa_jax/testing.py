@@ -1,4 +1,4 @@
-"""Compare any implementation with the reference, forward and gradients, on your own shapes, through chex.
+"""Compares any implementation with the reference, forward and gradients, on your own shapes, with chex.
 
 Example:
   >>> import jax
@@ -56,8 +56,8 @@ def random_inputs(
       config: gives the number of compressed tokens.
       T: tokens that keys and values cover.
       num_heads, num_kv_heads, head_dim, v_head_dim, B, dtype: shapes; v_head_dim None is head_dim.
-      num_segments: 0 for none, else segments per row, with random borders.
-      query_offset, num_queries: the slice of positions that the queries hold; None is all that follow the offset.
+      num_segments: segments per row, with random borders; 0 for no segments.
+      query_offset, num_queries: the slice of positions that the queries hold. None: all positions from the offset on.
     """
     Tq = T - query_offset if num_queries is None else num_queries
     Dv = head_dim if v_head_dim is None else v_head_dim
@@ -74,12 +74,12 @@ def random_inputs(
 
 
 def tolerance_of(dtype: DTypeLike) -> float:
-    """Normwise relative error allowed: float64 1e-12, float32 1e-5, 16-bit 1e-2."""
+    """The normwise relative error that is allowed: float64 1e-12, float32 1e-5, 16-bit 1e-2."""
     return {8: 1e-12, 4: 1e-5, 2: 1e-2}[jnp.dtype(dtype).itemsize]
 
 
 def normwise_error(actual: Array, expected: Array) -> float:
-    """||actual - expected|| / ||expected|| in float64; equal infinities count as equal, NaN is infinitely wrong."""
+    """||actual - expected|| / ||expected|| in float64. Equal infinities count as equal. NaN gives infinity."""
     a, b = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
     if a.shape != b.shape:
         raise ValueError(f"actual has shape {a.shape}, expected {b.shape}")
@@ -92,15 +92,15 @@ def normwise_error(actual: Array, expected: Array) -> float:
 
 
 def assert_trees_close(actual: Any, expected: Any, tolerance: float | None = None, what: str = "") -> None:
-    """Asserts that two trees have the same structure and shapes and every pair of leaves is close in norm.
+    """Asserts that two trees have the same structure and shapes, and that every pair of leaves is close in norm.
 
     Args:
       actual, expected: trees of arrays.
       tolerance: on `normwise_error`; None: `tolerance_of` the coarser dtype of each pair.
-      what: said in the message.
+      what: a description for the error message.
 
     Raises:
-      AssertionError: they differ; names the leaf, the error and the tolerance.
+      AssertionError: the trees differ. The message names the leaf, the error and the tolerance.
     """
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes(actual, expected)
@@ -124,12 +124,12 @@ def assert_same_blocks(
     importance: Float[Array, "B K Tq Nb"],
     tolerance: float = 1e-5,
 ) -> None:
-    """Asserts that two selections are equal, but for exchanges between blocks that rounding cannot tell apart.
+    """Asserts that two selections are equal, except for exchanges of blocks that rounding cannot tell apart.
 
-    Blocks may be exchanged only where their importances are positive and agree to within `tolerance`, relatively.
+    Blocks may be exchanged only if their importances are positive and agree to a relative error of `tolerance`.
 
     Raises:
-      AssertionError: names the first row that differs.
+      AssertionError: the selections differ. The message names the first row that differs.
     """
     chex.assert_equal_shape([actual, expected])
     a, b, score = np.asarray(actual), np.asarray(expected), np.asarray(importance)
@@ -155,21 +155,21 @@ def assert_matches_reference(
 ) -> None:
     """Asserts that an implementation of every op agrees with the reference on `inputs`.
 
-    Compares the three branches, lse, the block indices and the gated sum, and the gradients of each with respect to
-    all its inputs for a random cotangent. The reference works on the same values, in float32 at least. The branches
-    attend to the reference's blocks; block indices are compared by `assert_same_blocks`.
+    This compares the three branches, lse, the block indices and the gated sum, and the gradients of each with respect
+    to all its inputs for a random cotangent. The reference gets the same values, in float32 at least. Selected
+    attention attends to the reference's blocks. `assert_same_blocks` compares the block indices.
 
     Args:
-      inputs: as from `random_inputs`.
+      inputs: for example from `random_inputs`.
       config: sizes of the branches.
-      implementation: what to test; None tests the automatic choice.
-      scale: as of `nsa_attention`.
-      tolerance: on the normwise error; None: `tolerance_of` the dtype of `inputs.q`.
-      gradients: compare gradients too.
-      key: of the cotangents.
+      implementation: the implementation to test. None: the automatic choice.
+      scale: see `nsa_attention`.
+      tolerance: on the normwise error. None: `tolerance_of` the dtype of `inputs.q`.
+      gradients: whether to compare gradients too.
+      key: random key for the cotangents.
 
     Raises:
-      AssertionError: something differs, named.
+      AssertionError: something differs. The message says what.
     """
     tolerance = tolerance_of(inputs.q.dtype) if tolerance is None else tolerance
     key = jax.random.key(0) if key is None else key
@@ -221,7 +221,7 @@ def assert_matches_reference(
 def reference_selection(
     inputs: AttentionInputs, config: NSAConfig, *, scale: float | None = None
 ) -> tuple[Float[Array, "B H Tq"], Int[Array, "B K Tq n"], Float[Array, "B K Tq Nb"]]:
-    """The reference's lse, selected blocks, and the importances that it selects them by (equations 8 to 12)."""
+    """The reference's lse, its selected blocks, and the importances that it selects by (equations 8 to 12)."""
     options: dict[str, Any] = {
         "config": config,
         "scale": scale,

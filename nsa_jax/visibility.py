@@ -1,7 +1,8 @@
-"""Who sees what: the index arithmetic that every implementation shares (all indices 0-based).
+"""Which query sees which keys: the index arithmetic that the implementations share. All indices are 0-based.
 
-Segments never decrease along the sequence, so what a query at position t may see is fixed by one number, the position
-`starts` of the first token of its segment: keys at starts .. t, and compressed tokens and blocks that follow from it.
+Segments never decrease along the sequence. One number therefore says what a query at position t may see: `starts`, the
+position of the first token of its segment. The query sees keys at positions starts .. t, and the compressed tokens and
+blocks that follow from these.
 """
 
 import jax
@@ -40,10 +41,10 @@ def compressed_visible(
 
 
 def overlap_weights(config: NSAConfig) -> tuple[int, list[int]]:
-    """The pooling of compressed scores into block scores: imp_j = sum_r weights[r] p[j s/d + first + r].
+    """How compressed scores are pooled into block scores: imp_j = sum_r weights[r] p[j s/d + first + r].
 
-    A weight is c(i, j), the number of stride-chunks (d tokens) that compressed token i and block j share. For
-    l, d, s = 32, 16, 64 that is first = -1 and weights 1, 2, 2, 2, 1. (Equation 9 of the paper, read 0-based.)
+    A weight is c(i, j), the number of strides (of d tokens) that compressed token i and block j share. For l, d, s =
+    32, 16, 64 the result is first = -1 and weights 1, 2, 2, 2, 1. (This is equation 9 of the paper, read 0-based.)
     """
     per_token = config.compress_block // config.compress_stride
     per_block = config.select_block // config.compress_stride
@@ -54,7 +55,7 @@ def overlap_weights(config: NSAConfig) -> tuple[int, list[int]]:
 def pool_importance(p: Float[Array, "*rows Nc"], num_blocks: int, config: NSAConfig) -> Float[Array, "*rows Nb"]:
     """Importance of selection blocks from the (group-summed) probabilities of compressed tokens (equations 9 and 10).
 
-    Adds the taps one by one and in order, so that equal probabilities give exactly equal importance.
+    The weighted terms are added one by one and in order, so that equal probabilities give exactly equal importance.
     """
     first, weights = overlap_weights(config)
     per_block = config.select_block // config.compress_stride
@@ -79,7 +80,7 @@ def choose_blocks(
     starts: Int[Array, "B T"],
     config: NSAConfig,
 ) -> Int[Array, "B K T n"]:
-    """Top-n with the forced blocks: ascending, ties to the lower index, -1 at the end where candidates run out."""
+    """The n best blocks, forced ones included: ascending, ties to the lower index, -1 where candidates run out."""
     block = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, :]
     own = (positions // config.select_block)[None, :, None]
     first = (starts // config.select_block)[:, :, None]
@@ -100,6 +101,6 @@ def gated_sum(
     o_slc: Float[Array, "B T H Dv"],
     o_win: Float[Array, "B T H Dv"],
 ) -> Float[Array, "B T H Dv"]:
-    """The three branches' outputs added with their gates (equation 5), in float32 at least, in the outputs' dtype."""
+    """The sum of the branches' outputs, each times its gate (equation 5). It is summed in float32 at least."""
     g = gates.astype(jnp.promote_types(o_cmp.dtype, jnp.float32))
     return (g[..., 0:1] * o_cmp + g[..., 1:2] * o_slc + g[..., 2:3] * o_win).astype(o_cmp.dtype)

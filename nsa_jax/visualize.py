@@ -1,6 +1,6 @@
-"""Pictures of what an attention layer does, with matplotlib: what is selected, the branches' maps, gates, bytes read.
+"""Pictures of what an attention layer does: selected blocks, maps of the branches, gates, bytes read.
 
-Every figure takes `AttentionInputs`, made of plain arrays or got from a model by `trace_attention`, and returns a
+Every function takes `AttentionInputs`, from plain arrays or from a model by `trace_attention`, and returns a
 `matplotlib.figure.Figure`. What is drawn is computed by the reference, in float32 at least. `import nsa_jax` does not
 import this module, nor matplotlib, which is in the extra `plot`.
 
@@ -47,13 +47,13 @@ from pallas_kernels.palette import COLORS
 
 BRANCHES = ("compressed", "selected", "window")
 COLORMAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
-LONGEST = 4096  # tokens of a map that is quadratic in them
+LONGEST = 4096  # the most tokens of a map, which is quadratic in them
 
 Layers = AttentionInputs | Mapping[str, AttentionInputs]
 
 
 class AttentionMaps(NamedTuple):
-    """The weights that one head's queries give to what each branch lets them see; rows sum to 1, or to 0."""
+    """Attention weights of one head's queries in each branch. A row sums to 1, or to 0 if its query sees nothing."""
 
     compressed: Float[np.ndarray, "Tq Nc"]
     selected: Float[np.ndarray, "Tq T"]
@@ -61,19 +61,19 @@ class AttentionMaps(NamedTuple):
 
 
 def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any) -> dict[str, AttentionInputs]:
-    """What the Native Sparse Attention layers of a model give to the attention, by layer, in the order of the model.
+    """The arguments that each Native Sparse Attention layer of a model gives to the attention, in the model's order.
 
     Args:
-      module: a Linen module that holds `nsa_jax.NSAttention` anywhere, under `nn.scan` too if "intermediates" are
-        among its variable axes; or one `nsa_jax.nnx.NSAttention`.
+      module: a Linen module that contains `nsa_jax.NSAttention` anywhere (under `nn.scan` only if "intermediates" is
+        among its variable axes), or one `nsa_jax.nnx.NSAttention`.
       variables: of a Linen module; None for NNX.
-      arguments, options: of a call of the module: a batch, `segment_ids` and so on.
+      arguments, options: the arguments of a call of the module: a batch, `segment_ids` and so on.
 
     Returns:
-      Names such as "layers/attention/1" and the inputs; arrays with the batch of the call.
+      For each layer, a name such as "layers/attention/1" and its inputs, for the whole batch of the call.
 
     Raises:
-      ValueError: there is no such layer.
+      ValueError: the module has no such layer.
     """
     if isinstance(module, NSAttention):
         return {"attention": module.attention_inputs(*arguments, **options)}
@@ -92,16 +92,16 @@ def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any
 def attention_maps(
     inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, head: int = 0, scale: float | None = None
 ) -> AttentionMaps:
-    """The weights of one query head in one row of the batch, in all three branches.
+    """The attention weights of one query head in one row of the batch, in all three branches.
 
     Args:
       inputs: of at most 4096 tokens, because the maps are quadratic in them.
       config: sizes of the branches.
       row, head: which row of the batch and which query head.
-      scale: as of `nsa_attention`.
+      scale: see `nsa_attention`.
 
     Raises:
-      ValueError: `row` or `head` is not there, or the sequence is too long.
+      ValueError: `row` or `head` does not exist, or the sequence is too long.
     """
     _check_inputs(inputs)
     _check_index("head", head, inputs.q.shape[2])
@@ -121,7 +121,7 @@ def attention_maps(
     }
 
     def weights(op: Any, keys: Array, *rest: Array) -> Any:
-        """An op's outputs are its weights where value i is the i-th unit vector."""
+        """The weights of an op: its outputs if value i is the i-th unit vector."""
         k = keys[:, :, group : group + 1]
         values = jnp.eye(k.shape[1], dtype=q.dtype)[None, :, None, :]
         return jax.jit(lambda *arrays: op(*arrays, **options))(q, k, values, *rest)
@@ -135,9 +135,9 @@ def attention_maps(
 def selection_share(
     block_indices: Int[Array, "B K Tq n"], config: NSAConfig, *, query_offset: int = 0
 ) -> Float[np.ndarray, "B K Nq Nb"]:
-    """Of the queries in each query block, the share that reads each key block.
+    """For each query block and key block, the share of the queries that read the key block.
 
-    Query blocks count from the one that holds `query_offset`, key blocks from 0 to the last query's own.
+    Query blocks count from the one that contains `query_offset`. Key blocks count from 0 to the last query's own.
     """
     indices = np.asarray(block_indices)
     query_blocks = (int(query_offset) + np.arange(indices.shape[2])) // config.select_block
@@ -156,7 +156,7 @@ def plot_selection(layers: Layers, config: NSAConfig, *, row: int = 0) -> Figure
       row: of the batch.
 
     Raises:
-      ValueError: `layers` are of another type or empty, or `row` is not there.
+      ValueError: `layers` has another type or is empty, or `row` does not exist.
     """
     named = _named(layers)
     groups = max(inputs.kv.cmp_k.shape[2] for inputs in named.values())
@@ -177,7 +177,7 @@ def plot_selection(layers: Layers, config: NSAConfig, *, row: int = 0) -> Figure
 def plot_branches(
     inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, head: int = 0, scale: float | None = None
 ) -> Figure:
-    """The attention maps of the three branches of one query head; arguments and errors as of `attention_maps`."""
+    """The attention maps of the three branches for one query head. For arguments and errors, see `attention_maps`."""
     maps = attention_maps(inputs, config, row=row, head=head, scale=scale)
     figure = Figure(figsize=(11, 3.7), layout="constrained")
     panels = figure.subplots(1, 3)
@@ -198,16 +198,16 @@ def plot_branches(
 def plot_importance(
     inputs: AttentionInputs, config: NSAConfig, *, row: int = 0, group: int = 0, scale: float | None = None
 ) -> Figure:
-    """The importance of every block to every query of a group of heads, and what the top-n leaves of it.
+    """The importance of every block to every query of a group of heads, before and after the best n are chosen.
 
     Args:
       inputs: of one layer.
       config: sizes of the branches.
       row, group: which row of the batch and which key/value head.
-      scale: as of `nsa_attention`.
+      scale: see `nsa_attention`.
 
     Raises:
-      ValueError: `row` or `group` is not there.
+      ValueError: `row` or `group` does not exist.
     """
     _check_inputs(inputs)
     _check_index("group", group, inputs.kv.cmp_k.shape[2])
@@ -231,13 +231,13 @@ def plot_importance(
 
 
 def plot_gates(layers: Layers) -> Figure:
-    """How open the gates are: their distribution, and their mean over position with the middle 80% of the heads.
+    """How open the gates are: their distribution, and by position their mean and the middle 80% of rows and heads.
 
     Args:
-      layers: one layer's inputs, or several by name. All rows and heads of each are counted.
+      layers: one layer's inputs, or several by name. All rows and heads of each layer are counted.
 
     Raises:
-      ValueError: `layers` are of another type or empty.
+      ValueError: `layers` has another type or is empty.
     """
     named = _named(layers)
     figure = Figure(figsize=(9, 0.4 + 2.6 * len(named)), layout="constrained")
@@ -268,11 +268,11 @@ def plot_bytes_read(
     dtype: DTypeLike = jnp.bfloat16,
     lengths: Sequence[int] = tuple(2**i for i in range(9, 18)),
 ) -> Figure:
-    """Keys and values that a layer reads to decode one token of one sequence, against dense attention's, by length.
+    """Bytes of keys and values that a layer reads to decode one token, by length, beside those of dense attention.
 
     Args:
       config: sizes of the branches.
-      num_kv_heads, head_dim, v_head_dim, dtype: of the layer; v_head_dim None is head_dim.
+      num_kv_heads, head_dim, v_head_dim, dtype: of the layer. If `v_head_dim` is None, it is `head_dim`.
       lengths: tokens in the cache.
 
     Raises:
@@ -299,7 +299,7 @@ def plot_bytes_read(
 
 
 def _find_inputs(tree: Any, path: tuple[str, ...]) -> Any:
-    """Pairs of a name and the inputs that a layer sowed, one pair for each layer of a scan and each call."""
+    """Pairs of a name and the inputs that a layer sowed: one pair for each layer of a scan and for each call."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _find_inputs(value, (*path, name))
@@ -342,7 +342,7 @@ def _check_index(name: str, value: int, size: int) -> None:
 
 
 def _image(axes: Axes, values: np.ndarray, *, first: int, **options: Any) -> Any:
-    """Rows are queries, from `first` on downwards; what is not there is white."""
+    """An image whose rows are queries, from `first` on downwards. NaN is white."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     extent = (-0.5, values.shape[1] - 0.5, first + values.shape[0] - 0.5, first - 0.5)

@@ -1,7 +1,7 @@
-"""Pure JAX, chunked over queries: memory linear in T, differentiable, runs anywhere.
+"""Pure JAX in chunks of queries: memory linear in T, differentiable, runs on any device.
 
-Each chunk of queries is rematerialised in the backward pass, so that no more than one chunk's scores live at a time.
-Keys and values are held in float32 at least, so that their gradients add up in float32 over the chunks, and multiplied
+The backward pass rematerialises each chunk of queries, so that the scores of only one chunk exist at a time. Keys and
+values are held in float32 at least, so that their gradients are summed in float32 over the chunks. They are multiplied
 in the dtype of the queries.
 """
 
@@ -24,7 +24,7 @@ from nsa_jax.visibility import (
     starts_or_zeros,
 )
 
-CHUNK_ELEMENTS = 1 << 22  # scores, or gathered key elements, that one chunk of queries may hold
+CHUNK_ELEMENTS = 1 << 22  # the most scores, or gathered key elements, of one chunk of queries
 
 
 def compressed_attention(
@@ -127,7 +127,7 @@ def window_attention(
     """Attention to positions t - w + 1 .. t: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     window = min(config.window, k.shape[1])
-    # As many queries as the window is wide: half of the scores that a chunk computes are then used.
+    # With as many queries as the window is wide, half of the scores that a chunk computes are used.
     chunk = min(q.shape[1], max(window, 64))
     before, after = window - 1, chunk  # the last chunk's padding rows may look past the end
     k, v = (jnp.pad(_accumulable(x), ((0, 0), (before, after), (0, 0), (0, 0))) for x in (k, v))
@@ -160,7 +160,7 @@ def decode_attention(
 ) -> tuple[Float[Array, "B m H Dv"], Int[Array, "B K m n"]]:
     """All branches of a few queries of each row over a cache: (o [B, m, H, Dv], block_indices [B, K, m, n]).
 
-    Copies out each row's compressed tokens and selected blocks, no other page.
+    This copies each row's compressed tokens and selected blocks out of the pool, and no other page.
     """
 
     def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
@@ -169,7 +169,7 @@ def decode_attention(
         o_cmp, lse = compressed_attention(q, k, v, None, offset, config=config, scale=scale)
         indices = select_blocks(q, k, lse, None, offset, config=config, scale=scale)
         o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, table, scale)
-        # The last position written, up to which the ring's slots count backwards, is the last query's.
+        # The last query's position is the last one written. The ring's slots hold the positions that lead up to it.
         ring, slot = win_k.shape[0], jnp.arange(win_k.shape[0], dtype=jnp.int32)
         key = positions[-1] - (positions[-1] - slot) % ring
         near = (key[None, :] > positions[:, None] - config.window) & (key[None, :] <= positions[:, None])
@@ -188,7 +188,7 @@ def _attend_to_pages(
     table: Int[Array, " N"],
     scale: float,
 ) -> Float[Array, "1 m H Dv"]:
-    """Selected attention of one row's queries, its blocks read through its block table."""
+    """Selected attention of one row's queries. The blocks are found through the row's block table."""
     K, m, n = indices.shape
     s = k.shape[2]
     chosen = jnp.maximum(indices, 0)

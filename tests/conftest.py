@@ -1,6 +1,7 @@
 """The strict test environment: eight simulated CPU devices, equal bits on GPUs; rank promotion and warnings raise."""
 
 import os
+from pathlib import Path
 
 # Compiling is most of the tests' time: tests need right code, not fast code.
 os.environ.setdefault(
@@ -15,10 +16,21 @@ import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled programs are kept between runs of the tests. A program is found by all of its text, the compiler's flags and
+# its version, so that results do not depend on what is there. `make clean` removes them.
+COMPILED = Path(__file__).parents[1] / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Derandomised: a failure here is a failure everywhere, and CI does not fail by lot.
 settings.register_profile("nsa_jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("nsa_jax")
+
+
+def pytest_configure(config):
+    """An entry that another worker is writing, or that a stopped one left half written, is compiled anew."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,7 +1,9 @@
 """Held-out loss and bits per byte, over all tokens and by position in the sequence."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -107,3 +109,15 @@ def evaluate_positions(
             end = min((i + 1) * width, length)
             found.append(Bucket(i * width, end, bits_per_byte(nll, num_bytes), nll / weight, weight))
     return found
+
+
+def read_positions(path: Path) -> list[Bucket]:
+    """The buckets of a file that `python -m train positions --out` wrote.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    try:
+        return [Bucket(**bucket) for bucket in json.loads(path.read_text())["buckets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file that `python -m train positions --out` wrote") from error

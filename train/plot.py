@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pallas_kernels.palette import COLORS
-from train.commands.positions import read_positions
 from train.config import from_json
+from train.evaluate import read_positions
 from train.metrics import read_metrics
 
 LINE_COLORS = [COLORS[i] for i in (0, 2, 3, 5, 4)]  # blue and orange first, no green, yellow last

@@ -63,8 +63,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     Returns:
       The choices, in the order in which they were made.
 
-    Raises:
-      What `op` raises.
+    What `op` raises for these arguments, this raises too.
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
     traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]

@@ -88,19 +88,19 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
     scale = Dk**-0.5
     options: dict[str, Any] = {"config": shape, "scale": scale}
 
-    def compress(q, k, v):
+    def compress(q: Array, k: Array, v: Array) -> Any:
         return compressed_attention(q, k, v, None, 0, **options)
 
-    def select(q, k, lse):
+    def select(q: Array, k: Array, lse: Array) -> Array:
         return select_blocks(q, k, lse, None, 0, **options)
 
-    def selected(q, k, v, indices):
+    def selected(q: Array, k: Array, v: Array, indices: Array) -> Array:
         return selected_attention(q, k, v, indices, None, 0, **options)
 
-    def window(q, k, v):
+    def window(q: Array, k: Array, v: Array) -> Array:
         return window_attention(q, k, v, None, 0, **options)
 
-    def whole(q, *arrays):
+    def whole(q: Array, *arrays: Array) -> Array:
         *keys, gates, indices, lse = arrays
         # The selection is computed and paid for, but random inputs choose at random: the pattern's is attended to. A
         # barrier does not do: the compiler drops what comes out of it unused, and the selection with it.
@@ -109,7 +109,7 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         positions = Positions(None, 0)
         return nsa_attention(q, Keys(*keys), gates, positions, positions, indices, parts=PARTS, **options)
 
-    def dense(q, k, v, local_window_size=None):
+    def dense(q: Array, k: Array, v: Array, local_window_size: Any = None) -> Array:
         size = max(Dk, Dv)
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1]))) for x in (q, k, v))
         o = jax.nn.dot_product_attention(
@@ -117,7 +117,9 @@ def cases(shape: Shape, pattern: Pattern, seed: int = 0) -> list[Case]:
         )
         return o[..., :Dv]
 
-    def dense_window(q, k, v):  # with a window, cuDNN sees the future unless it is told that it is causal
+    def dense_window(
+        q: Array, k: Array, v: Array
+    ) -> Array:  # with a window, cuDNN sees the future unless it is told that it is causal
         return dense(q, k, v, (shape.window - 1, 0))
 
     _, lse = jax.jit(compress)(q, *cmp_kv)

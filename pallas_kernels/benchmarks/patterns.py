@@ -26,7 +26,7 @@ def block_indices(
     rows = min(ROWS, -(-T // RUN) * RUN)
     steps = -(-T // rows)
 
-    def draw(step):
+    def draw(step: Array) -> Array:
         run_key, query_key, which_key = jax.random.split(jax.random.fold_in(key, step), 3)
         score = jax.random.uniform(query_key, (K, rows, blocks))
         if pattern == "local":

@@ -54,7 +54,7 @@ def measure(case: Case) -> dict[str, Any]:
     if case.differentiable:
         cotangent = jax.random.normal(jax.random.key(1), *_shape_of(case))
 
-        def both(cotangent, *arguments):
+        def both(cotangent: Any, *arguments: Any) -> Any:
             moving, fixed = arguments[: case.differentiable], arguments[case.differentiable :]
             out, vjp = jax.vjp(lambda *a: case.forward(*a, *fixed), *moving)
             return out, vjp(cotangent)

@@ -1,5 +1,7 @@
 """Tiles of block selection, by kernel; see `pallas_kernels.triton.tiles`.
 
+A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
+
 Milliseconds are of the whole selection on one H100, H 64, K 4, bfloat16: T 65536 for head size 128, and T 32768 for
 192 and 256.
 """

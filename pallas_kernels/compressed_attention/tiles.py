@@ -1,5 +1,7 @@
 """Tiles of compressed attention, by kernel; see `pallas_kernels.triton.tiles`.
 
+A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
+
 Milliseconds are of one H100, H 64, K 4, bfloat16: T 65536 for head size 128, and T 32768 for 64, 192 with values of
 128, and 256. Float32 products run without tensor cores, on short rows from registers, and are given small tiles. GPUs
 with less shared memory than Hopper take shallower pipelines, which are not measured.

@@ -1,5 +1,7 @@
 """Tiles of decoding, by kernel; see `pallas_kernels.triton.tiles`.
 
+A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
+
 Not measured one by one: see `pallas_kernels/benchmarks/results/decode_attention_h100.json` for the whole.
 """
 

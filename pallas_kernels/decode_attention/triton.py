@@ -10,7 +10,6 @@ A partial sum is (m, total, acc): the largest score of a query head over some ke
 that, and the weighted values.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,73 +21,18 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_selection.best_blocks import best_blocks, rank_by_importance
-from pallas_kernels.compressed_attention.visibility import visible_end
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
+from pallas_kernels.decode_attention.step import Step
 from pallas_kernels.triton.heads import SMALLEST_SIDE, accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
-from pallas_kernels.triton.problem import LOG2_E, Problem, check_num_blocks, check_supported, problem_of
+from pallas_kernels.triton.problem import LOG2_E, check_num_blocks, check_supported, problem_of
 from pallas_kernels.triton.rows import Pair, load_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import LEAST, NEVER, exp2, softmax_start, softmax_step
 from pallas_kernels.triton.tiles import DecodeTile, find_tile, key_of
 
 IMPORTANCE_BLOCKS = 64  # whose importance a program sums
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Static facts of one call."""
-
-    batch: int
-    num_queries: int  # m
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    num_blocks: int  # N, of the longest row
-    ring: int  # W
-    problem: Problem
-    tile: DecodeTile
-    chunk: int  # compressed tokens of a program
-
-    @property
-    def group(self) -> int:
-        """Query heads of a K/V head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def padded_group(self) -> int:
-        """Rows that a query takes in a tile of several queries."""
-        return next_power_of_two(self.group)
-
-    @property
-    def tile_queries(self) -> int:
-        """Queries that a tile of the first kernel holds."""
-        most = max(1, 64 // self.padded_group)
-        return max(pl.cdiv(SMALLEST_SIDE, self.padded_group), min(next_power_of_two(self.num_queries), most))
-
-    @property
-    def per_block(self) -> int:
-        """Compressed tokens that start in a block."""
-        return self.problem.select_block // self.problem.compress_stride
-
-    @property
-    def compressed_splits(self) -> int:
-        """Programs along the compressed tokens."""
-        return pl.cdiv(self.num_blocks * self.per_block, self.chunk)
-
-    @property
-    def window_splits(self) -> int:
-        """Programs along the window."""
-        return pl.cdiv(self.problem.window + self.tile_queries - 1, self.tile.keys)
-
-    @property
-    def selected_splits(self) -> int:
-        """Programs along the selected blocks."""
-        return pl.cdiv(self.problem.num_selected * next_power_of_two(self.problem.select_block), self.tile.keys)
-
-    def visible(self, position: Any) -> Any:
-        """Compressed tokens that a query at `position` sees."""
-        return visible_end(position, self.problem, self.num_blocks * self.per_block)
 
 
 def decode_attention(

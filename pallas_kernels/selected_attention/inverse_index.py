@@ -28,7 +28,7 @@ class InverseIndex(NamedTuple):
     block_items: Int[Array, "BK blocks1"]
 
 
-def _search(sorted_rows, values):
+def _search(sorted_rows: Int[Array, "BK L"], values: Int[Array, " N"]) -> Int[Array, "BK N"]:
     """The left insertion point of each of `values` in each row, unrolled so that it compiles to one fusion."""
     return jax.vmap(lambda row: jnp.searchsorted(row, values, method="scan_unrolled").astype(jnp.int32))(sorted_rows)
 

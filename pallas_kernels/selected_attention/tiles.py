@@ -1,5 +1,7 @@
 """Tiles of selected attention, by kernel; see `pallas_kernels.triton.tiles`.
 
+A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
+
 Milliseconds are of one H100, head size 128, bfloat16, T 65536.
 """
 

@@ -38,9 +38,17 @@ def count(condition: jax.Array) -> jax.Array:
 
 
 def loop(begin: Any, end: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`lax.fori_loop` whose counter is int32."""
+    """`lax.fori_loop` whose counter is int32.
+
+    Written out, because `lax.fori_loop` makes a scan of a loop with known bounds, and a scan counts in int64.
+    """
     begin, end = (np.int32(bound) if isinstance(bound, int) else bound for bound in (begin, end))
-    return lax.fori_loop(begin, end, step, carry)
+
+    def body(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        i, end, carry = state
+        return lax.add(i, np.int32(1)), end, step(i, carry)
+
+    return lax.while_loop(lambda state: lax.lt(state[0], state[1]), body, (begin, end, carry))[2]
 
 
 def next_power_of_two(n: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from train.checkpoints.checkpointer import Checkpointer
 from train.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[2]
+COMPILED = ROOT / ".jax_cache" / "runs"  # programs of such runs, kept between runs of the tests
 DEADLINE = 120.0  # seconds until a process that does not do what is waited for fails the test
 SETTINGS: dict[str, Any] = {
     "eval-batches": 1,
@@ -42,6 +44,27 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{i}.txt").write_bytes(letters.astype(np.uint8).tobytes())
 
 
+def take_compiled(cache: Path) -> Path:
+    """A new folder with the compiled programs that earlier tests kept.
+
+    It is a copy, because a process that is killed may leave half a program behind.
+    """
+    cache.mkdir()
+    if COMPILED.is_dir():
+        shutil.copytree(COMPILED, cache, dirs_exist_ok=True)
+    return cache
+
+
+def keep_compiled(cache: Path) -> None:
+    """Keeps the programs in a folder, once all processes that write there have ended by themselves."""
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    for program in cache.iterdir():
+        if not (COMPILED / program.name).exists():
+            unfinished = COMPILED / f"{program.name}.{os.getpid()}"
+            shutil.copyfile(program, unfinished)
+            os.replace(unfinished, COMPILED / program.name)
+
+
 def arguments(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     """The command line, without `python -m train`, of a run with `SETTINGS` and some more."""
     settings = {"run-dir": run_dir, **SETTINGS, **settings}
@@ -53,8 +76,8 @@ def start(
 ) -> subprocess.Popen:
     """A process, in a group of its own, whose output is added to a file.
 
-    `cache` is a place for compiled programs, so that only the first process compiles; `umask` tells who wrote a file;
-    `environment` is added to this process's own but for its XLA_FLAGS.
+    `cache` is the folder of compiled programs, so that only the first process compiles; `umask` tells who wrote a file;
+    `environment` is added to this process's own, except its XLA_FLAGS.
     """
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},

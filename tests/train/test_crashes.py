@@ -14,6 +14,8 @@ import pytest
 from helpers import train_runs
 from helpers.train_runs import has_reached, latest_step, losses, metrics_file
 
+pytestmark = pytest.mark.xdist_group("crashes")  # the runs that these tests share are made once
+
 STEPS = 40
 EVERY = 4
 
@@ -23,6 +25,7 @@ def workspace(tmp_path_factory) -> Path:
     """A folder for the runs, with a corpus."""
     folder = tmp_path_factory.mktemp("crashes")
     train_runs.write_corpus(folder / "corpus")
+    train_runs.take_compiled(folder / "compiled")
     return folder
 
 
@@ -72,6 +75,7 @@ def finish(process: subprocess.Popen, run_dir: Path, code: int = 0) -> None:
 def uninterrupted(workspace) -> list[tuple[int, float]]:
     run_dir = workspace / "uninterrupted"
     finish(start(workspace, run_dir), run_dir)
+    train_runs.keep_compiled(workspace / "compiled")
     result = losses(run_dir)
     assert [step for step, _ in result] == list(range(1, STEPS + 1))
     return result

@@ -14,6 +14,8 @@ from train.loop import Interrupted, NonFiniteError, run
 from train.metrics import read_metrics
 from train.prepare import prepare
 
+pytestmark = pytest.mark.xdist_group("loop")  # the run that these tests share is made once
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> TrainConfig:

@@ -116,7 +116,8 @@ def cases():
             by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4
             by_default |= name == "full" and several and mesh.fsdp * mesh.context > 2
             marks = () if by_default else (pytest.mark.exhaustive,)
-            yield pytest.param(name, index, marks=marks, id=f"{name}-{mesh}")
+            group = pytest.mark.xdist_group(f"meshes {name}")  # so that the step on one device is made once
+            yield pytest.param(name, index, marks=(group, *marks), id=f"{name}-{mesh}")
 
 
 def taking_turns(name, index):

@@ -7,18 +7,20 @@
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import jax
 
 from nsa_jax import RopeScaling
 from nsa_jax.rope import ScalingKind
+from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import load_model, read_config
 from train.config import TrainConfig
 from train.data.corpus import load_corpus
 from train.data.loader import held_out_batches
-from train.evaluate import Bucket, evaluate_positions, position_sums
+from train.evaluate import evaluate_positions, position_sums
 from train.step import loss_sums
 
 
@@ -79,24 +81,13 @@ def positions(arguments: Arguments) -> None:
         print(f"{name:>15} {bucket.bits_per_byte:15.4f} {bucket.nats_per_token:15.4f} {bucket.tokens:10.0f}")
     if arguments.out is not None:
         content = {
+            "provenance": provenance(["python", "-m", "train", *sys.argv[1:]]),
             "step": step,
             "sequence_length": length,
             "rope_scaling": dataclasses.asdict(saved.config.model.rope_scaling),
             "buckets": [bucket._asdict() for bucket in found],
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_positions(path: Path) -> list[Bucket]:
-    """The buckets of a file that `positions` wrote.
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    try:
-        return [Bucket(**bucket) for bucket in json.loads(path.read_text())["buckets"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a file that `python -m train positions --out` wrote") from error
 
 
 def _scaling(arguments: Arguments, config: TrainConfig, length: int) -> RopeScaling | None:

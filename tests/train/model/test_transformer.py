@@ -171,7 +171,7 @@ def test_gradients_of_embeddings_are_summed_in_float32():
     config = dataclasses.replace(SMALL, dtype="bfloat16")
     model, T = Transformer(config, VOCABULARY), 2048
     ids = jax.random.randint(jax.random.key(0), (1, T), 0, 3)
-    params = nn.meta.unbox(model.init(jax.random.key(1), tokens(1)))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), tokens(1)))["params"]
     cotangent = jax.random.normal(jax.random.key(2), (1, T, config.embed_dim), jnp.bfloat16)
 
     def embedded(params):

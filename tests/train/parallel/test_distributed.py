@@ -65,6 +65,7 @@ Launch = Callable[..., dict[Path, subprocess.Popen]]
 def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     train_runs.write_corpus(folder / "corpus")
+    train_runs.take_compiled(folder / "compiled")
     return folder
 
 
@@ -137,6 +138,7 @@ def in_this_process(workspace: Path, run_dir: Path, **settings) -> "train.config
 def uninterrupted(workspace, launch) -> Path:
     run_dir = workspace / "uninterrupted"
     finish(launch_run(workspace, launch, run_dir))
+    train_runs.keep_compiled(workspace / "compiled")
     assert [step for step, _ in losses(run_dir)] == list(range(1, STEPS + 1))
     return run_dir
 
@@ -288,17 +290,19 @@ WORKER = """
 import dataclasses, importlib, pkgutil, sys
 from pathlib import Path
 import train
-for module in pkgutil.iter_modules(train.__path__):
-    if module.name != "__main__":
-        importlib.import_module(f"train.{module.name}")  # had one asked for a device, start() would raise
+for module in pkgutil.walk_packages(train.__path__, "train."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)  # had one asked for a device, start() would raise
 import jax
 import numpy as np
 from nsa_jax.context import to_zigzag
-from train.__main__ import main, parse
+from train.__main__ import main
+from train.presets import parse
 from train.config import DistributedConfig, MeshConfig
 from train.parallel.distributed import gather, start, together
-from train.loop import prepare
 from train.parallel.sharding import data_shards, make_mesh, put_batch
+from train.prepare import prepare
+from train.presets import parse
 
 address, index, *arguments = sys.argv[1:]
 index = int(index)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
-import jax
-
+from pallas_kernels.benchmarks.provenance import provenance
 from train.config import Attention
 
 VOCABULARY = 258  # of the byte tokenizer
@@ -13,7 +13,7 @@ ATTENTIONS: tuple[Attention, ...] = ("nsa", "full")  # that are compared
 
 
 def write_figures(arguments: Any, rows: list[dict[str, Any]]) -> None:
-    """Writes what was measured so far to `arguments.out`, with the device and the arguments themselves."""
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    result = {**device, **dataclasses.asdict(arguments), "rows": rows}
+    """Writes what was measured so far to `arguments.out`, with its provenance and the arguments themselves."""
+    origin = {"provenance": provenance(["python", "-m", "train", *sys.argv[1:]])}
+    result = origin | dataclasses.asdict(arguments) | {"rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1, default=str))
