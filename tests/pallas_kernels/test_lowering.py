@@ -33,18 +33,21 @@ KERNELS["triton"]["nsa_attention"] = tuple(itertools.chain(*KERNELS["triton"].va
 
 
 def programs() -> list[Any]:
-    """Every op, case, dtype, GPU and width; of an op and a large case only one, in turn, is not exhaustive."""
+    """Every op, case, dtype and GPU, with 64-bit numbers and without by turns.
+
+    Of an op and a large case only one is not exhaustive. Each dtype, GPU and width comes up for each op by itself.
+    """
     all_cases = GPU_CASES | LONG_CASES | {name: case for name, case in CASES.items() if case.num_compressed}
+    ways = list(itertools.product(DTYPES, KINDS))
     found = []
     for op in OPS:
         names = [name for name, case in all_cases.items() if op in case.ops]
-        ways = list(itertools.product(DTYPES, KINDS, (True, False)))
         for turn, name in enumerate(names):
-            # Steps of 7 through 12 ways: each dtype, GPU and width soon comes up for each op.
-            shown = 7 * turn % len(ways)
-            for way in range(len(ways)) if name not in CASES else [shown]:
-                marks = [] if way == shown and name not in CASES else [pytest.mark.exhaustive]
-                found.append(pytest.param(op, name, *ways[way], marks=marks))
+            for i, way in enumerate(ways):
+                shown = i == turn % len(ways)
+                if name not in CASES or shown:
+                    marks = [] if shown and name not in CASES else [pytest.mark.exhaustive]
+                    found.append(pytest.param(op, name, *way, (turn + i // 2 + i) % 2 == 0, marks=marks))
     return found
 
 

@@ -16,7 +16,14 @@ from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import Case
-from tests.pallas_kernels.test_ops import INTERPRETED, check_branch, close
+from tests.pallas_kernels.test_ops import (
+    HUGE,
+    INTERPRETED,
+    check_blocks_that_no_query_selected_are_not_read,
+    check_branch,
+    check_unseen_keys_change_nothing,
+    close,
+)
 
 SELECTION = Case(500, 4, 2, 32, 32, NSAConfig(32, 16, 64, 4, 1, 1))
 
@@ -58,7 +65,11 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     case = Case(70, 8, 1, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1), query_offset=37, segments=(43,))
     tile = QueryTile(16, 2, 2, shared=QueryTile(32, 4, 2))
     query_tile = QueryTile(32, 4, 2)
-    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=tile, query_tile=query_tile)
+    compiled, inputs, actual = check_branch(
+        "triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=tile, query_tile=query_tile
+    )
+    check_unseen_keys_change_nothing("selected_attention", case, compiled, inputs, actual, HUGE)
+    check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 
 
 def test_block_major_forward_equals_the_reference():
