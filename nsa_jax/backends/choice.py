@@ -107,7 +107,8 @@ def first_that_takes(
                 raise NotImplementedError("not a kernel")
             if only is None and not _supports(backend, op.removesuffix(BACKWARD), device):
                 raise NotImplementedError(f"does not support {device}")
-            result = attempt(backend)
+            with recording():  # what the backend asks of others is its own affair
+                result = attempt(backend)
         except NotImplementedError as refusal:
             if only is not None:
                 raise NotImplementedError(f"implementation = {implementation!r}: {op}: {refusal}") from refusal

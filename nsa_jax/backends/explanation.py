@@ -1,7 +1,6 @@
 """Which backend each op takes, and why the others refused."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,7 +69,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     floats = [i for i in traced if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
     others = [i for i in traced if i not in floats]
-    plain = inspect.unwrap(op)
+    # What `jax.jit` made may have been traced before.
+    plain: Callable[..., Any] = getattr(op, "__wrapped__", op) if hasattr(op, "lower") else op
 
     def call(float_leaves: list[Any], other_leaves: list[Any]) -> Any:
         given = {**dict(zip(floats, float_leaves, strict=True)), **dict(zip(others, other_leaves, strict=True))}

@@ -93,8 +93,9 @@ def _fused(
     if kv.cmp_k.shape[1] == 0:
         raise NotImplementedError("no compressed token")
     for op in BRANCHES:
-        if not any(_kernels(op, implementation)):
-            raise NotImplementedError(f"no kernel for {op}")
+        first = _first_that_may_take(op, implementation)
+        if first is None or choice.is_differentiable(first):
+            raise NotImplementedError(f"no kernel for {op}" + (f" before {first.name}" if first else ""))
     forward = {op: choice.FirstForward(op, implementation) for op in (*BRANCHES, "select_blocks")}
     backward = {op + choice.BACKWARD: choice.Backward(op, implementation) for op in BRANCHES}
     return fused.nsa_attention(
@@ -130,11 +131,11 @@ def _one_after_the_other(
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
-def _kernels(op: str, implementation: str | None) -> Iterator[Backend]:
-    """Backends of kernels that may be chosen for an op. A named one says by itself what it does not take."""
-    for backend in registry.in_order() if implementation is None else (choice.named(implementation),):
-        if not choice.is_differentiable(backend) and (implementation is not None or choice.takes_part(backend, op)):
-            yield backend
+def _first_that_may_take(op: str, implementation: str | None) -> Backend | None:
+    """The named backend, which says by itself what it does not take, or the first that takes an op on this device."""
+    if implementation is not None:
+        return choice.named(implementation)
+    return next((backend for backend in registry.in_order() if choice.takes_part(backend, op)), None)
 
 
 def _with_an_op_of_their_own(implementation: str | None) -> Iterator[Backend]:

@@ -122,13 +122,19 @@ def filled(kv, raw, lengths, *, step_tokens=1, num_pages=None, tables=None):
     return jax.jit(functools.partial(write_nsa_tokens, config=CONFIG))(cache, *rows, jnp.asarray(lengths, jnp.int32))
 
 
+@jax.jit
+def _whole(q, kv, gates):
+    """The reference's output and blocks of a whole sequence."""
+    options = {"config": CONFIG, "implementation": "reference"}
+    _, lse = nsa_jax.compressed_attention(q, *kv[:2], **options)
+    return nsa_jax.nsa_attention(q, kv, gates, **options), nsa_jax.select_blocks(q, kv.cmp_k, lse, **options)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("m", [1, 3])
 def test_decode_attention_at_every_position_has_the_outputs_and_exactly_the_blocks_of_the_whole(implementation, m):
     inputs = random_inputs(jax.random.key(2), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
-    o = nsa_jax.nsa_attention(inputs.q, inputs.kv, inputs.gates, config=CONFIG, implementation="reference")
-    _, lse = nsa_jax.compressed_attention(inputs.q, *inputs.kv[:2], config=CONFIG, implementation="reference")
-    blocks = nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, lse, config=CONFIG, implementation="reference")
+    o, blocks = _whole(inputs.q, inputs.kv, inputs.gates)
     offsets = jnp.arange(T - m + 1, dtype=jnp.int32)
     at = offsets[:, None] + jnp.arange(m)[None, :]
     cache = filled(inputs.kv, inputs.kv[2:4], offsets + m, step_tokens=m)
@@ -144,12 +150,14 @@ def test_triton_decodes_as_the_reference():
     layer = nsa_jax.NSAttention(4, 2, 32, config=config, implementation="reference")
     x = jax.random.normal(jax.random.key(0), (2, 60, E))
     variables = jax.jit(layer.init)(jax.random.key(1), x)
-    _, cache = layer.apply(
-        variables, x[:, :58], layer.init_cache(batch_size=2, max_length=64), num_tokens=jnp.array([58, 31]),
-        method="prefill",
-    )  # fmt: skip
+    prefill = jax.jit(functools.partial(layer.apply, method="prefill"))
+    _, cache = prefill(
+        variables, x[:, :58], layer.init_cache(batch_size=2, max_length=64), num_tokens=jnp.array([58, 31])
+    )
     results = [
-        layer.clone(implementation=name).apply(variables, x[:, 58:59], cache, method="decode_step")
+        jax.jit(functools.partial(layer.clone(implementation=name).apply, method="decode_step"))(
+            variables, x[:, 58:59], cache
+        )
         for name in ("triton", "reference")
     ]
     assert_trees_close(results[0], results[1], 1e-5)

@@ -97,12 +97,15 @@ GPU_CASES = {
     ),
     "paper's sizes, shorter": Case(1000, 64, 4, 128, 128, PAPER, ops=("selected_attention", "window_attention")),
     "192 and 128, segments": Case(
-        777, 32, 2, 192, 128, NSAConfig(num_selected=8, window=100), B=2, segments=(43, 200, 201), given=True, ops=BRANCHES
+        777, 32, 2, 192, 128, NSAConfig(num_selected=8, window=100), B=2, segments=(43, 200, 201), given=True,
+        ops=BRANCHES,
     ),
     "192 and 128, segments, longer": Case(
         1777, 12, 2, 192, 128, NSAConfig(num_selected=8), B=2, segments=(64, 192), ops=("select_blocks",)
     ),
-    "192 and 128, segments, all branches": Case(1555, 32, 2, 192, 128, PAPER, B=2, segments=(43,), ops=("nsa_attention",)),
+    "192 and 128, segments, all branches": Case(
+        1555, 32, 2, 192, 128, PAPER, B=2, segments=(43,), ops=("nsa_attention",)
+    ),
     "odd group, heads and block, offset": Case(
         900, 12, 2, 40, 96, NSAConfig(32, 16, 48, 5, 1, 2, 333), query_offset=301, ops=BRANCHES
     ),
@@ -113,13 +116,17 @@ GPU_CASES = {
     "one head a group, segments, small heads": Case(
         1024, 4, 4, 64, 64, PAPER, segments=(70, 200, 201), ops=("compressed_attention",)
     ),
-    "one head a group, odd heads, all branches": Case(1300, 4, 4, 64, 40, PAPER, segments=(43,), ops=("nsa_attention",)),
+    "one head a group, odd heads, all branches": Case(
+        1300, 4, 4, 64, 40, PAPER, segments=(43,), ops=("nsa_attention",)
+    ),
     "one head a group, offset": Case(
         3000, 4, 4, 64, 64, NSAConfig(32, 16, 128, 4, 2, 1, 512), query_offset=1001, ops=("select_blocks",)
     ),
     "large heads": Case(777, 4, 4, 256, 128, PAPER, segments=(43,), ops=("window_attention",)),
     "64 heads a group": Case(640, 64, 1, 64, 48, NSAConfig(16, 8, 128, 3, 1, 2, 70), ops=BRANCHES),
-    "64 heads a group, offset, all branches": Case(1300, 64, 1, 64, 64, PAPER, query_offset=301, ops=("nsa_attention",)),
+    "64 heads a group, offset, all branches": Case(
+        1300, 64, 1, 64, 64, PAPER, query_offset=301, ops=("nsa_attention",)
+    ),
     "long enough to choose tiles by overlap": Case(4200, 16, 1, 64, 64, PAPER, ops=("selected_attention",)),
     "so many blocks that kernels differ, offset": Case(
         4500, 8, 2, 64, 64, NSAConfig(16, 8, 16, 8, 1, 1, 512), query_offset=3000, ops=("select_blocks",)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -148,22 +149,33 @@ def check(backend: str, step: Step, dtype: Any, tolerance: float) -> tuple[Any, 
     return run, (o, indices)
 
 
+REPEATED = ("one head a group", "few blocks, group of 16")
+
+
 @each_backend
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in REPEATED)) for name in STEPS]
+)
 def test_equals_the_reference_on_whole_rows(backend, name):
     run, results = check(backend, STEPS[name], jnp.float32, 2e-6)
     for a, b in zip(results, run(), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
+def programs() -> list[Any]:
+    """Every step, dtype and GPU, with 64-bit numbers and without by turns; most are exhaustive."""
+    ways = list(itertools.product((jnp.bfloat16, jnp.float16, jnp.float32), ("NVIDIA H100", "NVIDIA A100")))
+    return [
+        pytest.param(name, *way, (i + turn) % 2 == 0, marks=[pytest.mark.exhaustive] * (i not in (turn, 5 - turn)))
+        for turn, name in enumerate(GPU_STEPS)
+        for i, way in enumerate(ways)
+    ]
+
+
 @each_backend
-@pytest.mark.parametrize("kind", ["NVIDIA H100", "NVIDIA A100"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("name", GPU_STEPS)
+@pytest.mark.parametrize(("name", "dtype", "kind", "x64"), programs())
 def test_lowers_for_gpus(backend, name, dtype, kind, x64):
-    step = GPU_STEPS[name]
-    step = dataclasses.replace(step, lengths=tuple(70 for _ in step.lengths))
+    step = dataclasses.replace(GPU_STEPS[name], lengths=tuple(70 for _ in GPU_STEPS[name].lengths))
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(step, dtype).arguments(dtype))
     with jax.enable_x64(x64), cases.abstract(kind):
         decode = functools.partial(cases.function(backend, "decode_attention"), **step.options)

@@ -1,0 +1,93 @@
+"""Every op of every backend lowers for GPUs that need not be there, in every dtype, with and without 64-bit numbers."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nsa_jax import nsa_attention
+from tests.pallas_kernels import cases
+from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, LONG_CASES, Case
+
+KINDS = ("NVIDIA H100", "NVIDIA A100")
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+OPS = (*BRANCHES, "select_blocks", "nsa_attention")
+# What a program must be made of, by the start of a kernel's name.
+KERNELS = {
+    "triton": {
+        "compressed_attention": (
+            "compressed_attention_forward",
+            "compressed_attention_query_gradient",
+            "compressed_attention_key_gradient",
+            "compressed_attention_key_gradient_sum",
+        ),
+        "select_blocks": ("block_selection_score", "block_selection_top_n"),
+        "selected_attention": ("selected_attention_",),
+        "window_attention": ("window_attention_",),
+    }
+}
+KERNELS["triton"]["nsa_attention"] = tuple(itertools.chain(*KERNELS["triton"].values()))
+
+
+def programs() -> list[Any]:
+    """Every op, case, dtype and GPU, with 64-bit numbers and without by turns.
+
+    Of an op and a large case only one is not exhaustive. Each dtype, GPU and width comes up for each op by itself.
+    """
+    all_cases = GPU_CASES | LONG_CASES | {name: case for name, case in CASES.items() if case.num_compressed}
+    ways = list(itertools.product(DTYPES, KINDS))
+    found = []
+    for op in OPS:
+        names = [name for name, case in all_cases.items() if op in case.ops]
+        for turn, name in enumerate(names):
+            for i, way in enumerate(ways):
+                shown = i == turn % len(ways)
+                if name not in CASES or shown:
+                    marks = [] if shown and name not in CASES else [pytest.mark.exhaustive]
+                    found.append(pytest.param(op, name, *way, (turn + i // 2 + i) % 2 == 0, marks=marks))
+    return found
+
+
+def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
+    shapes = cases.shapes(case, dtype)
+    offset = jax.ShapeDtypeStruct((), jnp.int32) if case.traced else case.query_offset
+    if op == "select_blocks":
+        shaped = (shapes.q, shapes.kv.cmp_k, shapes.dlse, shapes.starts)
+    elif op == "nsa_attention":
+        ids = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32) if case.segments else None
+        shaped = (shapes.q, shapes.kv, shapes.gates, ids)
+    else:
+        shaped = (shapes,)
+
+    with cases.abstract(kind):
+        if op == "nsa_attention":
+            cases.function(backend, "window_attention")
+            attend = functools.partial(nsa_attention, config=case.config, implementation=backend)
+
+            def call(q: Any, kv: Any, gates: Any, segment_ids: Any, offset: Any) -> Any:
+                def total(q: Any, kv: Any, gates: Any) -> Any:
+                    return attend(q, kv, gates, segment_ids=segment_ids, query_offset=offset).astype(jnp.float32).sum()
+
+                return jax.value_and_grad(total, (0, 1, 2))(q, kv, gates)
+        elif op == "select_blocks":
+            call = functools.partial(cases.function(backend, op), **case.options)
+        else:
+            passes = (cases.function(backend, op), cases.function(backend, op + "_backward"))
+            call = functools.partial(cases.results, *passes, op, case)
+        if not case.traced:
+            known = functools.partial(lambda call, *shaped: call(*shaped, case.query_offset), call)
+            return jax.jit(known).trace(*shaped).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(call).trace(*shaped, offset).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "name", "dtype", "kind", "x64"), programs())
+def test_lowers_for_gpus(backend, op, name, dtype, kind, x64):
+    case = (GPU_CASES | LONG_CASES | CASES)[name]
+    with jax.enable_x64(x64):
+        text = program(backend, op, case, dtype, kind)
+    for kernel in KERNELS.get(backend, {}).get(op, ()):
+        assert kernel in text

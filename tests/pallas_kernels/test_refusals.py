@@ -1,0 +1,111 @@
+"""What a backend does not support, each of its ops refuses by the same rule, forward and backward, uncomputed."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nsa_jax import NSAConfig
+from tests.pallas_kernels import cases
+from tests.pallas_kernels.cases import BACKENDS, BRANCHES, Case
+
+PASSES = (*BRANCHES, *(op + "_backward" for op in BRANCHES), "select_blocks", "decode_attention")
+CASE = Case(64, 4, 2, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1, 20), traced=False)
+
+
+def call(backend: str, op: str, case: Case = CASE, scale: float = 1.0, **dtypes: Any) -> Any:
+    """Traces an op on arrays of a case, of other dtypes where they are named."""
+    config, function = case.config, cases.function(backend, op)
+    dtype = dtypes.pop("dtype", jnp.float32)
+    x = cases.shapes(case, dtype)
+    if op == "decode_attention":
+        arrays = decode_shapes(case, dtype)
+        places: tuple[Any, ...] = ()
+    elif op == "select_blocks":
+        arrays, places = (x.q, x.kv.cmp_k, x.dlse), (None, 0)
+    else:
+        arrays, places = cases.arguments(op.removesuffix("_backward"), x), (None, 0)
+        if op.endswith("_backward"):
+            o = jax.ShapeDtypeStruct(x.do.shape, dtype)
+            arrays = (*arrays, o, x.dlse, x.do)
+    changed = [
+        jax.ShapeDtypeStruct(array.shape, dtypes.get({0: "q", 1: "k"}.get(i, ""), array.dtype))
+        for i, array in enumerate(arrays)
+    ]
+    return jax.eval_shape(lambda *arrays: function(*arrays, *places, config=config, scale=scale), *changed)
+
+
+def decode_shapes(case: Case, dtype: Any, num_blocks: int = 4) -> list[jax.ShapeDtypeStruct]:
+    B, m, s = case.B, 1, case.config.select_block
+    pool = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    per_block = s // case.config.compress_stride
+    return [
+        pool((B, m, case.H, case.Dk)),
+        *(pool((8, case.K, length, D)) for length in (per_block, s) for D in (case.Dk, case.Dv)),
+        *(pool((B, case.config.window + m, case.K, D)) for D in (case.Dk, case.Dv)),
+        jax.ShapeDtypeStruct((B, m, case.H, 3), jnp.float32),
+        jax.ShapeDtypeStruct((B,), jnp.int32),
+        jax.ShapeDtypeStruct((B, num_blocks), jnp.int32),
+    ]
+
+
+# A new backend adds its own rule.
+REFUSED = {
+    "triton": {
+        "q of float64": ({"q": jnp.float64}, r"q\.dtype = float64: expected bfloat16, float16 or float32"),
+        "all of float64": ({"dtype": jnp.float64}, r"q\.dtype = float64: expected bfloat16, float16 or float32"),
+        "keys of another dtype": ({"k": jnp.bfloat16}, r"k\.dtype = bfloat16: expected q's, float32"),
+        "small heads": ({"Dk": 8}, "head_dim of q = 8: expected 16 to 256"),
+        "large heads": ({"Dk": 320}, "head_dim of q = 320: expected 16 to 256"),
+        "small values": ({"Dv": 8}, "head_dim of v = 8: expected 16 to 256"),
+        "large values": ({"Dv": 257}, "head_dim of v = 257: expected 16 to 256"),
+        "many heads a group": ({"H": 65, "K": 1}, "query heads per K/V head = 65: expected at most 64"),
+        "many rows": ({"B": 32768, "K": 2}, r"batch x K/V heads = 65536: expected at most 65535"),
+        "negative scale": ({"scale": -1.0}, r"scale = -1\.0: expected a positive number"),
+        "no scale": ({"scale": 0.0}, r"scale = 0\.0: expected a positive number"),
+    }
+}
+
+
+def each_refusal():
+    return [
+        pytest.param(backend, op, *refusal, id=f"{backend}-{op}-{name}")
+        for backend in BACKENDS
+        for name, refusal in REFUSED[backend].items()
+        for op in PASSES
+        if not (name.endswith("values") and op == "select_blocks")  # which has none
+    ]
+
+
+@pytest.mark.parametrize(("backend", "op", "change", "message"), each_refusal())
+def test_every_op_refuses_the_same_with_the_same_words(backend, op, change, message):
+    fields = {name: value for name, value in change.items() if hasattr(CASE, name) and name != "scale"}
+    others = {name: value for name, value in change.items() if name not in fields}
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match=message):
+        call(backend, op, dataclasses.replace(CASE, **fields), **others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PASSES)
+@pytest.mark.parametrize("size", [16, 256])
+def test_the_smallest_and_the_largest_head_are_taken_by_every_op(backend, op, size):
+    call(backend, op, dataclasses.replace(CASE, H=4, K=2, Dk=size, Dv=size))
+
+
+@pytest.mark.parametrize("select_block", [8, 144])
+@pytest.mark.parametrize("op", ["selected_attention", "selected_attention_backward"])
+def test_triton_takes_blocks_of_one_tile_of_keys(op, select_block):
+    case = dataclasses.replace(CASE, config=NSAConfig(8, 8, select_block, 4, 1, 1, 20))
+    with pytest.raises(NotImplementedError, match=f"select_block = {select_block}: expected 16 to 128"):
+        call("triton", op, case)
+
+
+def test_triton_takes_so_many_blocks_and_no_more():
+    decode = functools.partial(cases.function("triton", "decode_attention"), config=CASE.config, scale=1.0)
+    with pytest.raises(NotImplementedError, match="num_blocks = 40000: expected at most 32768"):
+        jax.eval_shape(decode, *decode_shapes(CASE, jnp.float32, num_blocks=40000))
+    with pytest.raises(NotImplementedError, match="num_blocks = 33001: expected at most 32768"):
+        call("triton", "select_blocks", dataclasses.replace(CASE, T=16 * 33000, query_offset=16 * 33000 - 8))
