@@ -8,9 +8,10 @@ ARGS ?=
 WORKERS ?= 2
 SMOKE = tests/test_brute_force.py tests/test_results.py \
 	tests/nsa_jax/test_against_brute_force.py tests/nsa_jax/test_rope.py \
-	tests/pallas_kernels/test_window_attention.py \
-	tests/train/test_config.py tests/train/test_data.py tests/train/test_tokenizer.py tests/train/test_loss.py \
-	tests/train/test_step.py tests/train/test_saved.py
+	$(addprefix tests/pallas_kernels/test_ops.py::test_, a_window_of_one_returns_the_values \
+		blocks_are_those_of_highest_importance queries_that_see_nothing_give_zero_and_no_gradient) \
+	tests/train/data tests/train/model/test_loss.py tests/train/test_config.py tests/train/test_evaluate.py \
+	tests/train/test_presets.py tests/train/test_step.py tests/train/checkpoints/test_saved.py
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: install train smoke test test-all lint figures docs notebooks wheel clean

@@ -18,6 +18,7 @@ PAGES = (
     "sharding",
     "training",
     "results",
+    "experiments",
     "kernels",
     "adding-a-backend",
     "comparison",

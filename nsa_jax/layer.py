@@ -22,6 +22,7 @@ from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.sharding import MeshAxes, devices_along, place, sharded, token_positions
 
 BRANCHES = ("cmp", "slc", "win")
+NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class HeadConfig:
     v_head_dim: int | None = None  # Dv; None: Dk
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding (arXiv 2302.05442)
+    output_init_scale: float = 1.0  # factor on the initial output projection
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
@@ -82,10 +85,13 @@ class NSALayerConfig(HeadConfig):
     compression_hidden_dim: int | None = None  # F, the hidden width of an mlp phi; None: twice the head size
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
+    tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     implementation: Implementation | None = None  # of the attention
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tie_keys and self.share_kv:
+            raise ValueError("tie_keys = True: expected share_kv = False, which shares keys and values already")
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression = {self.compression!r}: expected one of {', '.join(COMPRESSIONS)}")
 
@@ -94,36 +100,47 @@ def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[st
     """The query and output projections, and a key and a value projection for each branch."""
     H, K, Dk, Dv = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
     project = initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    # The distribution of lecun_normal, whose standard deviation `output_init_scale` multiplies.
+    join = initializers.variance_scaling(
+        config.output_init_scale**2, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
+    )
+    norm = Parameter((Dk,), initializers.ones_init(), ("head_dim",))
     parameters = {
         "q_kernel": Parameter((embed_dim, H, Dk), project, ("embed", "heads", "head_dim")),
-        "o_kernel": Parameter(
-            (H, Dv, embed_dim), initializers.lecun_normal(in_axis=(0, 1), out_axis=2), ("heads", "head_dim", "embed")
-        ),
+        "o_kernel": Parameter((H, Dv, embed_dim), join, ("heads", "head_dim", "embed")),
     }
+    if config.qk_norm:
+        parameters["q_norm_scale"] = norm
     for branch in branches:
         prefix = f"{branch}_" if branch else ""
         axes = ("embed", "kv_heads", "head_dim")
         parameters[f"{prefix}k_kernel"] = Parameter((embed_dim, K, Dk), project, axes)
         parameters[f"{prefix}v_kernel"] = Parameter((embed_dim, K, Dv), project, axes)
+        if config.qk_norm:
+            parameters[f"{prefix}k_norm_scale"] = norm
     return parameters
 
 
 def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
     """Every parameter of a Native Sparse Attention layer, by name."""
     parameters = projection_parameters(config, embed_dim, ("",) if config.share_kv else BRANCHES)
+    if config.tie_keys:
+        for name in ("cmp_k_kernel", "cmp_k_norm_scale"):
+            parameters.pop(name, None)
     l = config.config.compress_block  # noqa: E741
     for name, size in (("phi_k", config.head_dim), ("phi_v", config.value_dim)):
         hidden = config.compression_hidden_dim or 2 * size
+        method = compression_of(config, name)
         parameters[f"{name}_position"] = Parameter((l, size), initializers.normal(0.02), ("compress_block", "head_dim"))
-        if config.compression == "mean":
+        if method == "mean":
             continue
-        width, width_axis = (hidden, "phi_hidden") if config.compression == "mlp" else (size, "phi_out")
+        width, width_axis = (hidden, "phi_hidden") if method == "mlp" else (size, "phi_out")
         parameters[f"{name}_in_kernel"] = Parameter(
             (l, size, width),
             initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
             ("compress_block", "head_dim", width_axis),
         )
-        if config.compression == "mlp":
+        if method == "mlp":
             zeros = initializers.zeros_init()
             parameters[f"{name}_in_bias"] = Parameter((hidden,), zeros, ("phi_hidden",))
             parameters[f"{name}_out_kernel"] = Parameter(
@@ -184,11 +201,12 @@ def project_branches(
     weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: NSALayerConfig
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV]:
     """Queries, keys and values of the three branches, rotated. `cmp_*` are one per token still, and not rotated."""
-    q = rotate(_project(x, weights["q_kernel"]), positions, config)
+    q = rotate(_project_normed(x, weights, "q", config), positions, config)
     kv = {}
     for branch in BRANCHES:
         prefix = "" if config.share_kv else f"{branch}_"
-        k = _project(x, weights[f"{prefix}k_kernel"])
+        key_prefix = "slc_" if config.tie_keys and branch == "cmp" else prefix
+        k = _project_normed(x, weights, f"{key_prefix}k", config)
         kv[f"{branch}_k"] = k if branch == "cmp" else rotate(k, positions, config)
         kv[f"{branch}_v"] = _project(x, weights[f"{prefix}v_kernel"])
     return q, BranchKV(**kv)
@@ -210,8 +228,9 @@ def compressed_tokens(
     # Only a split over tokens is done by hand. XLA's partitioner splits phi over rows and heads by itself.
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
     for name, array in (("k", k), ("v", v)):
-        phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(config.compression)}
-        compressed.append(phi_of(array, phi, config=config.config, method=config.compression))
+        method = compression_of(config, f"phi_{name}")
+        phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(method)}
+        compressed.append(phi_of(array, phi, config=config.config, method=method))
     cmp_k, cmp_v = compressed
     return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
 
@@ -238,8 +257,13 @@ def project_dense(
     weights: Mapping[str, Array], x: Float[Array, "B T E"], positions: Int[Array, "B T"], config: HeadConfig
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]]:
     """Rotated queries and keys, and values."""
-    q, k, v = (_project(x, weights[name]) for name in ("q_kernel", "k_kernel", "v_kernel"))
-    return rotate(q, positions, config), rotate(k, positions, config), v
+    q, k = (rotate(_project_normed(x, weights, name, config), positions, config) for name in ("q", "k"))
+    return q, k, _project(x, weights["v_kernel"])
+
+
+def compression_of(config: NSALayerConfig, name: str) -> Compression:
+    """The method of "phi_k" or "phi_v": tied keys are means, whatever makes the values."""
+    return "mean" if config.tie_keys and name == "phi_k" else config.compression
 
 
 def _phi_names(compression: Compression) -> tuple[str, ...]:
@@ -285,6 +309,19 @@ def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[A
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
     return token_positions((B, T), segment_ids, batch_axes=config.batch_axes, context_axes=config.context_axes)
+
+
+def _project_normed(
+    x: Float[Array, "B T E"], weights: Mapping[str, Array], name: str, config: HeadConfig
+) -> Float[Array, "B T H Dk"]:
+    """Queries or keys, and with `qk_norm` their RMSNorm over the head's dimensions, with the statistics in float32."""
+    heads = _project(x, weights[f"{name}_kernel"])
+    if not config.qk_norm:
+        return heads
+    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    scale = weights[f"{name}_norm_scale"].astype(wide.dtype)[None, None, None, :]
+    return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(heads.dtype)
 
 
 def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:

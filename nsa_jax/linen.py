@@ -73,8 +73,11 @@ class NSAttention(nn.Module):
     compression_hidden_dim: int | None = None  # hidden width of an mlp phi; None: twice the head size
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
+    tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
+    output_init_scale: float = 1.0  # factor on the initial output projection
     implementation: Implementation | None = None  # of the attention; None: the fastest
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
@@ -134,6 +137,8 @@ class FullAttention(nn.Module):
     window: int | None = None  # positions a query sees, its own included; None: all before it
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
+    output_init_scale: float = 1.0  # factor on the initial output projection
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`

@@ -14,7 +14,7 @@ FOLDERS = (figures.ROOT / tables.KERNELS, figures.ROOT / tables.TRAINING)
 RESULTS = sorted(
     path for folder in FOLDERS for path in folder.iterdir() if path.suffix in (".json", ".jsonl") and path.is_file()
 )
-# Recorded before results said where they come from. Some of it was found in the history and in README.md.
+# Recorded before results said where they come from. Some of it was found in the history, README.md and the files.
 OLD = {
     *("block_selection_h100", "compressed_attention_h100", "decode_attention_h100", "nsa_128k_h100", "nsa_256k_h100"),
     *("nsa_h100", "paper_shape_h100", "selected_attention_small_groups_h100", "window_g1_h100", "window_h64_h100"),
@@ -22,7 +22,9 @@ OLD = {
     *("h200x2_context", "h200x2_context_1m", "long_context_1k_plain", "long_context_1k_yarn", "long_context_4k_plain"),
     *("long_context_4k_yarn", "plan_paper_27b", "h100_60m_full", "h100_60m_nsa", "tiny_full", "tiny_nsa"),
     *("tiny_moe_balanced", "tiny_moe_unbalanced"),
+    *("h100_60m_recipe_arms", "h100_60m_recipe_corpus", "h100_60m_recipe_sweep"),
 }
+LOG = "experiments.md"  # its entries stay as they were written on their day
 NOT_OURS = re.compile(r"<!-- not measured here: .+ -->\n(\|.*\n)+")  # and why
 A_NUMBER = re.compile(r"\d[\d,]*(\.\d|%)|\d{1,3},\d{3}")
 
@@ -58,7 +60,11 @@ def test_tables_of_a_page_are_what_the_results_give(page):
     assert text == figures.with_tables(text), "make figures"
 
 
-@pytest.mark.parametrize("page", figures.pages(), ids=lambda path: str(path.relative_to(figures.ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in figures.pages() if page.name != LOG],
+    ids=lambda path: str(path.relative_to(figures.ROOT)),
+)
 def test_every_table_of_numbers_comes_from_results(page):
     unmarked = NOT_OURS.sub("", figures.MARKED.sub("", page.read_text()))
     assert "<!-- table:" not in unmarked, "a table without <!-- end -->"

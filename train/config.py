@@ -59,13 +59,23 @@ class ModelConfig:
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
     share_kv: bool = False  # one key/value projection for the three branches instead of one each
+    tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     rope_theta: float = 10_000.0  # base of the rotary position embedding
     rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output layer is the transposed embedding
+    embedding_init: float = 0.02  # standard deviation of the initial embedding
+    # Initial output projections of attention and dense MLPs: as other matrices, or 1 / sqrt(2 num_layers) as large.
+    output_init: Literal["plain", "depth"] = "plain"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     # What the backward pass computes again: nothing, all but matmuls and attention, all but attention, everything.
     remat: Remat = "none"
+
+    @property
+    def output_init_scale(self) -> float:
+        """Factor on the initial output projections, of which 2 num_layers are added to the residual stream."""
+        return (2 * self.num_layers) ** -0.5 if self.output_init == "depth" else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +84,11 @@ class DataConfig:
 
     path: str | None = None  # file, folder or glob; None: the Python source of the interpreter's standard library
     format: DataFormat = "auto"  # auto: by the file's ending; chat: see train.data.chat
-    suffix: str | None = None  # in a folder, only files whose name ends so; None: .py for the default path, else all
+    suffix: str | None = (
+        None  # in a folder, only files whose name ends so; None: .py for the default path, all files for others
+    )
     text_field: str = "text"  # JSONL key or Parquet column that holds the text
-    chat_start: str = "<|im_start|>"  # before the role of a turn: a token where the tokenizer knows it, else text
+    chat_start: str = "<|im_start|>"  # before the role of a turn: a token if the tokenizer has it, otherwise text
     chat_end: str = "<|im_end|>"  # after the content of a turn
     tokenizer: str = "byte"  # "byte", or the path of a Hugging Face tokenizers JSON file
     sequence_length: int = 512  # T, tokens per row
@@ -89,11 +101,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW or Muon, with warm-up and decay."""
 
+    # muon: matrices inside the layers by Muon, its updates scaled to the size of AdamW's; all else by AdamW.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3  # at the end of warm-up
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up; wsd: constant, then linear over decay_fraction
+    decay_fraction: float = 0.2  # of all steps, at the end, in which wsd decays
     final_fraction: float = 0.1  # of learning_rate, at the last step
     warmup_steps: int = 20  # linear from 0
+    muon_beta: float = 0.95  # decay of Muon's momentum
+    muon_rms: float = 0.2  # root mean square of Muon's updates before the learning rate; AdamW's are about as large
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     weight_decay: float = 0.1  # decoupled, on matrices only
@@ -121,7 +139,7 @@ class MeshConfig:
     context: int = 1  # devices that split the sequence, and share the parameters too
     tensor: int = 1  # devices that split K/V heads (with their groups), MLP and vocabulary
     explicit: bool = (
-        False  # axes of JAX's Explicit type, where every move is in the program; else Auto, where XLA adds it
+        False  # axes of JAX's Explicit type, where the program has every transfer; otherwise Auto, where XLA adds them
     )
 
 
@@ -130,7 +148,7 @@ class DistributedConfig:
     """The processes of the run, for launchers that JAX does not know; SLURM, Open MPI and Kubernetes need nothing."""
 
     coordinator_address: str | None = None  # host:port of the first process, on which it will listen
-    num_processes: int | None = None  # of the run; 1: alone, whatever started it
+    num_processes: int | None = None  # of the run; 1: this process alone, even under a launcher
     process_id: int | None = None  # of this process, from 0
 
 
@@ -188,9 +206,11 @@ AT_LEAST = {
 POSITIVE = (
     "model.rope_theta",
     "model.norm_eps",
+    "model.embedding_init",
     "model.moe.routed_scaling",
     "optimizer.learning_rate",
     "optimizer.clip_norm",
+    "optimizer.muon_rms",
 )
 NOT_EMPTY = ("data.chat_start", "data.chat_end")
 
@@ -213,6 +233,8 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_heads(model: ModelConfig) -> None:
+    if model.tie_keys and model.share_kv:
+        raise ValueError("model.tie_keys = True: expected model.share_kv = False, which shares keys and values already")
     if model.num_heads % model.num_kv_heads:
         raise ValueError(
             f"model.num_heads = {model.num_heads}: expected a multiple of model.num_kv_heads = {model.num_kv_heads}"
@@ -259,6 +281,8 @@ def _check_start_and_end(config: TrainConfig) -> None:
         raise ValueError(f"init_from = {config.init_from}: expected another folder than run_dir")
     if config.init_step is not None and config.init_from is None:
         raise ValueError(f"init_step = {config.init_step}: expected init_from, the run whose step this is")
+    if not 0 <= config.optimizer.decay_fraction <= 1:
+        raise ValueError(f"optimizer.decay_fraction = {config.optimizer.decay_fraction}: expected a number from 0 to 1")
     if warmup_steps >= config.steps:
         raise ValueError(f"optimizer.warmup_steps = {warmup_steps}: expected fewer than steps = {config.steps}")
 

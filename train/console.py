@@ -1,4 +1,4 @@
-"""What a run says while it runs: one progress line in a terminal, plain lines elsewhere."""
+"""What a run prints: one progress line in a terminal, plain lines elsewhere."""
 
 import sys
 import time

@@ -69,12 +69,12 @@ def bucket_width(sequence_length: int, buckets: int) -> int:
 
 
 def position_sums(loss: Loss, params: Any, batch: dict[str, Array], buckets: int, length: int) -> PositionSums:
-    """The loss of a batch by position: the number of tokens before it in its row, or in its segment where there are.
+    """The loss of a batch by position: the number of tokens before it in its row, or in its segment if there are any.
 
-    `length` positions are cut into buckets; what a mesh has padded rows with lies beyond them, without weight.
+    `length` positions are cut into buckets. Where a mesh needs padding, it comes after them and has no weight.
     """
-    # The loss is linear in the weights, so that its gradient with respect to them is each token's own loss, whichever
-    # way the sum is computed and sharded.
+    # The loss is linear in the weights, so that its gradient with respect to them is each token's own loss, however the
+    # sum is computed and sharded.
     nll = jax.grad(lambda weights: loss(params, batch | {"weights": weights}).nll)(batch["weights"])
     B, T = nll.shape
     rules = dict(RULES)
@@ -115,7 +115,7 @@ def read_positions(path: Path) -> list[Bucket]:
     """The buckets of a file that `python -m train positions --out` wrote.
 
     Raises:
-      ValueError: it is no such file.
+      ValueError: it is not such a file.
     """
     try:
         return [Bucket(**bucket) for bucket in json.loads(path.read_text())["buckets"]]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
-from train.config import to_json
+from train.config import TrainConfig, to_json
 from train.console import Console
 from train.evaluate import evaluate, evaluate_positions, position_sums
 from train.generation.generator import generate
@@ -59,7 +61,7 @@ class Result:
 
 
 def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
-    """Trains, from the start or from where the run's folder stands, to the last step.
+    """Trains to the last step, from the start or from the newest checkpoint in the run's folder.
 
     Every process of a run makes the same call. Only the first one prints and writes, except for the arrays of
     checkpoints.
@@ -88,7 +90,7 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
 
 
 def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Console) -> tuple[int, TrainState]:
-    """The steps that were made before, and the state after them; the data iterator stands where it stood then."""
+    """The number of steps made before and the state after them; the data iterator is put where it was then."""
     config, abstract = prepared.config, prepared.abstract_state
     restored = checkpointer.restore_latest(abstract, prepared.train_batches)
     if restored is not None:
@@ -116,7 +118,17 @@ def _open_log(prepared: Prepared, *, first_step: int, silent: bool) -> MetricsLo
             config.run_dir.mkdir(parents=True, exist_ok=True)
             _write(config.run_dir / "config.json", to_json(config))
             _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
+            _write(config.run_dir / "metrics.meta.json", json.dumps(_origin(config), indent=1) + "\n")
         return MetricsLog(config, first_step=first_step, silent=silent)
+
+
+def _origin(config: TrainConfig) -> dict[str, Any]:
+    """What stands beside the metrics when they are kept as a result."""
+    return {
+        "provenance": provenance(["python", "-m", "train", *sys.argv[1:]]),
+        "attention": config.model.attention,
+        "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+    }
 
 
 def _train(

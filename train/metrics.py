@@ -25,7 +25,7 @@ class MetricsLog:
     def __init__(self, config: TrainConfig, *, first_step: int, silent: bool = False):
         """Opens the log of a run that goes on at `first_step`; what an earlier process logged from there on is dropped.
 
-        `silent`: writes nothing, as every process but the first.
+        `silent`: writes nothing; for every process except the first.
 
         Raises:
           ImportError: TensorBoard or Weights & Biases is asked for but not installed; says which extra brings it.

@@ -18,7 +18,7 @@ STYLES = ("o-", "s--", "^:", "D-.")
 
 
 def draw_curves(runs: dict[str, Path], tokens_per_step: int | None = None) -> Figure:
-    """Training and held-out bits per byte over tokens (or over steps, where a run does not say how many each takes).
+    """Training and held-out bits per byte over tokens, or over steps where their number of tokens is not known.
 
     Args:
       runs: run folders, or metrics files, by the name they get in the legend.
@@ -91,7 +91,7 @@ def plot_positions(files: dict[str, Path], path: Path) -> None:
       path: of the picture.
 
     Raises:
-      ValueError: a file is no such file.
+      ValueError: a file was not written by that command.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

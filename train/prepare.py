@@ -23,7 +23,7 @@ from train.parallel.lowering import abstract_state
 from train.parallel.sharding import check_divisible, data_shards, make_mesh
 from train.step import TrainState
 
-# What a resumed run may change. Everything else would make it another run.
+# Settings that a resumed run may change. With any other setting changed it would be another run.
 CHANGEABLE = (
     "run_dir",
     "steps",

@@ -14,7 +14,7 @@ from train.model.transformer import Transformer, output_kernel
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes, and a checkpoint holds."""
+    """Everything that a step reads and writes, and that a checkpoint holds."""
 
     step: Int[Array, ""]  # updates made
     params: Any  # float32
@@ -95,7 +95,7 @@ def make_train_step(
         if accumulate == 1:
             (sums, routing), grads = parts(batch)
         else:
-            # Every accumulate-th row, not neighbouring ones: then each device's rows stay on it.
+            # Every accumulate-th row instead of neighbouring ones, so that each device keeps its rows.
             split = {key: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
 
             def add(total: Any, microbatch: dict[str, Array]) -> tuple[Any, None]:
@@ -103,7 +103,7 @@ def make_train_step(
 
             sums_shapes, _ = jax.eval_shape(parts, {key: x[0] for key, x in split.items()})
             zero_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_shapes)
-            zero = (zero_sums, jax.tree.map(jnp.zeros_like, state.params))  # which lie as the parameters do
+            zero = (zero_sums, jax.tree.map(jnp.zeros_like, state.params))  # with the sharding of the parameters
             ((sums, routing), grads), _ = jax.lax.scan(add, zero, split)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -111,7 +111,7 @@ def make_train_step(
         if routing is not None:
             router = router_metrics(routing, moe)
             mlp = params["layers"]["mlp"]
-            # The optimiser leaves it alone: its gradient is zero, and biases do not decay.
+            # The optimiser does not change it, because its gradient is zero and biases do not decay.
             bias = rebalanced(mlp["balance_bias"], routing.assignments, moe.bias_speed)
             params = {**params, "layers": {**params["layers"], "mlp": {**mlp, "balance_bias": bias}}}
         rng = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(state.rng), 1)[0])

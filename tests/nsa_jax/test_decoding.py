@@ -29,8 +29,10 @@ LAYERS = {
     "nsa, mean phi, shared keys, no positions": nsa_jax.NSAttention(
         **HEADS, config=CONFIG, compression="mean", share_kv=True, rope_theta=None
     ),
+    "nsa, tied keys, normalised": nsa_jax.NSAttention(**HEADS, config=CONFIG, tie_keys=True, qk_norm=True),
     "nsa, blocks that do not overlap": nsa_jax.NSAttention(**HEADS, config=NSAConfig(4, 4, 4, 3, 1, 1, 7)),
     "full": nsa_jax.FullAttention(**HEADS),
+    "full, normalised": nsa_jax.FullAttention(**HEADS, qk_norm=True),
     "window": nsa_jax.FullAttention(**HEADS, window=10),
 }
 PROMPTS = np.array([1, 3, 4, 7, 8, 9, 10, 33], np.int32)  # one row each: around l, s and w

@@ -12,6 +12,7 @@ import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSAConfig, compress, num_compressed
 from nsa_jax.compression import add_bias
+from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.testing import assert_trees_close
 
 CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
@@ -28,17 +29,25 @@ def embeddings(seed=0, B=2):
     return jax.random.normal(jax.random.key(seed), (B, T, E))
 
 
-@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_linen_and_nnx_have_the_same_parameters_and_numbers(compression, share_kv):
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [
+        *({"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)),
+        {"share_kv": True, "qk_norm": True},
+        {"tie_keys": True, "qk_norm": True, "output_init_scale": 0.5},
+    ],
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
+)
+
+
+@OPTIONS
+def test_linen_and_nnx_have_the_same_parameters_and_numbers(options):
     x = embeddings()
     segment_ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, T), 0, 3, jnp.int32), axis=1)
-    linen = layer(compression=compression, share_kv=share_kv)
+    linen = layer(**options)
     boxed = jax.jit(linen.init)(jax.random.key(2), x)
     variables = nn.unbox(boxed)
-    twin = nsa_jax.nnx.NSAttention(
-        E, rngs=nnx.Rngs(0), config=CONFIG, compression=compression, share_kv=share_kv, **HEADS
-    )
+    twin = nsa_jax.nnx.NSAttention(E, rngs=nnx.Rngs(0), config=CONFIG, **options, **HEADS)
     theirs = {name: value for name, value in vars(twin).items() if isinstance(value, nnx.Param)}
     assert {n: p.shape for n, p in variables["params"].items()} == {n: p[...].shape for n, p in theirs.items()}
     for name, value in variables["params"].items():
@@ -61,11 +70,10 @@ def test_full_attention_twins_agree_and_a_window_of_T_is_no_window():
     assert not jnp.allclose(nsa_jax.FullAttention(**HEADS, window=3).apply(variables, x), expected)
 
 
-@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_gradients_reach_every_parameter(compression, share_kv):
+@OPTIONS
+def test_gradients_reach_every_parameter(options):
     x = embeddings()
-    module = layer(compression=compression, share_kv=share_kv)
+    module = layer(**options)
     parameters = nn.unbox(jax.jit(module.init)(jax.random.key(3), x))["params"]
     cotangent = jax.random.normal(jax.random.key(4), x.shape)
     gradient = jax.jit(jax.grad(lambda p: (module.apply({"params": p}, x) * cotangent).sum()))(parameters)
@@ -186,3 +194,69 @@ def test_bad_fields_are_refused_by_name():
         layer().init(jax.random.key(0), jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids: int32 \(2, 4\): expected int32 of shape \(2, 45\)"):
         layer().init(jax.random.key(0), x, segment_ids=jnp.zeros((2, 4), jnp.int32))
+
+
+def initial(module):
+    x = embeddings()
+    return nn.unbox(jax.jit(module.init)(jax.random.key(3), x)), x
+
+
+def traced(module, variables, x):
+    return module.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]["attention_inputs"][0]
+
+
+def test_normalised_queries_and_keys_have_a_root_mean_square_of_their_scale_whatever_the_kernel():
+    module = layer(qk_norm=True)
+    variables, x = initial(module)
+    loud = jax.tree.map(lambda p: p, variables)
+    loud["params"]["q_kernel"] *= 100
+    loud["params"]["slc_k_kernel"] *= 100
+    loud["params"]["win_k_norm_scale"] *= 3
+    before, after = (traced(module, v, x) for v in (variables, loud))
+    for size, array in ((1, after.q), (1, after.kv.slc_k), (3, after.kv.win_k)):
+        assert_trees_close(jnp.sqrt(jnp.mean(array**2, axis=-1)), jnp.full(array.shape[:-1], float(size)), 1e-4)
+    assert_trees_close(after.q, before.q, 1e-5)
+    assert not jnp.allclose(before.kv.cmp_v, 0)
+
+
+def test_full_attention_normalises_queries_and_keys_and_not_values():
+    x = embeddings()
+    module = nsa_jax.FullAttention(**HEADS, qk_norm=True)
+    variables = nn.unbox(module.init(jax.random.key(2), x))
+    y = module.apply(variables, x)
+    for name, same in (("q_kernel", True), ("k_kernel", True), ("v_kernel", False)):
+        changed = {"params": {**variables["params"], name: variables["params"][name] * 7}}
+        assert jnp.allclose(module.apply(changed, x), y, atol=1e-4) == same, name
+
+
+def test_tied_keys_are_the_means_of_the_selected_branchs_keys_before_rotation():
+    module = layer(tie_keys=True, rope_theta=None, qk_norm=True)
+    variables, x = initial(module)
+    parameters = variables["params"]
+    assert not {"cmp_k_kernel", "cmp_k_norm_scale", "phi_k_in_kernel", "phi_k_out_bias"} & set(parameters)
+    assert {"cmp_v_kernel", "phi_v_in_kernel", "slc_k_norm_scale"} <= set(parameters)
+    inputs = traced(module, variables, x)
+    mean = compress(inputs.kv.slc_k, {"position": parameters["phi_k_position"]}, config=CONFIG, method="mean")
+    assert_trees_close(inputs.kv.cmp_k, mean, 1e-6)
+
+
+def test_tied_keys_are_rotated_at_their_first_token():
+    module = layer(tie_keys=True)
+    variables, x = initial(module)
+    plain = traced(layer(tie_keys=True, rope_theta=None), variables, x).kv
+    rotated = traced(module, variables, x).kv
+    first = jnp.arange(plain.cmp_k.shape[1], dtype=jnp.int32)[None] * CONFIG.compress_stride
+    assert_trees_close(rotated.cmp_k, apply_rope(plain.cmp_k, first, 10_000.0, RopeScaling()), 1e-5)
+
+
+def test_the_initial_output_projection_is_scaled_and_nothing_else():
+    plain, _x = initial(layer())
+    scaled, _ = initial(layer(output_init_scale=0.25))
+    for name, value in plain["params"].items():
+        factor = 0.25 if name == "o_kernel" else 1.0
+        assert_trees_close(scaled["params"][name], factor * value, 1e-6)
+
+
+def test_tied_and_shared_keys_are_refused_together():
+    with pytest.raises(ValueError, match="tie_keys = True: expected share_kv = False"):
+        initial(layer(tie_keys=True, share_kv=True))

@@ -40,7 +40,7 @@ def selection(case: Case) -> tuple[Any, ...]:
 def test_cuts_and_chunks_change_nothing(monkeypatch):
     arrays, expected = selection(SELECTION)
     monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
-    monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 4000)
+    monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 10000)  # a few tiles of queries
     run = functools.partial(block_selection.select_blocks, **SELECTION.options, interpret=True)
     cut = jax.jit(lambda *arrays: run(*arrays, None, 0))
     np.testing.assert_array_equal(cut(*arrays), expected)

@@ -50,6 +50,12 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
     ("changes", "message"),
     [
         ({"model": ModelConfig(num_heads=6, num_kv_heads=4)}, r"model.num_heads = 6: .* model.num_kv_heads = 4"),
+        (
+            {"model": ModelConfig(tie_keys=True, share_kv=True)},
+            r"model.tie_keys = True: expected model.share_kv = False",
+        ),
+        ({"model": ModelConfig(embedding_init=0.0)}, r"model.embedding_init = 0.0: expected a positive number"),
+        ({"optimizer": OptimizerConfig(decay_fraction=1.5)}, r"optimizer.decay_fraction = 1.5: .*from 0 to 1"),
         ({"model": ModelConfig(head_dim=7)}, r"model.head_dim = 7: expected an even number"),
         ({"model": ModelConfig(num_layers=0)}, r"model.num_layers = 0: expected at least 1"),
         (

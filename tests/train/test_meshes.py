@@ -85,18 +85,25 @@ def batch(T):
     }
 
 
+OPTIMIZER = optax.trace(decay=0)  # which keeps the gradients
+
+
+@functools.cache
+def initial(config):
+    """The state before the step, and the logical axes of its arrays."""
+    init, key = make_init(Transformer(config, VOCABULARY), OPTIMIZER), jax.random.key(0)
+    return jax.device_get(jax.jit(lambda key: nn.meta.unbox(init(key)))(key)), jax.eval_shape(init, key)
+
+
 def one_step(config, T, mesh=None):
     """Gradients and metrics; the same bits twice."""
-    model, optimizer = Transformer(config, VOCABULARY), optax.trace(decay=0)  # which keeps the gradients
-    init, key = make_init(model, optimizer), jax.random.key(0)
-    step = make_train_step(model, optimizer, accumulate=1, z_loss=1e-3)
+    state, boxed = initial(config)
+    step = make_train_step(Transformer(config, VOCABULARY), OPTIMIZER, accumulate=1, z_loss=1e-3)
     if mesh is None:
-        state = jax.jit(lambda key: nn.meta.unbox(init(key)))(key)
         run, arguments = jax.jit(step), (state, jax.tree.map(jnp.asarray, batch(T)))
     else:
-        shardings = tree_shardings(jax.eval_shape(init, key), mesh)
-        state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
-        arguments = (state, put_batch(batch(T), mesh, config.nsa.compress_stride))
+        shardings = tree_shardings(boxed, mesh)
+        arguments = (jax.device_put(state, shardings), put_batch(batch(T), mesh, config.nsa.compress_stride))
         run = on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)
     first, second = (jax.device_get(run(*arguments)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)

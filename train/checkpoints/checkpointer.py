@@ -51,7 +51,7 @@ class DataIterator(Protocol):
 
 
 class _KeepLastAndBest:
-    """Orbax's preservation policy: asked, while a checkpoint is being written, which ones to keep, it included."""
+    """Orbax's preservation policy: which checkpoints to keep, asked while a new one is being written."""
 
     def __init__(self, keep_last: int, keep_best: int):
         self.keep_last = keep_last
@@ -144,9 +144,9 @@ class Checkpointer:
     def restore_latest(self, abstract_state: Any, data_iterator: DataIterator) -> tuple[int, Any] | None:
         """Read the newest undamaged checkpoint and put the data iterator where it was.
 
-        Newer, damaged ones are named in a warning and moved to `<directory>/damaged`, never deleted. Where the data was
-        shared out otherwise, there is no position to go back to: as many batches are read as the saved step had taken,
-        which is as far in the same order of documents, and a warning says so.
+        Newer, damaged ones are named in a warning and moved to `<directory>/damaged`, never deleted. If the data was
+        divided into another number of shares, there is no saved position for this one. Then as many batches are read
+        as the saved step had used, which is as far in the same order of documents, and a warning says so.
 
         Args:
             abstract_state: the state expected, as arrays or `jax.ShapeDtypeStruct`. Every array comes back with
@@ -215,7 +215,7 @@ class Checkpointer:
             raise self._failed_to_save(step, error) from error
 
     def close(self) -> None:
-        """Wait, then let the writer's threads end."""
+        """Wait, then end the writer's threads."""
         try:
             self.wait()
         finally:
@@ -253,7 +253,7 @@ class Checkpointer:
         return self._manager
 
     def _failed_to_save(self, step: int, error: Exception) -> CheckpointError:
-        # The writer is given up, since what it knows of the folder is no longer so; a later save opens another.
+        # The writer is abandoned, because what it knows of the folder is no longer true; a later save opens another.
         if self._manager is not None:
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -270,7 +270,7 @@ class Checkpointer:
         )
 
     def _clear_away(self, step: int, attempts: int = 20) -> None:
-        """Give the disk its space back; writes still on their way may stand against it for a moment."""
+        """Free the space on the disk; writes that are still under way may prevent it for a moment."""
         for _ in range(attempts):
             unfinished = list(self.directory.glob(f"{step}.*"))
             if not unfinished:
@@ -300,7 +300,7 @@ class Checkpointer:
             self._manager.reload()
 
     def _gather_positions(self, data_iterator: DataIterator) -> list[Any]:
-        # Processes that load the same rows stand at the same place. A copy, that does not change as the iterator goes.
+        # Processes that load the same rows are at the same position. This copy does not change as the iterator goes on.
         shard, count = self._data_shard
         positions = dict(gather([shard, data_iterator.get_state()]))
         return [positions[index] for index in range(count)]

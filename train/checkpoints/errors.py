@@ -18,7 +18,7 @@ class DamagedError(Exception):
 
 @contextlib.contextmanager
 def without_echoes() -> Iterator[None]:
-    """Keep Orbax from printing hundreds of lines about an error that is raised here anyway."""
+    """Keeps Orbax from printing hundreds of lines about an error that is raised here anyway."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return record.exc_info is None
@@ -48,7 +48,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def is_of_this_machine(error: BaseException) -> bool:
-    """Whether reading failed for want of memory or rights, which says nothing against the checkpoint."""
+    """Whether reading failed for lack of memory or permission, which says nothing against the checkpoint."""
     error = _root(error)
     codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
     return isinstance(error, (MemoryError, PermissionError)) or any(code in str(error) for code in codes)
@@ -56,7 +56,7 @@ def is_of_this_machine(error: BaseException) -> bool:
 
 def reason_of(error: BaseException, limit: int = 240) -> str:
     """The cause of an error, in one line of at most `limit` characters and some dots."""
-    # TensorStore appends its whole specification in brackets; the cause is what stands last before them.
+    # TensorStore appends its whole specification in brackets. The cause comes last before them.
     error = _root(error)
     text = re.sub(r" \[[\w ]+='.*", "", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else f"...{text[-limit:]}"

@@ -15,8 +15,8 @@ from train.config import TrainConfig, differences, from_json
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.model.transformer import Transformer
 
-# Model settings that may differ from those of the run a run starts from: they change no parameter, and positions,
-# arithmetic and kernels are what continued training adapts to.
+# Model settings that may differ from those of `init_from`. They change no parameter, and continued training adapts to
+# other positions, arithmetic and kernels.
 MAY_DIFFER = ("model.rope_theta", "model.rope_scaling.", "model.implementation", "model.remat", "model.dtype")
 
 

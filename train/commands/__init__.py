@@ -24,6 +24,9 @@ COMMANDS = {
     "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),
     "positions": Command("train.commands.positions", "positions", "evaluates a run by position in the sequence"),
     "report": Command("train.commands.report", "report", "draws runs into one picture"),
+    "train-tokenizer": Command(
+        "train.commands.train_tokenizer", "train_tokenizer", "learns a tokenizer from the training documents"
+    ),
     "benchmark speed": Command("train.commands.benchmark.speed", "benchmark", "times training steps"),
     "benchmark context": Command(
         "train.commands.benchmark.context", "benchmark", "times attention with its tokens split over devices"

@@ -1,4 +1,4 @@
-"""What a run would take, before there are machines for it: parameters, FLOPs, memory and traffic of a device.
+"""What a run would take, without the machines for it: parameters, FLOPs, memory and traffic of a device.
 
 `python -m train plan --devices 64 PRESET [--field value ...]` lowers the step for a mesh of GPUs, with their kernels,
 and compiles it for as many simulated CPU devices, where the compiler says how much memory a device needs. There

@@ -1,7 +1,7 @@
-"""Conversations: what a record must hold, the template that makes them text, and the tokens that are learnt.
+"""Conversations: what a record must hold, the template that turns it into text, and the tokens that are learnt.
 
 A turn is `<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline; the two markers are settings. Each
-part is tokenized on its own, so that no token spans the border of a prompt and an answer, and text in a message that
+part is tokenized by itself. So no token spans the border between a prompt and an answer, and text in a message that
 looks like a marker remains text.
 """
 
@@ -76,7 +76,7 @@ def encode(
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", config: "DataConfig") -> list[int]:
-    """What a model that was trained on conversations continues with its answer, the beginning of text included."""
+    """The prompt that a model trained on conversations continues with its answer, with the beginning of text."""
     ids, _ = encode(messages, tokenizer, config)
     return np.concatenate([[tokenizer.bos_id], ids, *_header(LEARNT, tokenizer, config)]).tolist()
 

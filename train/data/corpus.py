@@ -23,7 +23,7 @@ _STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests",
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents(Sequence[bytes]):
-    """Documents as UTF-8 bytes, each read from its file when it is asked for."""
+    """Documents as UTF-8 bytes. Each is read from its file when it is accessed."""
 
     sources: tuple[Source, ...]
     source: Int32[np.ndarray, "documents"]  # which of `sources`
@@ -57,18 +57,18 @@ class Corpus:
     held_out: Documents
     skipped: tuple[tuple[str, str], ...]  # (file or file:position, reason)
     num_bytes: int  # of text, train and held_out together
-    fingerprint: str  # changes when any document does; the same for the same documents wherever they lie
+    fingerprint: str  # changes when any document changes; does not depend on the folder
 
 
 def load_corpus(config: DataConfig) -> Corpus:
     """Finds the documents, reads each once to check and hash it, and holds some out.
 
-    A file is one document, except JSONL and conversations (one per line) and Parquet (one per row). What cannot be
-    decoded, has no text or is empty, and a record that is no conversation, is skipped and listed in `Corpus.skipped`.
+    `train.data.formats` says what a document is in each format. What cannot be decoded, has no text, is empty or is not
+    a valid conversation is skipped and listed in `Corpus.skipped`.
 
     The held-out side is chosen by a hash of the document's content and the seed. So copies of a document are always on
-    one side, and a document's side depends neither on its name nor on the other documents, save that the document
-    nearest to the other side is moved where one side would be empty.
+    the same side, and the side depends neither on the document's name nor on the other documents. There is one
+    exception: where one side would be empty, the document nearest to it is moved there.
 
     Raises ValueError where a setting or the path is wrong, and where no or only one distinct document is found.
     """
@@ -147,5 +147,5 @@ def _held_out(digests: np.ndarray, fraction: float, name: str) -> np.ndarray:
             f"data.path: {name} holds {len(digests)} document(s), all the same, so the held-out split would be empty; "
             "at least 2 distinct documents are needed (a single long text can be cut into files or JSONL lines)"
         )
-    # The hash of somebody is always below the threshold, and that of somebody else never.
+    # The smallest hash is always below the threshold, and the largest one never.
     return digests < np.clip(np.uint64(int(fraction * 2.0**64)), distinct[0] + np.uint64(1), distinct[-1])

@@ -29,13 +29,14 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """This host's share of every training batch, in an order that the seed fixes.
 
-    Of the documents, in a new order each epoch, each host takes every `process_count`-th, and yields batch_size /
-    process_count rows; so after as many batches, any number of hosts has come about equally far in that order. With
-    `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a document
-    longer than T is cut, and each piece is a segment of its own. Without, documents follow one another without gaps. In
-    both cases every token of a document, and one end-of-text token, is a target exactly once an epoch, and the input
-    before a document's first token is the beginning-of-text token. Of
-    conversations only what the assistant says has weight; see `train.chat`.
+    Documents come in a new order each epoch. Each host takes every `process_count`-th of them, and yields batch_size /
+    process_count rows. So after the same number of batches, any number of hosts is about equally far in that order.
+
+    With `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a
+    document longer than T is cut, and each part is a segment of its own. Without it, documents follow one another
+    without gaps. In both cases every token of a document, and one end-of-text token, is a target exactly once an epoch.
+    The input before a document's first token is the beginning-of-text token. In conversations only what the assistant
+    says has weight; see `train.data.chat`.
 
     Args:
       align: the selection block of the model.
@@ -45,8 +46,8 @@ def train_batches(
 
     Yields dicts of [batch_size / process_count, T] arrays: "tokens", "targets", "target_bytes" int32, "weights"
     float32, and "segment_ids" int32 if `isolate_documents`. `get_state` and `set_state` of the iterator save and
-    restore the place in JSON's types. With `config.workers` the order depends on their number, and the iterator needs
-    `close`.
+    restore the position, as a value that JSON can hold. With `config.workers` the order depends on their number, and
+    the iterator needs `close`.
 
     Raises ValueError where settings contradict each other, and where there are fewer documents than hosts.
     """
@@ -86,7 +87,7 @@ def held_out_batches(
 
     Each document counts exactly once: the last batch is filled with rows of weight 0. The order is shuffled once, so
     that the first few batches are a fair sample. Every host packs all documents and yields its own rows of each batch,
-    so that all have equally many. Batches and errors are those of `train_batches`.
+    so that all hosts have the same number of batches. For batches and errors see `train_batches`.
     """
     _validate(config, align)
     process_index, process_count = _processes(config, process_index, process_count)

@@ -1,6 +1,6 @@
 """Documents to rows: each is tokenized, cut or joined to others, and packed into batches of rows of T tokens.
 
-A place is one position of a document: (input, target, weight).
+A place is one position of a document, as (input, target, weight).
 """
 
 import functools
@@ -58,7 +58,7 @@ def packed_batches(
 
 
 def to_places(document: bytes, tokenizer: Tokenizer, config: DataConfig) -> Int32[np.ndarray, "tokens 3"]:
-    """(input, target, weight) at each place of a document; wherever these are cut, each target is in just one piece."""
+    """(input, target, weight) at each position of a document. However it is cut, each target is in exactly one part."""
     text_format = format_of(config)
     ids, learnt = text_format.encode(document, tokenizer, config)
     weights = np.append(learnt, text_format.learns_end)
@@ -81,7 +81,7 @@ class ConcatenateIterDataset(grain.IterDataset):
     """Documents one after the other, cut into rows of `length`; only the very last row can have padding.
 
     Grain's ConcatThenSplitIterDataset is not used because its state does not survive JSON, in which Grain itself saves
-    it: a tuple comes back as a list, and restoring then drops a document without a word (seen in Grain 0.2.18).
+    it: a tuple comes back as a list, and restoring then silently drops a document (seen in Grain 0.2.18).
     """
 
     def __init__(self, parent: grain.IterDataset, length: int):

@@ -60,10 +60,10 @@ class Tokenizer(Protocol):
         """Ids of `text`, without special tokens. Bytes are read as UTF-8."""
 
     def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        """The token of this very text if there is one, special ones included; else as `encode`."""
+        """The token with exactly this text, special ones included; if there is none, as `encode`."""
 
     def decode(self, ids: Any) -> str:
-        """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ByteTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Any) -> str:
-        """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
@@ -112,7 +112,7 @@ class HuggingFaceTokenizer:
     pad_id: int = dataclasses.field(init=False)
 
     def __post_init__(self):
-        # Parsed here once, so that a file that is no tokenizer is refused when it is loaded.
+        # Parsed here once, so that a file that is not a tokenizer is refused when it is loaded.
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = next((vocab[name] for name in EOS_NAMES if name in vocab), None)
         if eos is None:
@@ -164,17 +164,17 @@ class HuggingFaceTokenizer:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        """The token of this very text if there is one, special ones included; else as `encode`."""
+        """The token with exactly this text, special ones included; if there is none, as `encode`."""
         token = self._tokenizer.token_to_id(text)
         return self.encode(text) if token is None else np.array([token], dtype=np.int32)
 
     def decode(self, ids: Any) -> str:
-        """Text of `ids`; special tokens are left out and bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=True)
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The byte tokenizer for "byte", else the Hugging Face `tokenizers` JSON file at that path.
+    """The byte tokenizer for "byte", otherwise the Hugging Face `tokenizers` JSON file at that path.
 
     Raises ValueError where the file is missing, is no such file, or has no end-of-text token.
     """

@@ -22,7 +22,7 @@ UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 
 
 class NoFreeSlotError(RuntimeError):
-    """Every slot is taken, and the request did not want to wait."""
+    """Every slot is taken, and the request was not to wait."""
 
 
 class Piece(NamedTuple):
@@ -67,7 +67,7 @@ class Generator:
       tokenizer: whose tokens the model was trained on.
       slots: requests that run at a time.
       max_length: the most tokens of a request: beginning of text, prompt and continuation.
-      chunk: tokens of a prompt that are taken in at a time.
+      chunk: tokens of a prompt that are processed at a time.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Generator:
 
         Raises:
           ValueError: a setting is impossible, the prompt has no tokens or unknown ones, or it is too long.
-          NoFreeSlotError: no slot is free and `wait` is False. Other requests are not touched in either case.
+          NoFreeSlotError: no slot is free and `wait` is False. Other requests are not affected in either case.
         """
         sampling = sampling or Sampling()
         check(sampling, self._model.vocab_size)
@@ -118,7 +118,7 @@ class Generator:
         return request.number
 
     def cancel(self, number: int) -> None:
-        """Forgets a request that waits or runs; others go on.
+        """Drops a request that waits or runs; others go on.
 
         Raises:
           ValueError: there is none of this number.
@@ -133,7 +133,7 @@ class Generator:
         raise ValueError(f"number = {number}: expected a request that waits or runs")
 
     def step(self) -> list[Piece]:
-        """Gives free slots to those that wait, and one token to all that run."""
+        """Gives free slots to the requests that wait, and samples one token for every request that runs."""
         pieces = self._admit()
         running = [(slot, request) for slot, request in enumerate(self._running) if request is not None]
         if not running:
@@ -177,11 +177,11 @@ class Generator:
         return pieces
 
     def _prefill(self, slot: int, tokens: list[int]) -> None:
-        """Takes in all tokens but the last, with which the first step begins."""
+        """Processes all tokens except the last, with which the first step begins."""
         seen = np.zeros(self._seen.shape[1], bool)
         seen[tokens] = True
         self._seen = self._seen.at[slot].set(seen)
-        # A prompt of one token takes in none, which empties the slot.
+        # Of a prompt of one token nothing is processed, but the slot is emptied.
         for begin in range(0, max(1, len(tokens) - 1), self._chunk):
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
             padded = np.zeros((1, self._chunk), np.int32)
@@ -328,7 +328,7 @@ def _prefill_slot(
     *,
     model: Transformer,
 ) -> Caches:
-    """Takes a chunk of a prompt into one row."""
+    """Adds a chunk of a prompt to one row of the caches."""
     one = tuple(take_row(cache, slot) for cache in caches)
     one = tuple(cache._replace(lengths=jnp.where(begins, 0, cache.lengths)) for cache in one)
     _, one = extend(params, model.config, tokens, one, num_tokens=count)

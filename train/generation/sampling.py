@@ -19,7 +19,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen (arXiv 1909.05858)
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_tokens: tuple[int, ...] = ()  # the text ends before the first of these tokens
-    seed: int = 0  # the same seed gives the same text, whatever else is running
+    seed: int = 0  # the same seed gives the same text, no matter what else is running
     max_thinking_tokens: int | None = None  # tokens between think_start and think_end; None: any number
     think_start: str = "<think>"  # opens a span of thinking
     think_end: str = "</think>"  # closes it, by force when the budget is spent
@@ -51,7 +51,7 @@ def check(sampling: Sampling, vocab_size: int) -> None:
 
 
 class Draw(NamedTuple):
-    """The settings of every row, and where it stands."""
+    """The settings of every row, and how many tokens were drawn for it."""
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
@@ -75,7 +75,7 @@ def likely(scores: Float[Array, "B V"], draw: Draw) -> Float[Array, "B V"]:
 
 
 def sample(scores: Float[Array, "B V"], seen: Bool[Array, "B V"], draw: Draw) -> Int[Array, " B"]:
-    """One token for each row of logits, of which `seen` says what the row holds already."""
+    """One token for each row of logits; `seen` says which tokens the row holds already."""
     penalty = draw.repetition_penalty[:, None]
     scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 

@@ -11,7 +11,7 @@ from nsa_jax.sharding import devices_along, reshape
 from train.model.rounding import widened, with_gradient_to
 from train.parallel.sharding import RULES, activation, logical
 
-# Float32 logits that exist at once. Larger ones are computed chunk by chunk, and again in the backward pass.
+# Float32 logits that exist at a time. More are computed chunk by chunk, and rematerialised in the backward pass.
 CHUNK_ELEMENTS = 1 << 26
 
 
@@ -53,8 +53,8 @@ def cross_entropy(
         return jnp.moveaxis(x.reshape(D, rows, C, steps, chunk, *rest), 3, 0)
 
     parts = tuple(map(split, (hidden, targets, weights, target_bytes)))
-    # One for each device, which it has anyway: so the gradients of the chunks are added up on the device, and over the
-    # devices once.
+    # One copy for each device, which holds it anyway. So gradients of the chunks are summed on each device, and over
+    # the devices only once.
     kernels = activation(
         jnp.broadcast_to(kernel[None, None], (D, C, *kernel.shape)), "batch", "sequence", None, "vocab"
     )
@@ -74,14 +74,14 @@ def cross_entropy(
 
 
 def bits_per_byte(nll: float, num_bytes: float) -> float:
-    """nll in nats over bytes, in bits; NaN where there is no byte."""
+    """nll in nats over bytes, in bits; NaN where there are no bytes."""
     return nll / math.log(2) / num_bytes if num_bytes else math.nan
 
 
 def _sums(hidden, kernels, targets, weights, target_bytes) -> LossSums:
     logits = jnp.einsum("drcte,dcev->drctv", hidden, kernels, preferred_element_type=jnp.float32)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    # A sum and not a gather, so that a device needs only its own part of the vocabulary.
+    # A sum instead of a gather, so that a device needs only its own part of the vocabulary.
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return LossSums(

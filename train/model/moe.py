@@ -1,8 +1,23 @@
-"""Mixture of experts as in DeepSeekMoE (arXiv 2401.06066): shared and routed SwiGLUs, of which a token uses a few.
+"""Mixture of experts as in DeepSeekMoE (arXiv 2401.06066): shared SwiGLUs, and routed ones of which a token uses a few.
 
 No token is ever dropped: assignments are sorted by expert and `jax.lax.ragged_dot` multiplies each group by its expert.
 Two ways keep the load even: the auxiliary loss (arXiv 2401.06066, equation 12), and a bias on the choice that no
 gradient trains, moved after each step (arXiv 2408.15664).
+
+Each device routes its own tokens. Then the devices along `expert` gather each other's tokens and their routing, compute
+the outputs of their own experts, and sum them while scattering them back. With n devices along `expert`, a device sends
+for each layer and each of its tokens n - 1 times E entries of x and k pairs of weight and index, and then n - 1 times E
+entries of output; in the backward pass the same. An all-to-all of copies for the k choices sends about 2 k (n - 1) / n
+times E instead, which is less where n > k and more where n < k. But its buffers either overflow, so that tokens are
+dropped, or are as large as what is gathered here.
+
+Work per device does not grow with n. The sorted rows would grow to n k times a device's tokens, because all tokens may
+choose its experts. They are therefore made and used in n parts.
+
+Along `tensor`, partial sums of the scattered output are summed, those of the shared experts among them. Together with
+the scatter this sends as many bytes as one collective over both axes. Where XLA has no grouped matrix product for
+`ragged_dot`, as on a CPU, it multiplies every row by every expert of the device and masks. Statistics are sums over all
+tokens of the mesh.
 """
 
 import functools
@@ -73,7 +88,7 @@ def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a block: what all shared and the chosen routed experts give, added."""
+    """The feed-forward part of a block: the sum of the outputs of all shared and of the chosen routed experts."""
 
     config: ModelConfig
 
@@ -98,19 +113,9 @@ def moe_layer(
 ) -> tuple[Float[Array, "B T E"], Routing]:
     """The experts on the mesh in context, split as `RULES` say; plain local code where nothing is split.
 
-    B lies over data, fsdp and expert, T over context; each device holds N / expert of the routed experts, and of every
-    expert embed_dim / fsdp (gathered for use, after rounding to the dtype of x) and expert_dim / tensor. Each device
-    routes its own tokens. Then the devices along `expert` gather each other's tokens and their routing, compute what
-    their own experts give, and add it up while scattering it back. With n devices along `expert`, a device sends per
-    layer and token of its own, forward, n - 1 times E entries of x and k pairs of weight and index, and again n - 1
-    times E entries of output; backward the same. An all-to-all of copies for the k choices sends about 2 k (n - 1) / n
-    times E instead: less where n > k, more where n < k; but its buffers either overflow, so that tokens are dropped,
-    or are as large as what is gathered here. Work per device does not grow with n; the sorted rows would, to n k times
-    its tokens, because all of them may choose its experts, and are therefore made and used in n parts.
-
-    `tensor` adds partial sums of the scattered output, the shared experts' among them: together with the scatter as
-    many bytes as one collective over both axes. Where XLA has no grouped matrix product for `ragged_dot`, as on a CPU,
-    it multiplies every row by every expert of the device and masks. Statistics are sums over all tokens of the mesh.
+    B is split over data, fsdp and expert, and T over context. Each device holds N / expert of the routed experts, and
+    of every expert embed_dim / fsdp (gathered for use, after rounding to the dtype of x) and expert_dim / tensor.
+    The module says what is sent.
 
     Args:
       parameters: as `moe_parameters` names them, float32.
@@ -124,7 +129,7 @@ def moe_layer(
     Raises:
       ValueError: by `jax.shard_map`, where an axis of the mesh does not divide what is split along it.
     """
-    # Outside of what is transposed below, so that not even zeros are added up for it.
+    # Outside of the function that is transposed below, so that not even zeros are summed for it.
     parameters = {**parameters, "balance_bias": jax.lax.stop_gradient(parameters["balance_bias"])}
     rules = dict(RULES)
     over = {name: free_axes(rules[name]) for name in ("batch", "sequence", "expert", "embed", "mlp")}
@@ -156,7 +161,7 @@ def route(
 ) -> tuple[Int[Array, "*T k"], Float[Array, "*T k"], Float[Array, "*T N"]]:
     """The k experts of each token, their weights, and every expert's share in the sum of the token's scores.
 
-    The choice follows score + bias, weights and shares the scores alone; ties go to the lower index.
+    The choice is by score + bias. Weights and shares come from the scores alone. Ties go to the lower index.
     """
     scores = jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
     biased = scores + bias.reshape(*(1,) * (logits.ndim - 1), -1)
@@ -241,10 +246,10 @@ def _sums(choice: Int[Array, "T k"], shares: Float[Array, "T N"], counted: Bool[
 
 
 def _in_parts(routed: tuple[Array, Array, Array], own: list[Array], parts: int) -> Float[Array, "T E"]:
-    """`_routed_experts` of one part of the tokens after the other, where their number allows; recomputed backward.
+    """`_routed_experts` for one part of the tokens after the other, rematerialised in the backward pass.
 
-    With as many parts as there are devices along `expert`, no more assignments exist at a time than a device's own
-    tokens make.
+    With as many parts as there are devices along `expert`, no more assignments exist at a time than those of a device's
+    own tokens. There are fewer parts where the number of tokens does not allow so many.
     """
     tokens = routed[0]
     parts = math.gcd(len(tokens), parts)
@@ -285,8 +290,8 @@ def _swiglu(dot: Callable[[Array, Array], Array], x: Array, gate: Array, up: Arr
     return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
 
-# The two below are each other's transposes. Left to itself, the gradient of `x[order // k]` would be a scatter with
-# floating-point atomics, whose sums differ from run to run.
+# The two functions below are each other's transposes. Without them, the gradient of `x[order // k]` would be a scatter
+# with floating-point atomics, whose sums differ from run to run.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -315,8 +320,8 @@ _from_rows.defvjp(
 def _sum_over(tree: Any, axes: tuple[str, ...]) -> Any:
     """`psum` of what leaves the `shard_map` without being split over `axes`.
 
-    Such a result's cotangent comes in equal parts, one for each device, so that adding them up is a multiplication:
-    backward nothing is sent.
+    The cotangent of such a result comes in equal parts, one for each device. Their sum is a multiplication, so that the
+    backward pass sends nothing.
     """
     return jax.lax.psum(tree, axes)
 

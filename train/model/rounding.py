@@ -6,17 +6,17 @@ from jaxtyping import Array, Float
 
 
 def widened(rounded: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What sums the gradient of `rounded` in `with_gradient_to`, outside of the scan: float32 at least.
+    """A copy of `rounded`, in float32 at least, that collects its gradient; to be made outside of the scan.
 
-    Nothing reads its values, so that the compiler drops them.
+    See `with_gradient_to`. Nothing reads its values, so that the compiler drops them.
     """
     return rounded.astype(jnp.promote_types(rounded.dtype, jnp.float32))
 
 
 def with_gradient_to(wide: Float[Array, "..."], rounded: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`rounded`, to be used inside of a scan; what it gets of gradient goes to `wide`, and none to itself.
+    """`rounded`, for use inside of a scan. Its gradient goes to `wide`, and none to itself.
 
-    A scan sums the gradients of what it closes over in their own dtype, here that of `wide`.
+    A scan sums the gradients of what it closes over in their own dtype, which here is that of `wide`.
     """
     return _swap(wide, jax.lax.stop_gradient(rounded))
 

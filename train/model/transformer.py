@@ -17,7 +17,7 @@ from train.model.attention.kind import make_attention
 from train.model.moe import COLLECTION, MoE
 from train.parallel.sharding import activation, logical, weight
 
-# Rows of the embedding come in this multiple: matrix units like it, and so does a mesh that splits the vocabulary.
+# The embedding has a multiple of this many rows, which suits matrix units and a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
 
 Caches = tuple[Cache, ...]  # one for each layer
@@ -74,9 +74,10 @@ class SwiGLU(nn.Module):
         init = nn.initializers.lecun_normal()
         gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
-        down = _weight(self, "down_kernel", init, (M, E), ("mlp", "embed"), x.dtype)
+        scaled = nn.initializers.variance_scaling(self.config.output_init_scale**2, "fan_in", "truncated_normal")
+        down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
         hidden = jax.nn.silu(x @ gate) * (x @ up)
-        # On Explicit axes it has to be said how the sum over the split hidden width is: as the input.
+        # On Explicit axes the sharding of the sum over the split hidden width must be given: that of the input.
         return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
 
 
@@ -96,7 +97,7 @@ class Block(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """The residual stream after the block and the cache, if there is one, with `num_tokens` of each row added."""
         config = self.config
-        # Tokens stay where they are: without this, parameters that are split over "fsdp" can pull activations along.
+        # Without this, the compiler may split activations as "fsdp" splits the parameters.
         x = activation(x, "batch", "sequence", None)
         attention = make_attention(config, name="attention")
         normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
 
 def layer_stacks(config: ModelConfig) -> dict[str, tuple[ModelConfig, int]]:
-    """The stacks of equal layers in their order, by the name of their parameters: config of a layer, and how many."""
+    """The stacks of equal layers in order, by the name of their parameters: the config of a layer, and their number."""
     dense = config.moe.first_dense if config.moe.num_routed else 0
     stacks = {"dense_layers": (dataclasses.replace(config, moe=MoEConfig()), dense)} if dense else {}
     return {**stacks, "layers": (config, config.num_layers - dense)}
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declares the parameters."""
         config, V = self.config, padded_vocabulary(self.vocab_size)
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(config.embedding_init)
         self.embedding = _parameter(self, "embedding", init, (V, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             init = nn.initializers.lecun_normal()
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, in the compute dtype."""
-        # Rounded, then widened again: the gradient of a row is a sum over many tokens, to be taken in float32.
+        # Rounded, then widened again, because the gradient of a row is a sum over many tokens and must be in float32.
         table = weight(self.embedding, ("vocab", "embed"), self.config.dtype).astype(jnp.float32)
         return take_rows(table, tokens, logical("batch", "sequence", None)).astype(self.config.dtype)
 
@@ -204,8 +205,8 @@ def extend(
 ) -> tuple[Float[Array, "B T E"], Caches]:
     """Final hidden states of T more tokens of each row, and the caches with them.
 
-    T = 1 is a decode step, more is the next chunk of a prompt. Layer by layer and not under a scan, which would copy
-    what it should update in place.
+    T = 1 is a decode step; more tokens are the next chunk of a prompt. This goes layer by layer and not through a scan,
+    which would copy the caches instead of updating them in place.
 
     Args:
       params: of the `Transformer`.

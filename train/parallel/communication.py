@@ -21,14 +21,14 @@ class Collective(NamedTuple):
 
     @property
     def received_bytes(self) -> float:
-        """What a device receives in one run, by the algorithms that send least (rings)."""
+        """Bytes that a device receives in one run, by the algorithms that send least (rings)."""
         others = (self.devices - 1) / self.devices
         factor = {"all-reduce": 2 * others, "reduce-scatter": self.devices - 1, "collective-permute": 1}
         return self.times * self.result_bytes * factor.get(self.kind, others)
 
 
 def collectives(program: str) -> list[Collective]:
-    """Every collective of a compiled program's text (`compiled.as_text()`), with the trips of the loops around it.
+    """Every collective in the text of a compiled program (`compiled.as_text()`), with how often its loops run it.
 
     Raises:
       ValueError: a loop that communicates does not say how often it runs.
@@ -106,7 +106,7 @@ def _callers_first(computations: dict[str, tuple[bool, list[str]]]) -> list[str]
 
 
 def _group_size(line: str) -> int:
-    """Devices in one replica group, of which HLO has three spellings."""
+    """Devices in one replica group. HLO writes groups in three ways."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match.group(2))
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
@@ -118,7 +118,7 @@ def _group_size(line: str) -> int:
 
 
 def _result_bytes(types: str, *, paired: bool) -> int:
-    """Of an instruction's results; asynchronous ones are `paired` with operands that come first, and have counters."""
+    """Bytes of an instruction's results. Asynchronous ones are `paired`: operands come first, and counters last."""
     arrays = [(kind, sizes.split(",")) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", types)]
     if paired:
         arrays = [(kind, sizes) for kind, sizes in arrays if sizes != [""]]
@@ -133,8 +133,8 @@ def overlap(profile: Any) -> dict[str, float]:
       profile: a `jax.profiler.ProfileData` of programs that communicate through NCCL.
 
     Returns:
-      Seconds, of one GPU on average: "communication_s" in which a collective runs (or waits for the other GPUs),
-      "hidden_s" of these in which other kernels run too, and "computation_s" in which other kernels run.
+      Seconds of one GPU, on average. In "communication_s" a collective runs (or waits for the other GPUs). "hidden_s"
+      is the part of that time in which other kernels run too. In "computation_s" other kernels run.
 
     Raises:
       ValueError: the trace has no kernel of a GPU.

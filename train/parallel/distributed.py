@@ -1,6 +1,6 @@
 """Several processes as one run: how they find one another, agree on errors, and stop together.
 
-One process pays nothing for any of this: nothing is waited for and nothing is sent.
+A run of one process pays nothing for this: it waits for nothing and sends nothing.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import DistributedConfig
 
-# A process that fails alone waits so long for the others to end too, and then takes them down with it.
+# How long a process that failed alone waits for the others to end too. After that JAX ends them.
 SHUTDOWN_SECONDS = 60
 # What JAX needs of SLURM; a batch script or a shell outside `srun` has only some of these.
 SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def start(config: DistributedConfig) -> None:
-    """Joins the processes of the run, if there are several; comes before anything that asks JAX for a device.
+    """Joins the processes of the run, if there are several. Call it before anything that asks JAX for a device.
 
     Raises:
       ValueError: the settings are incomplete or contradict each other, or a launcher started several processes and JAX
-        cannot make out which.
+        cannot find out which.
     """
     address, count, index = config.coordinator_address, config.num_processes, config.process_id
     if count is not None and count < 1:
@@ -64,7 +64,7 @@ def start(config: DistributedConfig) -> None:
             "coordinator_address, num_processes and process_id, or num_processes = 1 for runs of their own"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # JAX has put a handler of its own in place, with which SIGTERM would no longer end a process.
+        # JAX has installed a handler of its own, with which SIGTERM would no longer end a process.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
@@ -98,10 +98,11 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """What fails in one process fails in all of them, so that none waits for one that has gone.
+    """An error in one process is raised in all of them, so that none waits for a process that has ended.
 
-    All processes must come here, and inside may not wait for one another. All raise what the first one that failed did:
-    an error of its kind, or of the first of `kinds` if it is none of them, with its message.
+    All processes must enter this context, and may not wait for one another inside it. All raise the error of the first
+    process that failed, with its message. The error has the type of the original if that is one of `kinds`, and
+    otherwise the first of them.
     """
     error: Exception | None = None
     try:
@@ -119,9 +120,9 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def in_turn(jitted: Callable) -> Callable:
-    """A jitted function that, where several processes compute on CPUs, waits for its result.
+    """A jitted function that waits for its result where several processes compute on CPUs.
 
-    What processes exchange there goes through Gloo, which mixes up programs that are in flight together: they hang.
+    There, processes communicate through Gloo, which mixes up programs that run at the same time, and they hang.
     """
 
     def call(*arguments: Any) -> Any:
@@ -132,10 +133,10 @@ def in_turn(jitted: Callable) -> Callable:
 
 
 class Stop:
-    """The stop signal that came to any process, if any."""
+    """The stop signal that some process received, if one did."""
 
     def __init__(self, mesh: Mesh):
-        self.number: int | None = None  # the first that came to this process
+        self.number: int | None = None  # of the first signal that this process received
         self._asked: jax.Array | None = None
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._largest = in_turn(jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())))
@@ -146,10 +147,10 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     def requested(self) -> int | None:
-        """The signal to stop for, the same in every process; to be called once a step, after it is dispatched.
+        """The signal to stop for, the same in every process. Call it once per step, after the step is dispatched.
 
-        Several processes learn of a signal one step late: each step's answer is read during the next, so that the
-        devices never wait for it.
+        Several processes learn of a signal one step late: the answer of a step is read during the next one, so that
+        the devices never wait for it.
         """
         if jax.process_count() == 1:
             return self.number
@@ -163,7 +164,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(mesh: Mesh) -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; only the main thread may, others go without."""
+    """Records SIGTERM and SIGINT instead of ending the process. Other threads than the main one record nothing."""
     stop = Stop(mesh)
     previous = {}
     if threading.current_thread() is threading.main_thread():

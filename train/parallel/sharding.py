@@ -91,7 +91,7 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over some devices; None: over all."""
+    """The mesh over the given devices; None: over all devices."""
     devices = jax.devices() if devices is None else devices
     kind = AxisType.Explicit if config.explicit else AxisType.Auto
     return jax.make_mesh(
@@ -130,9 +130,9 @@ def logical(*names: str | None) -> PartitionSpec:
 
 
 def weight(parameter: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
-    """A parameter as the model uses it: in the compute dtype, and whole but for what "tensor" splits.
+    """A parameter as the model uses it: in the compute dtype, and split along "tensor" only.
 
-    What `SHARE_AXES` split is gathered, after rounding.
+    What `SHARE_AXES` split is gathered after rounding.
     """
     return activation(parameter.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
@@ -143,9 +143,9 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
-    """Which share of a batch's rows a process must load, and of how many: (index, count).
+    """Which share of a batch's rows a process must load, as (index, count).
 
-    Processes whose devices stand at the same places along `BATCH_AXES` hold the same rows and have the same index.
+    Processes whose devices have the same coordinates along `BATCH_AXES` hold the same rows and have the same index.
 
     Args:
       process_index: default: of this process.
@@ -155,7 +155,7 @@ def data_shards(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]
     """
     process_index = jax.process_index() if process_index is None else process_index
     batch_dims = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
-    held: dict[int, set[int]] = {}  # places along the batch axes, in the order of rows, by process
+    held: dict[int, set[int]] = {}  # coordinates along the batch axes, in the order of rows, by process
     for coordinates, device in np.ndenumerate(mesh.devices):
         rows = np.ravel_multi_index([coordinates[i] for i in batch_dims], [mesh.devices.shape[i] for i in batch_dims])
         held.setdefault(device.process_index, set()).add(int(rows))
@@ -178,8 +178,9 @@ _data_shards_of_this_process = functools.cache(data_shards)  # asked for every b
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, stride: int) -> dict[str, jax.Array]:
     """This process's share of a batch's rows (`data_shards`) as arrays over the whole mesh.
 
-    Where "context" splits the tokens, they are brought into zigzag order (`nsa_jax.context`), behind padding of
-    weight 0 up to a multiple of 2 * context * `stride`, the model's compress_stride.
+    Where "context" splits the tokens, rows are first padded with tokens of weight 0 to a multiple of 2 * context *
+    `stride`, where `stride` is the model's compress_stride. Then the tokens are brought into zigzag order
+    (`nsa_jax.context`).
     """
     sharding, context = batch_sharding(mesh), mesh.shape["context"]
     index, count = _data_shards_of_this_process(mesh)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
+from train.model.attention.kind import Split
 from train.model.transformer import Transformer
 from train.parallel.sharding import BATCH_AXES, RULES, SHARE_AXES, padded_length
 
@@ -131,7 +132,7 @@ def _of_gradient(step: _Step, name: str, size: float) -> float:
 def _over_tensor(step: _Step) -> float:
     """Sums of activations and of their gradients over the devices that split the heads and the MLPs."""
     model, kind = step.model, attention_kind(step.model.attention)
-    attention = step.passes + 1 + 2 * kind.kv_projections(model)
+    attention = step.passes + 1 + sum(kind.kv_projections(model))
     times = model.num_layers * attention + (model.num_layers - step.expert_layers) * (1 + 2) + 2
     other = step.tokens * kind.other_hidden_size(model) * step.itemsize
     return 2 * _others(step.mesh["tensor"]) * (times * step.residual + model.num_layers * other)
@@ -149,9 +150,9 @@ def _to_experts(step: _Step) -> float:
 def _over_context(step: _Step) -> float:
     """Keys and values of tokens on other devices."""
     kind, mesh = attention_kind(step.model.attention), step.mesh
-    sizes = {"length": step.length, "devices": mesh["context"], "tensor": mesh["tensor"], "itemsize": step.itemsize}
-    once = kind.received_over_context(step.model, **sizes)
-    again = kind.received_again_over_context(step.model, **sizes)
+    split = Split(step.length, mesh["context"], mesh["tensor"], step.itemsize)
+    once = kind.received_over_context(step.model, split)
+    again = kind.received_again_over_context(step.model, split)
     return step.model.num_layers * step.rows * ((step.passes + 1) * once + again)
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from train import checkpoint
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.errors import CheckpointError
-from train.checkpoints.storage import SCORE
+from train.checkpoints.storage import SCORE, with_checksum
 from train.config import CheckpointConfig
 
 # When TensorStore fails on one array, Orbax closes its event loop while other arrays are still on their way.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s)Exception ignored in.*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+    "ignore:(?s)Exception ignored in.*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine 'async_serialize.* was never awaited:RuntimeWarning",
 )
 
 
@@ -86,7 +86,7 @@ def rewrite_metadata(folder: Path, edit):
     path = folder / "metadata" / "metadata"
     content = json.loads(path.read_text())["content"]
     edit(content)
-    path.write_text(json.dumps(checkpoint._with_checksum(content)))
+    path.write_text(json.dumps(with_checksum(content)))
 
 
 def test_restored_state_and_data_position_equal_the_saved_ones_bit_for_bit(tmp_path):

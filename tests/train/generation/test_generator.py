@@ -78,8 +78,8 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_whole_forward_pass(at
     expected = TOKENIZER.decode(tokens[1 + len(prompt) :])
     sampling = dataclasses.replace(GREEDY, max_tokens=30)
     one = dataclasses.replace(sampling, temperature=1.0, top_k=1)
-    for settings in (sampling, one):
-        assert generate(params, model, TOKENIZER, [prompt, "ab"], settings)[0] == prompt + expected
+    for way in (sampling, one):
+        assert generate(params, model, TOKENIZER, [prompt, "ab"], way)[0] == prompt + expected
     if attention == "nsa":  # a prompt by itself
         assert generate(params, model, TOKENIZER, prompt, sampling) == prompt + expected
 

@@ -48,7 +48,9 @@ def test_flops_of_full_and_window_attention_equal_the_hand_count():
         assert train_flops_per_token(model, T, VOCABULARY) == pytest.approx(by_hand(model, keys, 0))
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_kv": True}, {"compression": "linear"}, {"compression": "mean"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"share_kv": True}, {"compression": "linear"}, {"compression": "mean"}, {"tie_keys": True}]
+)
 def test_flops_of_nsa_equal_the_hand_count_of_its_branches(changes):
     model = dataclasses.replace(MODEL, **changes)
     compressed = [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]  # blocks of 4 every 2 that end at or before the query

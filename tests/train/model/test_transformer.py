@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ SMALL = ModelConfig(
 ATTENTIONS = pytest.mark.parametrize("attention", ["nsa", "full", "window"])
 
 
+@functools.cache
 def make(**changes):
     model = Transformer(dataclasses.replace(SMALL, **changes), VOCABULARY)
     boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, T), jnp.int32))["params"]
@@ -180,3 +182,20 @@ def test_gradients_of_embeddings_are_summed_in_float32():
     gradient = jax.jit(jax.grad(embedded))(params)["embedding"]
     exact = jnp.zeros(gradient.shape).at[ids[0]].add(cotangent[0].astype(jnp.float32))
     assert normwise_error(gradient, exact) < 4e-3  # one rounding to bfloat16
+
+
+def test_output_projections_start_smaller_by_the_root_of_how_many_there_are():
+    plain, deep = (make(output_init=kind)[1]["layers"] for kind in ("plain", "depth"))
+    factors = {
+        path[-1].key: float(jnp.linalg.norm(b) / jnp.linalg.norm(a))
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(deep), strict=True)
+        if jnp.any(a)
+    }
+    smaller = {"o_kernel", "down_kernel"}
+    assert {name: factors[name] for name in smaller} == pytest.approx(dict.fromkeys(smaller, 0.5), rel=1e-5)
+    assert all(abs(factor - 1) < 1e-6 for name, factor in factors.items() if name not in smaller)
+
+
+def test_the_embedding_starts_as_large_as_asked():
+    embedding = make(embedding_init=0.5)[1]["embedding"]
+    assert float(jnp.std(embedding)) == pytest.approx(0.5, rel=0.1)

@@ -45,7 +45,7 @@ def measure(arguments: Arguments, T: int, devices: int) -> dict[str, Any]:
         make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16), out_shardings=split)
         return make(jax.random.fold_in(key, i))
 
-    # On several devices there is a compressed token for every stride; the last stand for tokens beyond the end.
+    # On several devices there is a compressed token for every stride; the last ones reach beyond the end.
     compressed = num_compressed(T, config) if devices == 1 else T // config.compress_stride
     kv = BranchKV(*(normal(i, tokens, K, D) for i, tokens in enumerate([compressed] * 2 + [T] * 4)))
     q, cotangent = normal(6, T, H, D), normal(7, T, H, D)

@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nsa_jax import FullAttention
-from nsa_jax.context import received_bytes
 from train.config import ModelConfig
-from train.model.attention.kind import AttentionKind, split_heads
+from train.model.attention.kind import AttentionKind, Split, received_as
 
 
 class Full(AttentionKind):
@@ -22,12 +21,9 @@ class Full(AttentionKind):
         """Every token up to the query's own."""
         return np.arange(length) + 1
 
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
         """The exchange of heads for tokens, and back."""
-        heads = split_heads(config, tensor)
-        return received_bytes("full", config.nsa, T=length, devices=devices, **heads, itemsize=itemsize)
+        return received_as("full", config, split)
 
 
 KIND = Full()

@@ -2,15 +2,25 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from nsa_jax.context import received_bytes
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
 from train.parallel.sharding import RULES
+
+
+class Split(NamedTuple):
+    """How the tokens and heads of a layer are split over devices."""
+
+    length: int  # tokens of a row, on all devices together
+    context: int  # devices along the context axis
+    tensor: int  # devices along the tensor axis
+    itemsize: int  # bytes of a number
 
 
 class AttentionKind(abc.ABC):
@@ -34,28 +44,16 @@ class AttentionKind(abc.ABC):
         """Keys that the query at each position of a sequence attends to."""
 
     @abc.abstractmethod
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
-        """Bytes that a device receives in the forward pass of one row whose tokens are split over the context axis.
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
+        """Bytes that a device receives in the forward pass of one row; none where `split.context` is 1."""
 
-        Args:
-          config: of the model.
-          length: tokens of the row.
-          devices: along the context axis; with 1 there is nothing to receive.
-          tensor: devices along the tensor axis, which split the heads.
-          itemsize: bytes of a number.
-        """
-
-    def received_again_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """Bytes that the backward pass fetches once more, besides those of a rematerialised forward pass."""
         return 0
 
-    def kv_projections(self, config: ModelConfig) -> int:
-        """How often x is projected to keys and values."""
-        return 1
+    def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
+        """How often x is projected to keys, and how often to values."""
+        return 1, 1
 
     def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
         """Multiply-adds per token of matrix products besides projections, scores and values."""
@@ -75,7 +73,8 @@ class AttentionKind(abc.ABC):
     def multiply_adds(self, config: ModelConfig, length: int) -> float:
         """Multiply-adds of matrix products per token, averaged over the positions of a sequence."""
         E, H, K, Dk, Dv = config.embed_dim, config.num_heads, config.num_kv_heads, *head_dims(config)
-        projections = E * H * Dk + H * Dv * E + self.kv_projections(config) * E * K * (Dk + Dv)
+        keys, values = self.kv_projections(config)
+        projections = E * H * Dk + H * Dv * E + E * K * (keys * Dk + values * Dv)
         scores_and_values = H * (Dk + Dv) * float(self.keys_read(config, length).mean())
         return projections + scores_and_values + self.other_multiply_adds(config, length)
 
@@ -85,11 +84,20 @@ def head_dims(config: ModelConfig) -> tuple[int, int]:
     return config.head_dim, config.head_dim if config.v_head_dim is None else config.v_head_dim
 
 
-def split_heads(config: ModelConfig, tensor: int) -> dict[str, int]:
-    """Numbers and sizes of the heads of one device along the tensor axis, as `nsa_jax.context` names them."""
+def received_as(kind: Literal["nsa", "full", "window"], config: ModelConfig, split: Split) -> int:
+    """What `nsa_jax.context` says a device receives for one of the library's own layers."""
     Dk, Dv = head_dims(config)
-    sizes = {"num_heads": config.num_heads // tensor, "num_kv_heads": config.num_kv_heads // tensor}
-    return {**sizes, "head_dim": Dk, "v_head_dim": Dv}
+    return received_bytes(
+        kind,
+        config.nsa,
+        T=split.length,
+        devices=split.context,
+        num_heads=config.num_heads // split.tensor,
+        num_kv_heads=config.num_kv_heads // split.tensor,
+        head_dim=Dk,
+        v_head_dim=Dv,
+        itemsize=split.itemsize,
+    )
 
 
 def make_attention(config: ModelConfig, name: str | None = None) -> Any:
@@ -103,6 +111,8 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         v_head_dim=config.v_head_dim,
         rope_theta=config.rope_theta,
         rope_scaling=config.rope_scaling,
+        qk_norm=config.qk_norm,
+        output_init_scale=config.output_init_scale,
         dtype=jnp.dtype(config.dtype),
         batch_axes=mesh_axes["batch"],
         head_axes=mesh_axes["kv_heads"],

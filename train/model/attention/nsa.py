@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nsa_jax import NSAttention
-from nsa_jax.context import received_bytes
 from train.config import ModelConfig, TrainConfig
-from train.model.attention.kind import AttentionKind, head_dims, split_heads
+from train.model.attention.kind import AttentionKind, Split, head_dims, received_as
 from train.parallel.sharding import padded_length
 
 
@@ -23,6 +22,7 @@ class NSA(AttentionKind):
             config=config.nsa,
             compression=config.compression,
             share_kv=config.share_kv,
+            tie_keys=config.tie_keys,
             implementation=config.implementation,
         )
 
@@ -32,17 +32,19 @@ class NSA(AttentionKind):
         selected = position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
         return _visible_compressed(config, length) + selected + np.minimum(position + 1, config.nsa.window)
 
-    def kv_projections(self, config: ModelConfig) -> int:
-        """One for each branch, unless they share it."""
-        return 1 if config.share_kv else 3
+    def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
+        """One for each branch, unless they share it; the compressed branch has no keys of its own if they are tied."""
+        branches = 1 if config.share_kv else 3
+        return branches - config.tie_keys, branches
 
     def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
         """The gates' MLP for each token, and phi for each compressed token and key/value head."""
         E, l = config.embed_dim, config.nsa.compress_block  # noqa: E741
         gate_hidden = self.other_hidden_size(config)
+        sizes_of_phi = head_dims(config)[1:] if config.tie_keys else head_dims(config)
         phi = {
-            "mlp": sum(l * D * 2 * D + 2 * D * D for D in head_dims(config)),
-            "linear": sum(l * D * D for D in head_dims(config)),
+            "mlp": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
+            "linear": sum(l * D * D for D in sizes_of_phi),
             "mean": 0,
         }[config.compression]
         compressed = _visible_compressed(config, length)[-1]
@@ -56,21 +58,16 @@ class NSA(AttentionKind):
         """The parameters of phi, which all heads share."""
         return name.startswith("phi_")
 
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
         """Compressed and selected keys and values, and the tokens that the window reaches."""
-        heads = split_heads(config, tensor)
-        return received_bytes("nsa", config.nsa, T=length, devices=devices, **heads, itemsize=itemsize)
+        return received_as("nsa", config, split)
 
-    def received_again_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """The selected keys and values, unless remat keeps what attention computed."""
         if config.remat == "attention":
             return 0
-        num_kv_heads = config.num_kv_heads // tensor
-        return (devices - 1) / devices * length * num_kv_heads * sum(head_dims(config)) * itemsize
+        keys_and_values = split.length * (config.num_kv_heads // split.tensor) * sum(head_dims(config))
+        return (split.context - 1) / split.context * keys_and_values * split.itemsize
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
         """A chunk of a device's tokens must hold the overlap of two compressed blocks."""

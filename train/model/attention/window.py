@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nsa_jax import FullAttention
-from nsa_jax.context import received_bytes
 from train.config import ModelConfig
-from train.model.attention.kind import AttentionKind, split_heads
+from train.model.attention.kind import AttentionKind, Split, received_as
 
 
 class Window(AttentionKind):
@@ -22,12 +21,9 @@ class Window(AttentionKind):
         """The window, which is shorter at the start of the sequence."""
         return np.minimum(np.arange(length) + 1, config.nsa.window)
 
-    def received_over_context(
-        self, config: ModelConfig, *, length: int, devices: int, tensor: int, itemsize: int
-    ) -> float:
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
         """The tokens before a device's own that its window reaches."""
-        heads = split_heads(config, tensor)
-        return received_bytes("window", config.nsa, T=length, devices=devices, **heads, itemsize=itemsize)
+        return received_as("window", config, split)
 
 
 KIND = Window()

@@ -1,0 +1,83 @@
+"""The measure of the selection agrees with a loop over queries, and knows a perfect and a blind selection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig, select_blocks
+from nsa_jax.selection import selection_recall
+from nsa_jax.testing import random_inputs, reference_selection
+
+CONFIG = NSAConfig(
+    compress_block=8, compress_stride=4, select_block=8, num_selected=5, num_init=1, num_local=1, window=12
+)
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+
+def by_loop(inputs, config, positions):
+    """Chosen, random and best shares of each K/V head, query by query."""
+    q, k = (np.asarray(x, np.float64) for x in (inputs.q, inputs.kv.slc_k))
+    blocks = np.asarray(reference_selection(inputs, config)[1])
+    segments = np.zeros(k.shape[:2]) if inputs.segment_ids is None else np.asarray(inputs.segment_ids)
+    B, T, K, Dk = k.shape
+    s, G = config.select_block, q.shape[2] // K
+    sums = np.zeros((4, K))
+    for b in range(B):
+        for t in positions:
+            start = int(np.flatnonzero(segments[b] == segments[b, t])[0])
+            own, first = t // s, start // s
+            forced = {j for j in range(first, own + 1) if j < first + config.num_init or j > own - config.num_local}
+            free = [j for j in range(first, own + 1) if j not in forced]
+            for h in range(K):
+                mass = np.zeros(-(-T // s))
+                for g in range(h * G, (h + 1) * G):
+                    p = np.exp(k[b, start : t + 1, h] @ q[b, t, g] / np.sqrt(Dk))
+                    p /= p.sum()
+                    for key in range(start, t - config.window + 1):
+                        if key // s in free:
+                            mass[key // s] += p[key - start]
+                chosen = [j for j in blocks[b, h, t] if j in free]
+                sums[:, h] += (
+                    mass[chosen].sum(),
+                    mass.sum() * len(chosen) / max(len(free), 1),
+                    np.sort(mass[free])[::-1][: len(chosen)].sum(),
+                    mass.sum(),
+                )
+    return sums[:3] / sums[3]
+
+
+@pytest.mark.parametrize("num_segments", [0, 3])
+@pytest.mark.parametrize("T", [96, 101])
+def test_shares_equal_those_counted_query_by_query(T, num_segments):
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=T, B=2, num_segments=num_segments, **HEADS)
+    positions = [3, 20, 47, 64, 80, T - 1]
+    measured = jax.jit(lambda inputs, p: selection_recall(inputs, CONFIG, p))(inputs, jnp.array(positions, jnp.int32))
+    expected = by_loop(inputs, CONFIG, positions)
+    np.testing.assert_allclose(np.stack(measured[:3]), expected, rtol=1e-5)
+    assert (measured.chosen <= measured.best).all()
+    assert (measured.beyond < 1).all()
+
+
+def test_scores_that_know_the_keys_choose_nearly_the_best_and_unrelated_scores_choose_at_random():
+    config = NSAConfig(8, 8, 8, 6, 0, 1, 8)
+    inputs = random_inputs(jax.random.key(1), config, T=1024, **HEADS)
+    # Keys that are alike within a block, so that their mean says all about them.
+    k = jnp.repeat(jax.random.normal(jax.random.key(2), (1, 128, 2, 8)), 8, axis=1)
+    tied = inputs._replace(kv=inputs.kv._replace(slc_k=k, cmp_k=k[:, ::8]))
+    positions = jnp.arange(512, 1024, 4, dtype=jnp.int32)
+    skill = selection_recall(tied, config, positions).skill
+    assert (skill > 0.9).all(), skill  # heads of a group weigh the blocks a little differently
+    blind = tied._replace(kv=tied.kv._replace(cmp_k=inputs.kv.cmp_k))
+    assert (jnp.abs(selection_recall(blind, config, positions).skill) < 0.1).all()
+
+
+def test_the_blocks_measured_are_those_that_the_attention_reads():
+    inputs = random_inputs(jax.random.key(3), CONFIG, T=96, **HEADS)
+    lse, blocks, _ = reference_selection(inputs, CONFIG)
+    assert (blocks == select_blocks(inputs.q, inputs.kv.cmp_k, lse, config=CONFIG, implementation="xla")).all()
+
+
+def test_a_sample_without_anything_beyond_the_window_has_no_share():
+    inputs = random_inputs(jax.random.key(4), CONFIG, T=64, **HEADS)
+    assert jnp.isnan(selection_recall(inputs, CONFIG, jnp.array([0, 5], jnp.int32)).chosen).all()

@@ -1,0 +1,51 @@
+"""Trains a byte-level BPE tokenizer on a run's documents: `python -m train train-tokenizer --output FILE`."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+
+from train.config import DataConfig
+from train.data.bpe import train_bpe
+from train.data.corpus import load_corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command takes; `data` as for training, so that the held-out documents are not read."""
+
+    output: Path  # the tokenizers JSON file to write, for data.tokenizer
+    data: DataConfig = DataConfig()  # the documents
+    vocab_size: int = 16_384  # tokens, the two special ones included
+    max_bytes: int = 200_000_000  # of text to learn from; documents are read in a random order until then
+
+
+def train_tokenizer(arguments: Arguments) -> None:
+    """Trains on the training documents and writes the file.
+
+    Raises:
+      ValueError: a setting or the path of the data is wrong.
+    """
+    corpus = load_corpus(arguments.data)
+    # A fixed order that mixes folders, so that `max_bytes` of a large corpus are a fair sample of it.
+    order = sorted(range(len(corpus.train)), key=lambda index: (index * 2654435761) % 2**32)
+    documents = _up_to(arguments.max_bytes, (corpus.train[index] for index in order))
+    definition = train_bpe(documents, arguments.vocab_size)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = arguments.output.with_name(arguments.output.name + ".tmp")
+    unfinished.write_text(definition, encoding="utf-8")
+    os.replace(unfinished, arguments.output)
+    size = tokenizers.Tokenizer.from_str(definition).get_vocab_size()
+    print(f"{arguments.output}: {size} tokens; train with --data.tokenizer {arguments.output}")
+
+
+def _up_to(max_bytes: int, documents: Iterable[bytes]) -> Iterator[bytes]:
+    """Documents until they have `max_bytes` together; the last one may go beyond."""
+    total = 0
+    for document in documents:
+        if total >= max_bytes:
+            return
+        total += len(document)
+        yield document
