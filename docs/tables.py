@@ -27,10 +27,12 @@ class Table:
 
 
 def read(file: Path) -> Any:
-    """What a result file holds; of a run's metrics, the lines under "steps" and what NAME.meta.json says."""
+    """What a result file holds, and NAME.meta.json of .jsonl: the "steps" of a run, or the "runs" of an experiment."""
     if file.suffix != ".jsonl":
         return json.loads((ROOT / file).read_text())
     meta = json.loads((ROOT / file).with_suffix(".meta.json").read_text())
+    if file in EXPERIMENTS:
+        return {**meta, "runs": [json.loads(line) for line in (ROOT / file).read_text().splitlines()]}
     return {**meta, "steps": read_metrics(ROOT / file)}
 
 
@@ -305,6 +307,54 @@ def positions(*records: Any) -> list[Row]:
     return table
 
 
+def arms(record: Any) -> list[Row]:
+    """Held-out loss of kinds of attention under one recipe, by seed."""
+    table: list[Row] = [
+        (
+            "attention",
+            "parameters",
+            "seeds",
+            "loss, nats per token",
+            "bits per byte, mean",
+            "first 1024 positions",
+            "last 4096",
+        )
+    ]
+    for name, shown in ARMS.items():
+        runs = [run for run in record["runs"] if run["name"] == name]
+        finals = [run["final"] for run in runs]
+        eighths = [statistics.mean(final["loss_by_eighth"][i] for final in finals) for i in range(8)]
+        table.append(
+            (
+                shown,
+                f"{runs[0]['parameters'] / 1e6:.1f}M",
+                len(runs),
+                ", ".join(f"{final['loss']:.3f}" for final in finals),
+                f"{statistics.mean(final['bits_per_byte'] for final in finals):.3f}",
+                f"{eighths[0]:.3f}",
+                f"{statistics.mean(eighths[4:]):.3f}",
+            )
+        )
+    return table
+
+
+def selection(record: Any) -> list[Row]:
+    """The share of attention that chosen blocks hold, averaged over layers and heads, and their skill by layer."""
+    table: list[Row] = [("attention", "seed", "random", "chosen", "best possible", "skill, first layer to last")]
+    for name, shown in ARMS.items():
+        for run in record["runs"]:
+            if run["name"] != name or run["selection"] is None:
+                continue
+            shares = {
+                what: [statistics.mean(layer) for layer in run["selection"][what]]
+                for what in ("random", "chosen", "best")
+            }
+            layers = zip(*shares.values(), strict=True)
+            skill = " ".join(f"{(chosen - random) / (best - random):.2f}" for random, chosen, best in layers)
+            table.append((shown, run["seed"], *(f"{statistics.mean(share):.2f}" for share in shares.values()), skill))
+    return table
+
+
 def plan(record: Any) -> list[Row]:
     """What a step of a large model would take."""
     table: list[Row] = [
@@ -317,6 +367,15 @@ def plan(record: Any) -> list[Row]:
     return table
 
 
+ARMS = {
+    "full": "full attention",
+    "nsa_mean_shared_fine": "NSA: mean, shared keys and values, fine blocks",
+    "nsa_mean_shared": "NSA: mean, shared keys and values",
+    "nsa_tied_fine": "NSA: tied keys, fine blocks",
+    "nsa": "NSA: the paper's layout",
+}
+RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
+EXPERIMENTS = (RECIPE_ARMS,)  # files with a line for each run
 SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
 TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full"))
@@ -348,5 +407,7 @@ TABLES = {
     "quality_tiny": Table(TINY, quality),
     "moe_balance": Table(MOE, experts),
     "long_context": Table(tuple(LONG_CONTEXT.values()), positions),
+    "quality_recipe": Table((RECIPE_ARMS,), arms),
+    "selection": Table((RECIPE_ARMS,), selection),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

@@ -120,7 +120,7 @@ def tiny_moe() -> TrainConfig:
 
 @preset
 def h100_60m() -> TrainConfig:
-    """65M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
+    """67M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
 
     Measured on one H100 80GB, JAX 0.11.2, bytes of Python source: 0.940 held-out bits per byte in 7 min 8 s with NSA,
     0.885 in 6 min 1 s with --attention full.
@@ -148,7 +148,7 @@ def h100_60m() -> TrainConfig:
 
 @preset
 def h100_350m() -> TrainConfig:
-    """366M parameters (333M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
+    """405M parameters (334M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
 
     Measured on one H100 80GB, JAX 0.11.2, random tokens: 62,531 tokens/s with NSA, 21,497 with --attention full. No
     run of it to its end was made.
