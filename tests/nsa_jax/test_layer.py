@@ -1,5 +1,7 @@
 """The Flax modules: Linen and NNX agree, every parameter is named, reached and trained, packing changes nothing."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -202,7 +204,8 @@ def initial(module):
 
 
 def traced(module, variables, x):
-    return module.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]["attention_inputs"][0]
+    apply = jax.jit(functools.partial(module.apply, mutable=["intermediates"]))
+    return apply(variables, x)[1]["intermediates"]["attention_inputs"][0]
 
 
 def test_normalised_queries_and_keys_have_a_root_mean_square_of_their_scale_whatever_the_kernel():

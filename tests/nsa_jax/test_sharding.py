@@ -97,14 +97,14 @@ def test_nothing_is_communicated_forward_or_backward(implementation, kind):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
-def test_bare_ops_gather_so_that_the_test_above_can_fail(implementation):
+def test_bare_ops_communicate_so_that_the_test_above_can_fail(implementation):
     mesh = make_mesh(AxisType.Auto, data=2, tensor=2)
     with jax.set_mesh(mesh):
         arrays, segment_ids, _ = put(problem(), mesh, "data", "tensor")
         forward = functools.partial(
             nsa_jax.nsa_attention, config=CONFIG, implementation=implementation, segment_ids=segment_ids
         )
-        assert "all-gather" in str(communication(jax.jit(forward).lower(*arrays).compile()))
+        assert communication(jax.jit(forward).lower(*arrays).compile()) != []
 
 
 @KINDS

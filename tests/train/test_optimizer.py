@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -82,16 +84,18 @@ def gradients_like(params):
     return jax.tree.unflatten(tree, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-def first_update(**changes):
+@functools.cache
+def first_update(kind):
     model = Transformer(ModelConfig(num_layers=2, qk_norm=True, tie_embeddings=False), 50)
-    params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 64), jnp.int32)))["params"]
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, **changes), 10_000)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64), jnp.int32)))["params"]
+    config = OptimizerConfig(kind=kind, learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
+    optimizer = make_optimizer(config, 10_000)
     updates, _ = jax.jit(optimizer.update)(gradients_like(params), optimizer.init(params), params)
-    return updates, params
+    return updates
 
 
 def test_muon_orthogonalises_the_matrix_of_every_layer_by_itself():
-    updates, _params = first_update(kind="muon", weight_decay=0.0)
+    updates = first_update("muon")
     for name, kernel in updates["layers"]["mlp"].items():
         for layer in kernel:
             values = np.linalg.svd(layer, compute_uv=False) / (0.2 * np.sqrt(max(layer.shape)))
@@ -106,8 +110,7 @@ def test_muon_orthogonalises_the_matrix_of_every_layer_by_itself():
 
 
 def test_muon_leaves_embeddings_norms_and_the_output_layer_to_adamw():
-    muon, _params = first_update(kind="muon")
-    adamw, _ = first_update(kind="adamw")
+    muon, adamw = first_update("muon"), first_update("adamw")
     same = {
         path[-1].key: bool((a == b).all())
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(muon), jax.tree.leaves(adamw), strict=True)
