@@ -20,13 +20,32 @@ KINDS: dict[Capability, tuple[str, ...]] = {
     (8, 6): (
         *("A2", "A10", "A10G", "A16", "A40"),
         *("RTX 3050", "RTX 3060", "RTX 3070", "RTX 3080", "RTX 3090"),
-        *("RTX A2000", "RTX A3000", "RTX A4000", "RTX A4500", "RTX A5000", "RTX A5500", "RTX A6000"),
+        *(
+            "RTX A500",
+            "RTX A1000",
+            "RTX A2000",
+            "RTX A3000",
+            "RTX A4000",
+            "RTX A4500",
+            "RTX A5000",
+            "RTX A5500",
+            "RTX A6000",
+        ),
     ),
     (8, 7): ("Orin",),
     (8, 9): (
         *("L4", "L20", "L40", "L40S"),
         *("RTX 4050", "RTX 4060", "RTX 4070", "RTX 4080", "RTX 4090"),
-        *("RTX 2000 Ada", "RTX 4000 Ada", "RTX 4500 Ada", "RTX 5000 Ada", "RTX 5880 Ada", "RTX 6000 Ada"),
+        *(
+            "RTX 2000 Ada",
+            "RTX 3500 Ada",
+            "RTX 4000 Ada",
+            "RTX 4000 SFF Ada",
+            "RTX 4500 Ada",
+            "RTX 5000 Ada",
+            "RTX 5880 Ada",
+            "RTX 6000 Ada",
+        ),
     ),
     (9, 0): ("H100", "H200", "H800", "H20", "GH200"),
     (10, 0): ("B100", "B200", "GB200"),
@@ -79,10 +98,11 @@ def current_device() -> Device:
     Programs can therefore be lowered for GPUs where there are none.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
+    device = jax.devices()[0]
+    # The mesh of devices that are there has an abstract device, too, which does not know the capability.
+    if abstract is not None and (abstract.platform, abstract.device_kind) != (device.platform, device.device_kind):
         kind = abstract.device_kind
         return Device(abstract.platform, kind, capability_of(kind) if abstract.platform == "gpu" else None)
-    device = jax.devices()[0]
     if device.platform != "gpu":
         return Device(device.platform, device.device_kind)
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")

@@ -54,12 +54,14 @@ def recording() -> Iterator[list[Choice]]:
         _recorded.reset(token)
 
 
-def takes_part(backend: Backend, op: str) -> bool:
-    """Whether a backend has an op and, by itself, takes it on this device."""
+def refusal_of(backend: Backend, op: str) -> str | None:
+    """Why a backend does not take an op on this device, whatever the arguments; None if it may."""
+    device = current_device()
     try:
-        return _has_own(backend, op) and _supports(backend, op, current_device())
-    except NotImplementedError:
-        return False
+        _check_has(backend, op)
+        return None if _supports(backend, op, device) else f"does not support {device}"
+    except NotImplementedError as refusal:
+        return str(refusal)
 
 
 def record(choice: Choice) -> None:
@@ -84,7 +86,7 @@ def run(op: str, implementation: str | None, arguments: tuple[Any, ...], *, conf
         if not is_differentiable(backend):
             forward, backward = Forward(op, backend.name), Backward(op, implementation)
             return Op(forward, backward, returns_lse)(*arguments, config=config, scale=scale)
-        o, lse = output_and_lse(op, backend, getattr(backend, op)(*arguments, config=config, scale=scale))
+        o, lse = run_forward(op, backend, arguments, config=config, scale=scale)
         return (o, lse) if returns_lse else o
 
     return first_that_takes(op, implementation, attempt)
@@ -130,8 +132,7 @@ class Forward:
 
     def __call__(self, *arguments: Any, **options: Any) -> tuple[Array, Array | None]:
         """(o, lse)."""
-        backend = registry.get(self.backend)
-        return output_and_lse(self.op, backend, getattr(backend, self.op)(*arguments, **options))
+        return run_forward(self.op, registry.get(self.backend), arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,9 @@ class FirstForward:
         """(o, lse) of a branch, or the blocks that `select_blocks` chose."""
 
         def attempt(backend: Backend) -> Any:
-            result = getattr(backend, self.op)(*arguments, **options)
-            return output_and_lse(self.op, backend, result) if self.op in BRANCHES else result
+            if self.op in BRANCHES:
+                return run_forward(self.op, backend, arguments, **options)
+            return getattr(backend, self.op)(*arguments, **options)
 
         kernels_alone = self.op in BRANCHES
         return first_that_takes(
@@ -170,22 +172,32 @@ class Backward:
         if implementation is not None and not _has(named(implementation), backward):
             implementation = None  # it brings no backward pass, so that the others' serve
 
+        sizes = {name: options[name] for name in ("config", "scale")}
+
         def attempt(backend: Backend) -> Gradients:
             if not _has_own(backend, backward):
-                return _by_differentiation(getattr(backend, self.op), inputs, o, do, positions, options)
-            residuals = (o, lse)
-            if lse is None:
-                sizes = {name: options[name] for name in ("config", "scale")}
-                residuals = output_and_lse(
-                    self.op, backend, getattr(backend, self.op)(*inputs, *positions, **sizes), needs_lse=True
-                )
-            return getattr(backend, backward)(*inputs, *residuals, do, *positions, **options)
+                return _by_differentiation(self.op, backend, inputs, o, do, positions, options)
+            known = _lse_of(self.op, (*inputs, *positions), sizes) if lse is None else lse
+            return Gradients(*getattr(backend, backward)(*inputs, o, known, do, *positions, **options))
 
         return first_that_takes(backward, implementation, attempt)
 
 
+def _lse_of(op: str, arguments: tuple[Any, ...], sizes: dict[str, Any]) -> Array:
+    """The lse of an op by the first backend that returns one."""
+
+    def attempt(backend: Backend) -> Array:
+        lse = run_forward(op, backend, arguments, **sizes)[1]
+        if lse is None:
+            raise NotImplementedError("returns no lse")
+        return lse
+
+    return first_that_takes(op, None, attempt)
+
+
 def _by_differentiation(
-    forward: Callable[..., Any],
+    op: str,
+    backend: Backend,
     inputs: tuple[Array, ...],
     o: Array,
     do: Array,
@@ -201,17 +213,42 @@ def _by_differentiation(
     if dlse is not None:
         delta = delta - dlse
     gated = do if gate is None else (do * gate[..., None]).astype(do.dtype)
-    (_, lse), vjp = jax.vjp(lambda q, k, v: forward(q, k, v, *block_indices, *positions, **sizes), q, k, v)
-    dq, dk, dv = vjp((gated, jnp.zeros_like(lse) if dlse is None else dlse))
+
+    def forward(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+        o, lse = run_forward(op, backend, (q, k, v, *block_indices, *positions), **sizes)
+        return (o,) if dlse is None or lse is None else (o, lse)
+
+    dq, dk, dv = jax.vjp(forward, q, k, v)[1]((gated,) if dlse is None else (gated, dlse))
     return Gradients(dq if dq_before is None else (dq + dq_before).astype(q.dtype), dk, dv, delta)
 
 
-def output_and_lse(op: str, backend: Backend, result: Any, *, needs_lse: bool = False) -> tuple[Array, Array | None]:
-    """What a backend's forward pass returned, as (o, lse); lse is None where there is none and none is needed."""
-    o, lse = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if lse is None and (needs_lse or op == "compressed_attention"):
-        raise TypeError(f"backend {backend.name!r}: {op} returned no lse: expected (o, lse)")
+def run_forward(
+    op: str, backend: Backend, arguments: tuple[Any, ...], *, config: NSAConfig, scale: float
+) -> tuple[Array, Array | None]:
+    """(o, lse) of a branch by one backend; lse is None where the backend returns o alone.
+
+    Raises:
+      ValueError: what the backend returned is not what the contract says.
+    """
+    result = getattr(backend, op)(*arguments, config=config, scale=scale)
+    o, lse = result if isinstance(result, tuple | list) and len(result) == 2 else (result, None)
+    q, v = arguments[0], arguments[2]
+    _check_returned(backend, op, "o", o, (*q.shape[:3], v.shape[3]), q.dtype)
+    if lse is not None:
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        _check_returned(backend, op, "lse", lse, shape, jnp.promote_types(q.dtype, jnp.float32))
+    elif op == "compressed_attention":
+        raise ValueError(f"backend {backend.name!r}: {op} returned no lse: expected (o, lse)")
     return o, lse
+
+
+def _check_returned(backend: Backend, op: str, name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    found = (getattr(array, "shape", None), getattr(array, "dtype", None))
+    if found != (shape, dtype):
+        raise ValueError(
+            f"backend {backend.name!r}: {op} returned {name} of dtype {found[1]} and shape {found[0]}: expected "
+            f"{jnp.dtype(dtype)} of shape {shape}"
+        )
 
 
 def is_differentiable(backend: Backend) -> bool:

@@ -1,5 +1,6 @@
 """Which backend each op takes, and why the others refused."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,8 @@ class Explanation:
             rows.append((choice.op, choice.backend, refused or "-"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{op:<{widths[0]}}  {backend:<{widths[1]}}  {refused}" for op, backend, refused in rows]
+        if not self.choices:
+            lines = ["no op was traced: the function calls none, or JAX has traced all of it before"]
         return "\n".join([f"on {self.device}", *lines])
 
 
@@ -84,8 +87,10 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     arguments = ([leaves[i] for i in floats], [leaves[i] for i in others])
     with recording() as choices:
         jax.eval_shape(call, *arguments)
-        if any(choice.op in (*BRANCHES, "nsa_attention") for choice in choices):
-            jax.eval_shape(jax.grad(total), *arguments)
+        differentiated = any(choice.op.endswith(BACKWARD) for choice in choices)
+        if not differentiated and any(choice.op in (*BRANCHES, "nsa_attention") for choice in choices):
+            with contextlib.suppress(Exception):  # a function without a gradient is explained all the same
+                jax.eval_shape(jax.grad(total), *arguments)
     # Where JAX differentiates through a backend's own functions, no backward pass was chosen.
     chosen = {choice.op for choice in choices}
     made = [

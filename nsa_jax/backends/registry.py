@@ -23,6 +23,8 @@ def register(backend: Backend, *, before: str | None = None) -> None:
     name = getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f"backend = {backend!r}: expected an object with a name")
+    if name in ("fused", "parts"):
+        raise ValueError(f"backend.name = {name!r}: expected another name, because `explain` uses this one")
     if name in names():
         raise ValueError(f"backend.name = {name!r}: expected a name other than {', '.join(names())}")
     if not any(callable(getattr(backend, op, None)) for op in OPS):

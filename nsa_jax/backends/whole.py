@@ -39,16 +39,20 @@ def nsa_attention(
       window_positions: of the queries among the window's keys, which may be others.
     """
     refusals: list[tuple[str, str]] = []
-    arguments = (q, kv, gates, positions, window_positions)
-    for backend in _with_an_op_of_their_own(implementation) if positions is window_positions else ():
+    for backend, refusal in _with_an_op_of_their_own(implementation, positions is window_positions):
         try:
+            if refusal is not None:
+                raise NotImplementedError(refusal)
             with choice.recording():  # what the backend asks of others is its own affair
                 o = _own(q, kv, gates, positions, backend.name, config, scale)
-        except NotImplementedError as refusal:
-            refusals.append((backend.name, str(refusal)))
+        except NotImplementedError as reason:
+            if implementation is not None:
+                raise NotImplementedError(f"implementation = {implementation!r}: nsa_attention: {reason}") from reason
+            refusals.append((backend.name, str(reason)))
             continue
         choice.record(choice.Choice("nsa_attention", backend.name, tuple(refusals)))
         return o
+    arguments = (q, kv, gates, positions, window_positions)
     return _of_parts(*arguments, implementation, tuple(refusals), config=config, scale=scale)
 
 
@@ -135,18 +139,25 @@ def _first_that_may_take(op: str, implementation: str | None) -> Backend | None:
     """The named backend, which says by itself what it does not take, or the first that takes an op on this device."""
     if implementation is not None:
         return choice.named(implementation)
-    return next((backend for backend in registry.in_order() if choice.takes_part(backend, op)), None)
+    return next((backend for backend in registry.in_order() if choice.refusal_of(backend, op) is None), None)
 
 
-def _with_an_op_of_their_own(implementation: str | None) -> Iterator[Backend]:
-    """Backends with a `nsa_attention` that is more than their parts, up to the first that would take a part."""
+def _with_an_op_of_their_own(implementation: str | None, one_sequence: bool) -> Iterator[tuple[Backend, str | None]]:
+    """Backends with a `nsa_attention` that is more than their parts, and why it is passed over (None: it is not)."""
+    parts_taken_by = None
     for backend in registry.in_order() if implementation is None else (choice.named(implementation),):
         built_in = getattr(type(backend), "nsa_attention", None) is BuiltIn.nsa_attention
-        own = not built_in and callable(getattr(backend, "nsa_attention", None))
-        if own and (implementation is not None or choice.takes_part(backend, "nsa_attention")):
-            yield backend
-        if any(choice.takes_part(backend, op) for op in (*BRANCHES, "select_blocks")):
-            return
+        if not built_in and callable(getattr(backend, "nsa_attention", None)):
+            refusal = None if implementation is not None else choice.refusal_of(backend, "nsa_attention")
+            if not one_sequence:
+                refusal = "the window's keys are not those that blocks are selected from"
+            elif parts_taken_by is not None:
+                refusal = f"stands behind {parts_taken_by}, which takes one of the parts"
+            yield backend, refusal
+        if parts_taken_by is None and any(
+            choice.refusal_of(backend, op) is None for op in (*BRANCHES, "select_blocks")
+        ):
+            parts_taken_by = backend.name
 
 
 def _call_own(

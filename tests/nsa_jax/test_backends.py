@@ -80,7 +80,9 @@ def gradients(inputs, implementation=None):
 
 def abstract(kind):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def gpu_shapes(config=None, head_dim=128):
@@ -117,6 +119,7 @@ def test_a_backend_goes_in_front_of_all_or_of_the_one_that_is_named(register):
         (SimpleNamespace(name="", window_attention=len), None, "expected an object with a name"),
         (SimpleNamespace(name=3, window_attention=len), None, "expected an object with a name"),
         (backend("triton", window_attention=len), None, "'triton': expected a name other than mosaic, triton"),
+        (backend("fused", window_attention=len), None, "'fused': expected another name"),
         (backend(), None, "expected at least one of the functions compressed_attention"),
         (backend(window_attention="no function"), None, "expected at least one of the functions"),
         (backend(window_attention=len), "cuda", "before = 'cuda': expected one of mosaic, triton, xla, reference"),
@@ -255,8 +258,89 @@ def test_a_backward_pass_that_needs_lse_gets_it_where_the_forward_pass_gave_none
 
 def test_compressed_attention_without_lse_is_an_error_and_no_reason_to_ask_another(inputs, register):
     register(backend(compressed_attention=lambda *a, **k: backends.get("xla").compressed_attention(*a, **k)[0]))
-    with pytest.raises(TypeError, match="backend 'mine': compressed_attention returned no lse"):
+    with pytest.raises(ValueError, match="backend 'mine': compressed_attention returned no lse"):
         attend(inputs)
+
+
+@pytest.mark.parametrize("kind", ["own backward pass", "backward pass in front", "differentiable"])
+def test_lse_that_a_backward_pass_needs_comes_from_whoever_returns_it(register, kind):
+    config = NSAConfig(16, 8, 16, 3, 1, 1, 20)
+    inputs = random_inputs(jax.random.key(1), config, B=2, T=40, num_heads=2, num_kv_heads=1, head_dim=16)
+
+    def output_alone(*args, **kwargs):
+        return backends.get("xla").window_attention(*args, **kwargs)[0]
+
+    def backward(*args, **kwargs):  # a plain tuple will do
+        return tuple(backends.get("triton").window_attention_backward(*args, **kwargs))
+
+    if kind == "own backward pass":
+        register(backend(window_attention=output_alone, window_attention_backward=backward))
+    else:
+        register(backend(window_attention=output_alone))
+        if kind == "differentiable":
+            register(backend("other", window_attention=output_alone, differentiable=True), before="xla")
+        else:
+            register(backend("other", window_attention_backward=backward))
+
+    def gradient(implementation):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(nsa_jax.window_attention(q, k, v, config=config, implementation=implementation)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(inputs.q, inputs.kv.win_k, inputs.kv.win_v)
+
+    assert_trees_close(gradient(None), gradient("reference"), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o, lse: (o[:, :5], lse), r"window_attention returned o of dtype float32 and shape \(1, 5, 4, 8\)"),
+        (lambda o, lse: (o.astype(jnp.bfloat16), lse), "returned o of dtype bfloat16"),
+        (lambda o, lse: [o, lse.T], r"returned lse of dtype float32 and shape \(37, 4, 1\): expected float32 of shape"),
+    ],
+)
+def test_what_a_backend_returns_is_checked(inputs, register, change, message):
+    register(backend(window_attention=lambda *a, **k: change(*backends.get("xla").window_attention(*a, **k))))
+    with pytest.raises(ValueError, match=f"backend 'mine': .*{message}"):
+        attend(inputs)
+
+
+def test_the_reason_of_a_named_whole_attention_is_not_lost(inputs, register):
+    register(backend(nsa_attention=refusing(NotImplementedError("heads of 8"))))
+    with pytest.raises(NotImplementedError, match="implementation = 'mine': nsa_attention: heads of 8"):
+        attend(inputs, "mine")
+
+
+def test_why_a_whole_attention_was_passed_over_is_explained(inputs, register):
+    def supports(op, device):
+        raise NotImplementedError("needs a chip of ours")
+
+    register(backend("late", nsa_attention=of("xla", "nsa_attention")), before="reference")
+    register(backend("picky", nsa_attention=of("xla", "nsa_attention"), supports=supports))
+    refusals = dict(explained(inputs)["nsa_attention"].refusals)
+    assert refusals["picky"] == "needs a chip of ours"
+    assert refusals["late"] == "stands behind xla, which takes one of the parts"
+
+
+def test_gradients_and_loops_are_explained_too(register):
+    q, kv, _ = gpu_shapes()
+
+    def loss(q):
+        return nsa_jax.window_attention(q, kv_win[0], kv_win[1], config=NSAConfig()).astype(jnp.float32).sum()
+
+    kv_win = [jnp.zeros(x.shape, x.dtype) for x in (kv.win_k, kv.win_v)]
+    with abstract("NVIDIA H100"):
+        made = backends.explain(jax.grad(loss), q)
+        assert made["window_attention_backward"].backend == "triton"
+
+    def loop(q):
+        def body(x):
+            return x + nsa_jax.window_attention(x, *kv_win, config=NSAConfig())
+
+        return jax.lax.while_loop(lambda x: x.sum() < 0, body, q)
+
+    assert backends.explain(loop, q)["window_attention"].backend == "xla"
+    assert "no op was traced" in str(backends.explain(jnp.sin, q))
 
 
 # A backend of all ops

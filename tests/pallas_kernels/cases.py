@@ -254,7 +254,9 @@ def lower(device_kind: str, call: Any, *shapes: Any) -> str:
 def abstract(device_kind: str) -> Any:
     """A context in which programs are traced for a GPU that need not be there."""
     device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def exact(tree: Any) -> Any:

@@ -29,6 +29,7 @@ KINDS = {
     "NVIDIA L40S": (8, 9),
     "NVIDIA GeForce RTX 4090": (8, 9),
     "NVIDIA RTX 6000 Ada Generation": (8, 9),
+    "NVIDIA RTX 4000 SFF Ada Generation": (8, 9),
     "NVIDIA H100": (9, 0),
     "NVIDIA H100 80GB HBM3": (9, 0),
     "NVIDIA H100 PCIe": (9, 0),
@@ -58,6 +59,15 @@ def test_a_device_that_is_there_says_its_capability_itself(kind, capability, mon
     there = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability="{}.{}".format(*capability))
     monkeypatch.setattr(jax, "devices", lambda: [there])
     assert current_device() == Device("gpu", kind, capability)
+
+
+def test_on_a_mesh_of_devices_that_are_there_their_own_capability_counts(monkeypatch):
+    there = SimpleNamespace(platform="gpu", device_kind="NVIDIA Tesla T4", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [there])
+    with abstract("NVIDIA Tesla T4"):
+        assert current_device().compute_capability == (9, 0)
+    with abstract("NVIDIA A100"):
+        assert current_device().compute_capability == (8, 0)
 
 
 def test_a_device_that_says_nothing_is_known_by_name(monkeypatch):

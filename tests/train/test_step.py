@@ -57,6 +57,16 @@ def one_step(attention="full", accumulate=1, mesh=None):
     return on_mesh(jax.jit(step, out_shardings=(shardings, None)), mesh)(state, put_batch(batch(), mesh, 2))
 
 
+def test_muons_state_lies_on_a_mesh_as_its_parameters_do():
+    model, mesh = Transformer(MODEL, VOCABULARY), make_mesh(MeshConfig(fsdp=2))
+    init = make_init(model, make_optimizer(OptimizerConfig(kind="muon", warmup_steps=0), 10))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    shardings = tree_shardings(abstract, mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(nn.meta.unbox(abstract))
+    state = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(0))
+    assert state.params["embedding"].sharding == shardings.params["embedding"]
+
+
 def assert_close(actual, expected, tolerance):
     (state, metrics), (expected_state, expected_metrics) = actual, expected
     np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=tolerance)

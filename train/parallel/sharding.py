@@ -105,7 +105,7 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     Raises:
       ValueError: a name is not in `RULES`.
     """
-    specs = nn.get_partition_spec(boxed)
+    specs = nn.get_partition_spec(jax.tree.map(_without_empty_box, boxed, is_leaf=_is_box))
     known = {name for name, _ in RULES}
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)):
         unknown = [name for name in spec or () if name is not None and name not in known]
@@ -116,6 +116,15 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.meta.AxisMetadata)
+
+
+def _without_empty_box(x: Any) -> Any:
+    """What is in a box that holds no array: an optimiser leaves such where another one updates the parameter."""
+    return nn.meta.unbox(x) if _is_box(x) and not jax.tree.leaves(x) else x
 
 
 def activation(x: jax.Array, *names: str | None) -> jax.Array:
