@@ -92,7 +92,10 @@ def nsa_attention(
 def check_branches(
     q: Float[Array, "B Tq H Dk"], kv: BranchKV, gates: Float[Array, "B Tq H 3"], config: NSAConfig, *, parts: int = 1
 ) -> None:
-    """Raises ValueError for arrays that do not fit together; but for `kv.cmp_*`, they may be one of so many parts."""
+    """Raises ValueError for arrays that do not fit together.
+
+    All arrays except `kv.cmp_*` may hold one of `parts` equal parts of the tokens.
+    """
     if not isinstance(kv, BranchKV):
         raise ValueError(f"kv = {type(kv).__name__}: expected an nsa_jax.BranchKV")
     if gates.shape != (*q.shape[:3], 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
@@ -140,7 +143,7 @@ def compressed_attention(
       >>> o.shape, lse.shape
       ((1, 100, 4, 16), (1, 4, 100))
 
-    Args, raises: as `nsa_attention`; `k` and `v` are compressed keys and values.
+    Arguments and errors: see `nsa_attention`. `k` and `v` are compressed keys and values.
 
     Returns:
       o [B, Tq, H, Dv] in the dtype of `q`, and the natural logarithm of the softmax's sum, lse [B, H, Tq] in float32
@@ -179,8 +182,8 @@ def select_blocks(
       >>> select_blocks(q, kv.cmp_k, lse, config=config)[0, 0, 40]
       Array([ 0,  1, -1], dtype=int32)
 
-    Args, raises: as `nsa_attention`; `k` is the compressed keys and `lse` [B, H, Tq] what `compressed_attention`
-      returned for them.
+    Arguments and errors: see `nsa_attention`. `k` holds the compressed keys, and `lse` [B, H, Tq] is what
+      `compressed_attention` returned for them.
 
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
@@ -224,8 +227,8 @@ def selected_attention(
       >>> selected_attention(q, kv.slc_k, kv.slc_v, block_indices, config=config).shape
       (1, 100, 4, 16)
 
-    Args, raises: as `nsa_attention`; `block_indices` int32 [B, K, Tq, n] is what `select_blocks` returns: distinct
-      indices below `num_blocks(T, config)`, ascending, then -1.
+    Arguments and errors: see `nsa_attention`. `block_indices` int32 [B, K, Tq, n] is what `select_blocks` returns:
+      distinct indices below `num_blocks(T, config)`, ascending, then -1.
 
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
@@ -263,7 +266,7 @@ def window_attention(
       >>> window_attention(q, kv.win_k, kv.win_v, config=config).shape
       (1, 100, 4, 16)
 
-    Args, raises: as `nsa_attention`.
+    Arguments and errors: see `nsa_attention`.
 
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`.
@@ -311,7 +314,7 @@ def decode_attention(
         its other queries are finite and mean nothing.
       gates: [B, m, H, 3] in the order compressed, selected, window; any float dtype.
       query_offsets: int32 [B].
-      config, scale, implementation: as of `nsa_attention`.
+      config, scale, implementation: see `nsa_attention`.
 
     Returns:
       o [B, m, H, Dv] in the dtype of `q`, and the selected blocks, int32 [B, K, m, n] as from `select_blocks`.

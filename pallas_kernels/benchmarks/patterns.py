@@ -20,7 +20,7 @@ def block_indices(
     """A causal selection, ascending, -1 at the end, with the first and the last two blocks always in it.
 
     "random": the other picks are uniform and distinct for each query. "local": they are constant over runs of 64
-    queries, but for 10% that are drawn anew for each query.
+    queries, except for 10% that are drawn anew for each query.
     """
     blocks = -(-T // select_block)
     rows = min(ROWS, -(-T // RUN) * RUN)

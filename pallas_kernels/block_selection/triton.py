@@ -200,7 +200,7 @@ def _choose_in_range(
 
 
 def _pooled_keys(problem: Problem, tile_keys: int) -> int:
-    """Compressed tokens that the scoring kernel sums into one: a whole block's where their number allows, else 1."""
+    """Compressed tokens that the scoring kernel sums into one: those of a whole block if their number allows, or 1."""
     ratio = problem.select_block // problem.compress_stride
     return ratio if ratio == next_power_of_two(ratio) and ratio <= tile_keys else 1
 
