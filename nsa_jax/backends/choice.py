@@ -99,24 +99,23 @@ def first_that_takes(
     allowed: Callable[[Backend], bool] = lambda backend: True,
 ) -> Result:
     """attempt(backend) of the named backend, or of the first that does not refuse, of those allowed."""
-    only = None if implementation is None else named(implementation)
     device = current_device()
     refusals: list[tuple[str, str]] = []
-    for backend in registry.in_order() if only is None else (only,):
+    for backend in candidates(implementation):
         try:
             _check_has(backend, op)
             if not allowed(backend):
                 raise NotImplementedError("not a kernel")
-            if only is None and not _supports(backend, op.removesuffix(BACKWARD), device):
+            if implementation is None and not _supports(backend, op.removesuffix(BACKWARD), device):
                 raise NotImplementedError(f"does not support {device}")
             with recording():  # what the backend asks of others is its own affair
                 result = attempt(backend)
         except NotImplementedError as refusal:
-            if only is not None:
+            if implementation is not None:
                 raise NotImplementedError(f"implementation = {implementation!r}: {op}: {refusal}") from refusal
             refusals.append((backend.name, str(refusal)))
             continue
-        if only is None and backend.name == "xla" and device.platform == "gpu":
+        if implementation is None and backend.name == "xla" and device.platform == "gpu":
             _log_once(op, tuple(refusals))
         record(Choice(op, backend.name, tuple(refusals)))
         return result
@@ -254,6 +253,11 @@ def _check_returned(backend: Backend, op: str, name: str, array: Any, shape: tup
 def is_differentiable(backend: Backend) -> bool:
     """Whether JAX differentiates through the backend's functions."""
     return bool(getattr(backend, "differentiable", False))
+
+
+def candidates(implementation: str | None) -> tuple[Backend, ...]:
+    """The backends to ask, in order: the named one alone, or all of them."""
+    return tuple(registry.in_order()) if implementation is None else (named(implementation),)
 
 
 def named(implementation: str) -> Backend:

@@ -145,7 +145,7 @@ def _first_that_may_take(op: str, implementation: str | None) -> Backend | None:
 def _with_an_op_of_their_own(implementation: str | None, one_sequence: bool) -> Iterator[tuple[Backend, str | None]]:
     """Backends with a `nsa_attention` that is more than their parts, and why it is passed over (None: it is not)."""
     parts_taken_by = None
-    for backend in registry.in_order() if implementation is None else (choice.named(implementation),):
+    for backend in choice.candidates(implementation):
         built_in = getattr(type(backend), "nsa_attention", None) is BuiltIn.nsa_attention
         if not built_in and callable(getattr(backend, "nsa_attention", None)):
             refusal = None if implementation is not None else choice.refusal_of(backend, "nsa_attention")
