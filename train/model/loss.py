@@ -55,18 +55,20 @@ def cross_entropy(
     parts = tuple(map(split, (hidden, targets, weights, target_bytes)))
     # One copy for each device, which holds it anyway. So gradients of the chunks are summed on each device, and over
     # the devices only once.
-    kernels = activation(
-        jnp.broadcast_to(kernel[None, None], (D, C, *kernel.shape)), "batch", "sequence", None, "vocab"
+    wide, kernels = (
+        activation(jnp.broadcast_to(x[None, None], (D, C, *x.shape)), "batch", "sequence", None, "vocab")
+        for x in (widened(kernel), jax.lax.stop_gradient(kernel))
     )
-    if steps == 1:
-        return _sums(parts[0][0], kernels, *(x[0] for x in parts[1:]))
 
-    wide = widened(kernels)
+    def sums(inputs: tuple[Array, ...]) -> LossSums:
+        return _sums(inputs[0], with_gradient_to(wide, kernels), *inputs[1:])
+
+    if steps == 1:
+        return sums(tuple(x[0] for x in parts))
 
     @jax.checkpoint
     def add(total: LossSums, inputs: tuple[Array, ...]) -> tuple[LossSums, None]:
-        part = _sums(inputs[0], with_gradient_to(wide, kernels), *inputs[1:])
-        return jax.tree.map(jnp.add, total, part), None
+        return jax.tree.map(jnp.add, total, sums(inputs)), None
 
     zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)
     total, _ = jax.lax.scan(add, zero, parts)
