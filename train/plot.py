@@ -12,6 +12,7 @@ from pallas_kernels.palette import COLORS
 from train.config import from_json
 from train.evaluate import read_positions
 from train.metrics import read_metrics
+from train.tasks.haystack import read_scores
 
 LINE_COLORS = [COLORS[i] for i in (0, 2, 3, 5, 4)]  # blue and orange first, no green, yellow last
 STYLES = ("o-", "s--", "^:", "D-.")
@@ -102,6 +103,32 @@ def plot_positions(files: dict[str, Path], path: Path) -> None:
         axes.plot(centres, [bucket.bits_per_byte for bucket in buckets], style, color=color, markersize=4, label=name)
     axes.set(xlabel="position in the sequence (tokens before)", ylabel="held-out bits per byte", xlim=(0, None))
     _finish(figure, path)
+
+
+def plot_tasks(files: dict[str, Path], path: Path) -> None:
+    """The share of problems solved by length and depth, one map for each file, as a PNG.
+
+    Args:
+      files: of `python -m train evaluate --out`, by the name they get as a title.
+      path: of the picture.
+
+    Raises:
+      ValueError: a file was not written by that command.
+    """
+    figure = Figure(figsize=(1.5 + 3 * len(files), 3.5), layout="constrained")
+    row = figure.subplots(1, len(files), squeeze=False)[0]
+    for axes, (name, file) in zip(row, files.items(), strict=True):
+        scores = read_scores(file)
+        lengths, depths = (sorted(set(places)) for places in zip(*scores, strict=True))
+        shares = [
+            [scores[length, depth].solved / scores[length, depth].problems for length in lengths] for depth in depths
+        ]
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+        axes.set(title=name, xlabel="tokens", ylabel="depth")
+    figure.colorbar(image, ax=row, label="share of problems solved")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _finish(figure: Figure, path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from train.plot import plot_curves, plot_loads, plot_positions
+from train.plot import plot_curves, plot_loads, plot_positions, plot_tasks
+from train.tasks.haystack import holds_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Arguments:
     """Draws the training and held-out loss of runs.
 
     With --loads, draws how evenly experts are used. With files of `python -m train positions --out` instead of runs,
-    draws held-out loss by position.
+    draws held-out loss by position; with files of `python -m train evaluate --out`, the share of problems solved.
     """
 
     picture: Positional[Path]  # the PNG to write
@@ -33,6 +34,8 @@ def report(arguments: Arguments) -> None:
     runs = {name: Path(path) for name, path in (run.split("=", 1) for run in arguments.runs)}
     if arguments.loads:
         plot_loads(runs, arguments.picture)
+    elif all(path.suffix == ".json" and holds_scores(path) for path in runs.values()):
+        plot_tasks(runs, arguments.picture)
     elif all(path.suffix == ".json" for path in runs.values()):
         plot_positions(runs, arguments.picture)
     else:
