@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "generate": Command("train.commands.generate", "generate", "continues a prompt with the model of a run"),
     "evaluate": Command("train.commands.evaluate", "evaluate", "sets a run tasks over long contexts"),
+    "mqar": Command("train.commands.mqar", "mqar", "trains a preset's model on associative recall", takes_preset=True),
     "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),
     "positions": Command("train.commands.positions", "positions", "evaluates a run by position in the sequence"),
     "report": Command("train.commands.report", "report", "draws runs into one picture"),

@@ -96,10 +96,10 @@ def score(step: AnswerStep, params: Any, problems: Sequence[Problem], tokens_at_
     solved, nll = 0, 0.0
     for begin in range(0, len(problems), size):
         batch = problems[begin : begin + size]
-        filled = [*batch, *batch[-1:] * (size - len(batch))]  # every batch of one size, for one compiled program
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]  # every batch of one size, for one compiled program
         tokens = np.stack([problem.tokens for problem in filled])
         answers = np.array([problem.answer for problem in filled], np.int32)
-        right, lost = (np.asarray(x)[: len(batch)] for x in step(params, tokens, answers))
+        right, lost = (np.asarray(x)[: len(batch)] for x in step(params, jnp.asarray(tokens), jnp.asarray(answers)))
         solved, nll = solved + int(right.sum()), nll + float(lost.sum())
     return Score(solved, len(problems), nll / len(problems))
 

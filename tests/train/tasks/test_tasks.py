@@ -12,7 +12,7 @@ from nsa_jax import NSAConfig
 from train.__main__ import main
 from train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from train.data.tokenizer import ByteTokenizer
-from train.tasks import TASKS
+from train.tasks import TASKS, mqar
 from train.tasks.haystack import Problem, Score, hide, score
 
 BYTE = ByteTokenizer()
@@ -135,3 +135,31 @@ def test_the_command_scores_a_run_and_its_file_is_drawn(untrained, tmp_path, cap
 def test_settings_that_are_impossible_are_named(untrained, wrong, message, capsys):
     assert main(["evaluate", "--run", str(untrained), *wrong]) == 2
     assert message in capsys.readouterr().err
+
+
+@given(seed=st.integers(0, 2**32 - 1), pairs=st.integers(1, 9), more=st.integers(0, 30))
+def test_every_key_comes_again_once_and_asks_for_its_value(seed, pairs, more):
+    batch = mqar.make_rows(np.random.default_rng(seed), rows=3, length=3 * pairs + more, pairs=pairs)
+    assert batch["tokens"].max() < mqar.vocabulary(pairs)
+    assert batch["targets"].max() < mqar.vocabulary(pairs)
+    for tokens, targets, weights in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
+        known = dict(zip(tokens[0 : 2 * pairs : 2].tolist(), tokens[1 : 2 * pairs : 2].tolist(), strict=True))
+        asked = np.flatnonzero(weights)
+        assert sorted(tokens[asked].tolist()) == sorted(known)
+        assert len(known) == pairs
+        assert asked.min() >= 2 * pairs
+        assert [known[key] for key in tokens[asked].tolist()] == targets[asked].tolist()
+        assert not tokens[2 * pairs :][weights[2 * pairs :] == 0].any()
+
+
+def test_a_model_learns_to_recall_the_value_of_the_only_key(tmp_path, capsys):
+    out = tmp_path / "mqar.json"
+    model = "--model.num-layers 1 --model.embed-dim 16 --model.num-heads 2 --model.num-kv-heads 2 --model.head-dim 8"
+    rest = "--data.sequence-length 16 --data.batch-size 32 --steps 60 --eval-every 30 --optimizer.learning-rate 3e-2"
+    command = f"mqar --pairs 1 --out {out} tiny --attention full --model.mlp-dim 16 {model} {rest}"
+    assert main(command.split()) == 0
+    curve = json.loads(out.read_text())["curve"]
+    assert [point["step"] for point in curve] == [30, 60]
+    assert curve[-1]["accuracy"] > 0.9  # guessing one of two values gives a half
+    assert main(["mqar", "--pairs", "100", "tiny", "--data.sequence-length", "256"]) == 2
+    assert "length = 256: expected at least 300, three times the pairs = 100" in capsys.readouterr().err
