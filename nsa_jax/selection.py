@@ -59,7 +59,7 @@ def selection_recall(
       (True, (2,))
 
     Args:
-      inputs: of one layer, as `nsa_jax.visualize.trace_attention` finds them, for whole sequences (query_offset 0).
+      inputs: of one layer, as `nsa_jax.tracing.trace_attention` finds them, for whole sequences (query_offset 0).
       config: sizes of the branches.
       positions: int32 [S], the queries to look at; those in their segment's first `window` tokens have no such mass.
       scale: see `nsa_attention`.

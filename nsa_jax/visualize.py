@@ -18,7 +18,6 @@ Example:
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +39,9 @@ from nsa_jax.attention import (
     window_attention,
 )
 from nsa_jax.config import NSAConfig, num_blocks
-from nsa_jax.nnx import NSAttention
+from nsa_jax.selection import selection_recall
 from nsa_jax.testing import reference_selection
+from nsa_jax.tracing import trace_attention as trace_attention
 from pallas_kernels.decode_attention.contract import bytes_read
 from pallas_kernels.palette import COLORS
 
@@ -58,35 +58,6 @@ class AttentionMaps(NamedTuple):
     compressed: Float[np.ndarray, "Tq Nc"]
     selected: Float[np.ndarray, "Tq T"]
     window: Float[np.ndarray, "Tq T"]
-
-
-def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any) -> dict[str, AttentionInputs]:
-    """The arguments that each Native Sparse Attention layer of a model gives to the attention, in the model's order.
-
-    Args:
-      module: a Linen module that contains `nsa_jax.NSAttention` anywhere (under `nn.scan` only if "intermediates" is
-        among its variable axes), or one `nsa_jax.nnx.NSAttention`.
-      variables: of a Linen module; None for NNX.
-      arguments, options: the arguments of a call of the module: a batch, `segment_ids` and so on.
-
-    Returns:
-      For each layer, a name such as "layers/attention/1" and its inputs, for the whole batch of the call.
-
-    Raises:
-      ValueError: the module has no such layer.
-    """
-    if isinstance(module, NSAttention):
-        return {"attention": module.attention_inputs(*arguments, **options)}
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"module = {type(module).__name__}: expected a Linen module or an nsa_jax.nnx.NSAttention")
-
-    def intermediates(variables: Any) -> Any:
-        return module.apply(variables, *arguments, mutable=["intermediates"], **options)[1]
-
-    layers = dict(_find_inputs(jax.jit(intermediates)(variables).get("intermediates", {}), ()))
-    if not layers:
-        raise ValueError(f"module = {type(module).__name__}: expected a module that holds nsa_jax.NSAttention")
-    return layers
 
 
 def attention_maps(
@@ -259,6 +230,32 @@ def plot_gates(layers: Layers) -> Figure:
     return figure
 
 
+def plot_recall(
+    layers: Layers, config: NSAConfig, positions: Int[Array, " S"], *, scale: float | None = None
+) -> Figure:
+    """What the selected blocks hold of each layer's attention, beside random and the best possible blocks.
+
+    One bar for each K/V head, from `nsa_jax.selection.selection_recall`.
+
+    Args:
+      layers: inputs of one layer, or of several by name, for whole sequences.
+      config: sizes of the branches.
+      positions: int32 [S], the queries to look at, of every row.
+      scale: see `nsa_attention`.
+    """
+    named = _named(layers)
+    figure = Figure(figsize=(6.4, 1 + 1.8 * len(named)), layout="constrained")
+    measure = jax.jit(lambda inputs: selection_recall(inputs, config, positions, scale=scale))
+    for axes, (name, inputs) in zip(figure.subplots(len(named), 1, squeeze=False)[:, 0], named.items(), strict=True):
+        recall = measure(inputs)
+        heads = np.arange(len(recall.chosen))
+        for offset, kind, color in zip((-0.27, 0, 0.27), ("random", "chosen", "best"), COLORS, strict=False):
+            axes.bar(heads + offset, np.asarray(getattr(recall, kind)), 0.25, color=color, label=kind)
+        axes.set(title=name, xlabel="key/value head", ylabel="share of the attention", ylim=(0, 1), xticks=heads)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
 def plot_bytes_read(
     config: NSAConfig,
     *,
@@ -296,22 +293,6 @@ def plot_bytes_read(
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
-
-
-def _find_inputs(tree: Any, path: tuple[str, ...]) -> Any:
-    """Pairs of a name and the inputs that a layer sowed: one pair for each layer of a scan and for each call."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _find_inputs(value, (*path, name))
-            continue
-        calls = [call for call in value if isinstance(call, AttentionInputs)] if isinstance(value, tuple) else []
-        for number, inputs in enumerate(calls):
-            own = (*path, str(number)) if len(calls) > 1 else path
-            if inputs.q.ndim == 4:
-                yield "/".join(own) or "attention", inputs
-                continue
-            for layer in range(inputs.q.shape[0]):
-                yield "/".join((*own, str(layer))), jax.tree.map(lambda x, layer=layer: x[layer], inputs)
 
 
 def _named(layers: Layers) -> Mapping[str, AttentionInputs]:

@@ -167,6 +167,7 @@ class TrainConfig:
     seed: int = 0  # of the parameters and of sampling
     eval_every: int = 100  # steps between held-out evaluations; the last step is always evaluated
     eval_batches: int = 16  # held-out batches per evaluation
+    eval_selection: bool = True  # evaluations of NSA also measure which share of the attention its blocks hold
     init_from: Path | None = None  # folder of a run whose parameters this one starts from; its data begin anew
     init_step: int | None = None  # of that run's checkpoint; None: the newest
     position_buckets: int = 16  # parts of the sequence whose held-out loss the last step logs; 0: none

@@ -1,5 +1,6 @@
 """What a run prints: one progress line in a terminal, plain lines elsewhere."""
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ class Console:
         """Shows a held-out evaluation."""
         self.print(
             f"step {step}/{self._steps}  held out: loss {values['held_out_loss']:.4f}, "
-            f"{values['held_out_bits_per_byte']:.4f} bits per byte"
+            f"{values['held_out_bits_per_byte']:.4f} bits per byte{_selection(values)}"
         )
 
     def finished(self, values: dict[str, float], sample: str, files: dict[str, Path]) -> None:
@@ -91,6 +92,11 @@ class Console:
             minutes, seconds = divmod(round(self._seconds_per_step * (self._steps - step)), 60)
             parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
         return "  ".join(parts)
+
+
+def _selection(values: dict[str, float]) -> str:
+    found = list(skills(values).values())
+    return f", selection {statistics.mean(found):.2f} (random 0, best 1)" if found else ""
 
 
 def _smooth(mean: float | None, value: float) -> float:

@@ -33,6 +33,7 @@ from train.parallel.distributed import Stop, in_turn, stop_signals, together
 from train.parallel.sharding import on_mesh, put_batch
 from train.plot import plot_curves
 from train.prepare import Prepared, checkpoints_of
+from train.selection import is_measured, logged, make_selection_step
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 
 
@@ -145,6 +146,7 @@ def _train(
     config, mesh, batches = prepared.config, prepared.mesh, prepared.train_batches
     stride = config.model.nsa.compress_stride
     train_step, eval_step = _programs(prepared)
+    measure_selection = _selection(prepared)
     reader = _StepReader(prepared, checkpointer, console)
     pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
     held_out: dict[str, float] = {}
@@ -164,7 +166,9 @@ def _train(
         evaluated = {}
         if evaluating:
             evaluated = held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
-            console.evaluated(step, evaluated)
+            selection = measure_selection(state.params)
+            console.evaluated(step, evaluated | selection)
+            values |= selection
         by_position = _by_position(prepared, state.params) if step == config.steps else {}
         log.write(step, values | evaluated | by_position)
         if saving:
@@ -259,6 +263,17 @@ def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
         in_turn(on_mesh(step, mesh)), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out), length
     )
     return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
+
+
+def _selection(prepared: Prepared) -> Callable[[Any], dict[str, float]]:
+    """A function from parameters to what is logged of the selection, measured on one held-out batch."""
+    config, mesh = prepared.config, prepared.mesh
+    if not (is_measured(config) and prepared.held_out):
+        return lambda params: {}
+    whole = NamedSharding(mesh, PartitionSpec())
+    step = in_turn(on_mesh(jax.jit(make_selection_step(prepared.model), out_shardings=whole), mesh))
+    batch = prepared.held_out[0]
+    return lambda params: logged(jax.device_get(step(params, put_batch(batch, mesh, config.model.nsa.compress_stride))))
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:

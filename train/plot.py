@@ -3,15 +3,18 @@
 A run is its folder, or its metrics file alone.
 """
 
+import statistics
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from pallas_kernels.palette import COLORS
 from train.config import from_json
 from train.evaluate import read_positions
 from train.metrics import read_metrics
+from train.selection import skills
 from train.tasks.haystack import read_scores
 
 LINE_COLORS = [COLORS[i] for i in (0, 2, 3, 5, 4)]  # blue and orange first, no green, yellow last
@@ -81,6 +84,34 @@ def plot_loads(runs: dict[str, Path], path: Path) -> None:
         axes.plot(steps, loads, color=LINE_COLORS[index % len(LINE_COLORS)], label=name)
     axes.axhline(1.0, color="black", linewidth=1, linestyle=":", label="even")
     axes.set(xlabel="step", ylabel="largest load / mean load, mean over layers", ylim=(0, None))
+    _finish(figure, path)
+
+
+def plot_selections(runs: dict[str, Path], path: Path) -> None:
+    """How well each layer selects over the steps, a panel for each run, as a PNG; for runs see `draw_curves`.
+
+    0 is as good as random blocks, 1 the best possible. The mean over K/V heads.
+
+    Raises:
+      ValueError: a run holds no measurement of the selection.
+    """
+    figure = Figure(figsize=(1 + 4 * len(runs), 4), layout="constrained")
+    colors = matplotlib.colormaps["cividis"]
+    for axes, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        measured = {entry["step"]: found for entry in _entries(run) if (found := skills(entry))}
+        if not measured:
+            raise ValueError(f"{run}: no measurement of the selection to draw")
+        layers = sorted({layer for found in measured.values() for layer, _ in found})
+        for layer in layers:
+            points = {
+                step: statistics.mean(skill for (at, _), skill in found.items() if at == layer)
+                for step, found in measured.items()
+                if any(at == layer for at, _ in found)
+            }
+            color = colors(layer / max(1, layers[-1]))
+            axes.plot(list(points), list(points.values()), "o-", color=color, markersize=4, label=f"layer {layer}")
+        axes.axhline(0, color="black", linewidth=1, linestyle=":")
+        axes.set(title=name, xlabel="step", ylabel="(chosen - random) / (best - random)")
     _finish(figure, path)
 
 

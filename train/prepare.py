@@ -29,6 +29,7 @@ CHANGEABLE = (
     "steps",
     "eval_every",
     "eval_batches",
+    "eval_selection",
     "position_buckets",
     "sample_prompt",
     "sample_tokens",

@@ -22,6 +22,7 @@ from nsa_jax.visualize import (
     plot_bytes_read,
     plot_gates,
     plot_importance,
+    plot_recall,
     plot_selection,
     selection_share,
     trace_attention,
@@ -161,6 +162,7 @@ def test_every_axis_is_labelled(inputs):
         plot_branches(inputs, CONFIG),
         plot_importance(inputs, CONFIG),
         plot_gates(inputs),
+        plot_recall(inputs, CONFIG, jnp.arange(20, T, 4)),
         plot_bytes_read(CONFIG, num_kv_heads=1, head_dim=8),
     ]
     for figure in figures:

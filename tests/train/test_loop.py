@@ -79,6 +79,7 @@ def test_a_run_leaves_its_curve_sample_metrics_config_and_checkpoint(finished, c
     assert min(by_position) < result.held_out["held_out_bits_per_byte"] < max(by_position)
     assert entries[0]["loss"] == pytest.approx(np.log(320), abs=0.2)  # the padded vocabulary, nothing learnt
     assert entries[-1]["loss"] < entries[0]["loss"]
+    assert not any(name.startswith("selection") for entry in entries for name in entry)  # full attention has none
 
 
 def test_a_finished_run_is_reported_again_and_not_trained_further(finished, capsys):

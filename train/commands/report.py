@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from train.plot import plot_curves, plot_loads, plot_positions, plot_tasks
+from train.plot import plot_curves, plot_loads, plot_positions, plot_selections, plot_tasks
 from train.tasks.haystack import holds_scores
 
 
@@ -13,13 +13,15 @@ from train.tasks.haystack import holds_scores
 class Arguments:
     """Draws the training and held-out loss of runs.
 
-    With --loads, draws how evenly experts are used. With files of `python -m train positions --out` instead of runs,
-    draws held-out loss by position; with files of `python -m train evaluate --out`, the share of problems solved.
+    With --loads, draws how evenly experts are used; with --selection, how well layers select. With files of
+    `python -m train positions --out` instead of runs, draws held-out loss by position; with files of
+    `python -m train evaluate --out`, the share of problems solved.
     """
 
     picture: Positional[Path]  # the PNG to write
     runs: Positional[tuple[str, ...]]  # name=run, each with the folder of a run or its metrics file
     loads: bool = False  # draw how evenly experts are used
+    selection: bool = False  # draw how well the layers select
     tokens_per_step: int | None = None  # where there is a metrics file only
 
 
@@ -34,6 +36,8 @@ def report(arguments: Arguments) -> None:
     runs = {name: Path(path) for name, path in (run.split("=", 1) for run in arguments.runs)}
     if arguments.loads:
         plot_loads(runs, arguments.picture)
+    elif arguments.selection:
+        plot_selections(runs, arguments.picture)
     elif all(path.suffix == ".json" and holds_scores(path) for path in runs.values()):
         plot_tasks(runs, arguments.picture)
     elif all(path.suffix == ".json" for path in runs.values()):

@@ -1,0 +1,76 @@
+"""A run measures its selection: the same on a mesh as on one device, per layer and head, logged and drawn."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from nsa_jax.selection import SelectionRecall
+from train.__main__ import main
+from train.config import MeshConfig, ModelConfig, TrainConfig
+from train.metrics import MetricsLog
+from train.model.transformer import Transformer
+from train.parallel.sharding import make_mesh, on_mesh, put_batch
+from train.presets import tiny
+from train.selection import is_measured, logged, make_selection_step, skills
+
+MODEL = ModelConfig(
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=16,
+    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=4, window=6),
+)
+
+
+def test_a_mesh_measures_what_one_device_does_in_every_layer_and_head():
+    model = Transformer(MODEL, 50)
+    draw = np.random.default_rng(0)
+    batch = {
+        "tokens": draw.integers(0, 50, (8, 64), dtype=np.int32),
+        "segment_ids": np.repeat([[0] * 20 + [1] * 44], 8, axis=0).astype(np.int32),
+    }
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.asarray(batch["tokens"])))["params"]
+    step = make_selection_step(model)
+    alone = jax.jit(step)(params, batch)
+    assert [recall.chosen.shape for recall in alone] == [(2,), (2,)]
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, explicit=True))
+    split = on_mesh(jax.jit(step), mesh)(params, put_batch(batch, mesh, 2))
+    for here, there in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-5)
+    values = logged(alone)
+    assert set(skills(values)) == {(layer, head) for layer in range(2) for head in range(2)}
+
+
+def test_skill_is_0_for_random_blocks_and_1_for_the_best():
+    chosen, random, best = (np.array([*shares, np.nan]) for shares in ((0.2, 0.8), (0.2, 0.2), (0.8, 0.8)))
+    found = skills(logged([SelectionRecall(chosen, random, best, np.zeros(3))]))
+    assert found == {(0, 0): pytest.approx(0.0), (0, 1): pytest.approx(1.0)}
+
+
+def test_only_a_run_that_selects_and_holds_whole_rows_is_measured():
+    config = tiny()
+    assert is_measured(config)
+    assert not is_measured(dataclasses.replace(config, eval_selection=False))
+    assert not is_measured(dataclasses.replace(config, mesh=MeshConfig(context=2)))
+    assert not is_measured(dataclasses.replace(config, model=dataclasses.replace(config.model, attention="full")))
+
+
+def test_the_report_draws_it_and_names_a_run_without_it(tmp_path, capsys):
+    values = {f"selection_{kind}/0/0": share for kind, share in (("chosen", 0.5), ("random", 0.2), ("best", 0.8))}
+    for name in ("nsa", "full"):
+        (tmp_path / name).mkdir()
+        log = MetricsLog(TrainConfig(run_dir=tmp_path / name), first_step=1)
+        log.write(1, {"loss": 1.0} | (values if name == "nsa" else {}))
+        log.close()
+    command = ["report", "--selection", str(tmp_path / "selection.png")]
+    assert main([*command, f"NSA={tmp_path / 'nsa'}"]) == 0
+    assert (tmp_path / "selection.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert main([*command, f"full={tmp_path / 'full'}"]) == 2
+    assert "no measurement of the selection to draw" in capsys.readouterr().err
