@@ -154,7 +154,7 @@ def masked_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S K Dk"],
     v: Float[Array, "B S K Dv"],
-    mask: Bool[Array, "B #K T S"],
+    mask: Bool[Array, " B #K T S"],
     scale: float,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention under a mask, and the natural logarithm of the softmax's sum.

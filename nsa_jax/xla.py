@@ -241,7 +241,7 @@ def _attend(
     q: Float[Array, "B C H Dk"],
     k: Float[Array, "B S K Dk"],
     v: Float[Array, "B S K Dv"],
-    mask: Bool[Array, "B #K C S"],
+    mask: Bool[Array, " B #K C S"],
     scale: float,
 ) -> tuple[Float[Array, "B C H Dv"], Float[Array, "B C H"]]:
     """Masked softmax attention and its lse. An empty row gives 0 and -inf, with zero gradients."""

@@ -10,6 +10,8 @@ from typing import Self
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from train.selection import skills
+
 PLAIN_SECONDS = 5.0  # between plain lines
 SMOOTHING = 0.9  # of the speed shown
 

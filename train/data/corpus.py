@@ -26,7 +26,7 @@ class Documents(Sequence[bytes]):
     """Documents as UTF-8 bytes. Each is read from its file when it is accessed."""
 
     sources: tuple[Source, ...]
-    source: Int32[np.ndarray, "documents"]  # which of `sources`
+    source: Int32[np.ndarray, " documents"]  # which of `sources`
     position: np.ndarray  # int64, where in it
 
     def __len__(self) -> int:

@@ -53,13 +53,13 @@ class Tokenizer(Protocol):
         """Filler that is never weighed."""
 
     @property
-    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+    def token_bytes(self) -> Int32[np.ndarray, " vocab"]:
         """UTF-8 bytes that each token stands for, 0 for special tokens."""
 
-    def encode(self, text: str | bytes) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " tokens"]:
         """Ids of `text`, without special tokens. Bytes are read as UTF-8."""
 
-    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode_marker(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The token with exactly this text, special ones included; if there is none, as `encode`."""
 
     def decode(self, ids: Any) -> str:
@@ -76,16 +76,16 @@ class ByteTokenizer:
     pad_id: int = 257
 
     @property
-    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+    def token_bytes(self) -> Int32[np.ndarray, " vocab"]:
         """1 for the 256 bytes, 0 for the special tokens."""
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
-    def encode(self, text: str | bytes) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " tokens"]:
         """The bytes of `text`, as they are."""
         data = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
 
-    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode_marker(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The bytes of `text`."""
         return self.encode(text)
 
@@ -143,7 +143,7 @@ class HuggingFaceTokenizer:
         return type(self), (self.definition, self.path)
 
     @functools.cached_property
-    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+    def token_bytes(self) -> Int32[np.ndarray, " vocab"]:
         """UTF-8 bytes that each token stands for, 0 for special tokens and unused ids."""
         counts = np.zeros(self.vocab_size, dtype=np.int32)
         definition = json.loads(self.definition)
@@ -158,12 +158,12 @@ class HuggingFaceTokenizer:
             counts[self._tokenizer.token_to_id(unknown)] = 0
         return counts
 
-    def encode(self, text: str | bytes) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " tokens"]:
         """Ids of `text`, without special tokens. Bytes are read as UTF-8."""
         text = text if isinstance(text, str) else text.decode("utf-8")
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-    def encode_marker(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode_marker(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The token with exactly this text, special ones included; if there is none, as `encode`."""
         token = self._tokenizer.token_to_id(text)
         return self.encode(text) if token is None else np.array([token], dtype=np.int32)
