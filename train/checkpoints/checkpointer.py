@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from train.checkpoints.errors import CheckpointError, DamagedError, reason_of, without_echoes
+from train.checkpoints.errors import CheckpointError, DamagedError, reason_of, release, without_echoes
 from train.checkpoints.storage import (
     FORMAT,
     best_first,
@@ -258,9 +258,10 @@ class Checkpointer:
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._manager = None
-        self._quiet.close()
         if jax.process_index() == 0:
             self._clear_away(step)
+        release(error)
+        self._quiet.close()
         latest = self.latest_step
         remains = (
             f"the last good checkpoint is step {latest} and remains" if latest is not None else "there is no other"

@@ -1,9 +1,12 @@
 """What goes wrong with checkpoints, in words."""
 
 import contextlib
+import gc
 import logging
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +42,20 @@ def without_echoes() -> Iterator[None]:
         sys.unraisablehook = before
         for logger in loggers:
             logger.removeFilter(is_news)
+
+
+def release(error: BaseException) -> None:
+    """Lets go of what a failed save of Orbax left half done, which would complain whenever Python happens to free it.
+
+    That is coroutines that were never begun, in cycles, and held by the frames of the error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+        gc.collect()
 
 
 def _root(error: BaseException) -> BaseException:

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train.checkpoints.errors import CheckpointError, DamagedError, is_of_this_machine, reason_of, without_echoes
+from train.checkpoints.errors import (
+    CheckpointError,
+    DamagedError,
+    is_of_this_machine,
+    reason_of,
+    release,
+    without_echoes,
+)
 from train.parallel.distributed import in_turn, together
 
 FORMAT = 1
@@ -165,17 +172,19 @@ def _read_arrays(path: Path, expected: Mapping[str, Any], saved: Mapping[str, An
         else ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=struct.shape, dtype=struct.dtype)
         for name, struct in structs.items()
     }
-    try:
-        with without_echoes(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays = reader.restore(
-                path, args=ocp.args.PyTreeRestore(structs, restore_args=restore_args, partial_restore=True)
-            )
-        arrays = {name: jnp.asarray(arrays[name]) for name in expected}
-        checksums = checksums_of(arrays)
-    except Exception as error:
-        if is_of_this_machine(error):
-            raise CheckpointError(f"cannot read {path}: {reason_of(error)}") from error
-        raise DamagedError(f"its arrays cannot be read: {reason_of(error)}") from error
+    with without_echoes():
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                arrays = reader.restore(
+                    path, args=ocp.args.PyTreeRestore(structs, restore_args=restore_args, partial_restore=True)
+                )
+            arrays = {name: jnp.asarray(arrays[name]) for name in expected}
+            checksums = checksums_of(arrays)
+        except Exception as error:
+            release(error)
+            if is_of_this_machine(error):
+                raise CheckpointError(f"cannot read {path}: {reason_of(error)}") from error
+            raise DamagedError(f"its arrays cannot be read: {reason_of(error)}") from error
     for name, checksum in checksums.items():
         if checksum != saved[name]["checksum"]:
             raise DamagedError(f"{name} is not what was saved")
