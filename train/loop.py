@@ -22,6 +22,7 @@ from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
 from train.config import TrainConfig, to_json
 from train.console import Console
+from train.data.corpus import describe_skipped
 from train.evaluate import evaluate, evaluate_positions, position_sums
 from train.generation.generator import generate
 from train.generation.sampling import Sampling
@@ -268,8 +269,8 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"{corpus.name}: {len(corpus.train)} documents to train on, {len(corpus.held_out)} held out, "
         f"{corpus.num_bytes / 1e6:.1f} MB, {len(corpus.skipped)} skipped"
     )
-    for where, reason in corpus.skipped[:5]:
-        console.print(f"  skipped {where}: {reason}")
+    for line in describe_skipped(corpus):
+        console.print(f"  {line}")
     total = total_parameters(prepared.abstract_state.params)
     active = active_parameters(total, config.model)
     flops = train_flops_per_token(config.model, config.data.sequence_length, prepared.model.vocab_size)

@@ -17,6 +17,7 @@ from nsa_jax.rope import ScalingKind
 from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import load_model, read_config
+from train.commands.output import check_output
 from train.config import TrainConfig
 from train.data.corpus import load_corpus
 from train.data.loader import held_out_batches
@@ -51,6 +52,8 @@ def positions(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
+    if arguments.out is not None:
+        check_output("out", arguments.out)
     config = read_config(arguments.run)
     length = arguments.sequence_length or config.data.sequence_length
     data = dataclasses.replace(
