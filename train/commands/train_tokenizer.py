@@ -10,7 +10,7 @@ import tokenizers
 from train.commands.output import check_output
 from train.config import DataConfig
 from train.data.bpe import check_vocab_size, train_bpe
-from train.data.corpus import describe_skipped, load_corpus
+from train.data.corpus import describe, load_corpus
 from train.data.formats import format_of
 
 
@@ -35,6 +35,7 @@ def train_tokenizer(arguments: Arguments) -> None:
         raise ValueError(f"max_bytes = {arguments.max_bytes}: expected at least 1")
     check_vocab_size(arguments.vocab_size)
     corpus, texts = load_corpus(arguments.data), format_of(arguments.data).texts
+    print(*describe(corpus), sep="\n")
     # A fixed order that mixes folders, so that `max_bytes` of a large corpus are a fair sample of it.
     order = sorted(range(len(corpus.train)), key=lambda index: (index * 2654435761) % 2**32)
     documents = _up_to(arguments.max_bytes, (text for index in order for text in texts(corpus.train[index])))
@@ -43,8 +44,6 @@ def train_tokenizer(arguments: Arguments) -> None:
     unfinished.write_text(definition, encoding="utf-8")
     os.replace(unfinished, arguments.output)
     size = tokenizers.Tokenizer.from_str(definition).get_vocab_size()
-    print(f"{len(corpus.train)} documents read, {len(corpus.held_out)} held out, {len(corpus.skipped)} skipped")
-    print(*(f"  {line}" for line in describe_skipped(corpus)), sep="\n", end="\n" if corpus.skipped else "")
     print(f"{arguments.output}: {size} tokens; train with --data.tokenizer {arguments.output}")
 
 

@@ -13,7 +13,8 @@ image, is refused.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -143,8 +144,9 @@ def _with_tools(messages: list[Message], record: dict[str, Any]) -> list[Message
 
 
 def _messages(
-    found: Any, field: str, roles: dict[str, str] = ROLES, renamed: dict[str, str] | None = None
+    found: Any, field: str, roles: Mapping[str, str] = ROLES, names: Mapping[str, str] = MappingProxyType({})
 ) -> list[Message]:
+    """The messages of a list; `names` says which of our fields other names stand for."""
     if not isinstance(found, list) or not found:
         raise ValueError(f"no list of messages in field {field!r}")
     messages = []
@@ -152,7 +154,7 @@ def _messages(
         if not isinstance(message, dict):
             raise ValueError(f"message {i} is no object with role and content")
         # Tables have every field in every row, so that a field without a value is one that is not there.
-        values = {(renamed or {}).get(key, key): x for key, x in message.items() if x is not None and x != []}
+        values = {names.get(key, key): x for key, x in message.items() if x is not None and x != []}
         try:
             messages.append(_message(values, roles))
         except ValueError as error:
@@ -160,7 +162,7 @@ def _messages(
     return messages
 
 
-def _message(values: dict[str, Any], roles: dict[str, str]) -> Message:
+def _message(values: dict[str, Any], roles: Mapping[str, str]) -> Message:
     """A message; ValueError says what it has that is wrong."""
     said = values.pop("role", None)
     if not isinstance(said, str) or said not in roles:

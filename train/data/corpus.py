@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import re
+import stat
 import sysconfig
 from array import array
 from collections.abc import Sequence
@@ -65,8 +66,8 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """Finds the documents, reads each once to check and hash it, and holds some out.
 
-    `train.data.formats` says what a document is in each format. What cannot be read or decoded, has no text, is empty or
-    is not a valid conversation is skipped and listed in `Corpus.skipped`. Links are followed. A folder or file that
+    `train.data.formats` says what a document is in each format. What cannot be read or decoded, has no text, is empty
+    or is not a valid conversation is skipped and listed in `Corpus.skipped`. Links are followed. A folder or file that
     several names lead to is read once, and its other names are listed there too.
 
     The held-out side is chosen by a hash of the document's content and the seed. So copies of a document are always on
@@ -84,6 +85,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     source_index, positions, digests = array("i"), array("q"), array("Q")
     num_bytes = 0
     for i, source in enumerate(sources):
+        found = len(digests) + len(skipped)
         try:
             for position, text in source.scan():
                 if isinstance(text, Skip) or not text:
@@ -95,6 +97,8 @@ def load_corpus(config: DataConfig) -> Corpus:
                 num_bytes += len(text)
         except (Skip, OSError) as error:
             skipped.append((source.path, _reason(error)))
+        if len(digests) + len(skipped) == found:
+            skipped.append((source.path, "no records"))
     if not digests:
         raise ValueError(f"data.path: no documents in {name}{_shown(skipped)}")
     if len(np.unique(digests)) < 2:
@@ -110,18 +114,21 @@ def load_corpus(config: DataConfig) -> Corpus:
     return Corpus(name, train, rest, tuple(skipped), num_bytes, fingerprint)
 
 
-def describe_skipped(corpus: Corpus, most: int = 5) -> list[str]:
-    """Lines that say how many files and records were skipped and why, for the `most` commonest reasons."""
+def describe(corpus: Corpus, most: int = 5) -> list[str]:
+    """Lines that say what was read, and what was skipped and why, for the `most` commonest reasons."""
     reasons: dict[str, list[int]] = {}
     for i, (_, reason) in enumerate(corpus.skipped):
         reasons.setdefault(re.split(r": | at byte ", reason)[0], []).append(i)
     ordered = sorted(reasons.values(), key=len, reverse=True)
-    lines = []
+    lines = [
+        f"{corpus.name}: {len(corpus.train)} documents to train on, {len(corpus.held_out)} held out, "
+        f"{corpus.num_bytes / 1e6:.1f} MB, {len(corpus.skipped)} skipped"
+    ]
     for found in ordered[:most]:
         where, reason = corpus.skipped[found[0]]
-        lines.append(f"skipped {where}: {reason}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}")
+        lines.append(f"  skipped {where}: {reason}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}")
     rest = sum(map(len, ordered[most:]))
-    return [*lines, f"and {rest} for {len(ordered) - most} other reasons"] if rest else lines
+    return [*lines, f"  skipped {rest} for {len(ordered) - most} other reasons"] if rest else lines
 
 
 def _reason(error: Exception) -> str:
@@ -187,18 +194,29 @@ def _walk(root: Path, excluded: frozenset[str], skipped: list[tuple[str, str]]) 
 
 
 def _distinct(files: list[Path], skipped: list[tuple[str, str]]) -> list[Path]:
-    """The files among some paths, in their order. Of a file with several names the one that is no link is kept."""
-    names: dict[str, Path] = {}
-    for file in sorted(files, key=lambda file: file.is_symlink()):  # stable
-        target = os.path.realpath(file)
-        if file.is_file() and target not in names:
-            names[target] = file
-        elif file.is_file():
-            skipped.append((str(file), f"another name of {names[target]}, which is read already"))
-        elif not file.is_dir():  # which a glob finds too
-            skipped.append((str(file), "no regular file" if file.exists() else "a link to nothing"))
-    kept = set(names.values())
-    return [file for file in files if file in kept]
+    """The files among some paths, in their order. Of the names of one file, that with the fewest links is kept."""
+    names: dict[tuple[int, int], list[Path]] = {}
+    for file in dict.fromkeys(files):
+        try:
+            found = file.stat()
+        except OSError as error:
+            dangling = isinstance(error, FileNotFoundError) and file.is_symlink()
+            skipped.append((str(file), "a link to nothing" if dangling else _reason(error)))
+            continue
+        if stat.S_ISREG(found.st_mode):
+            names.setdefault((found.st_dev, found.st_ino), []).append(file)
+        elif not stat.S_ISDIR(found.st_mode):  # a glob finds folders too
+            skipped.append((str(file), "no regular file"))
+    kept = set()
+    for same in names.values():
+        first = same[0] if len(same) == 1 else min(same, key=_num_links)
+        kept.add(first)
+        skipped += [(str(file), f"another name of {first}, which is read already") for file in same if file != first]
+    return [file for file in dict.fromkeys(files) if file in kept]
+
+
+def _num_links(path: Path) -> int:
+    return sum(part.is_symlink() for part in (path, *path.parents))
 
 
 def _shown(skipped: Sequence[tuple[str, str]]) -> str:

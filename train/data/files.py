@@ -53,7 +53,7 @@ def _unpack(open_file: Callable[..., Any], damaged: tuple[type[Exception], ...],
         with open_file(path, "rb") as file:
             return file.read()
     except damaged as error:
-        raise Skip(f"damaged {Path(path).suffix} file: {error}") from error
+        raise Skip(f"cannot be unpacked: {error}") from error
 
 
 def _unpack_zstd(path: str) -> bytes:
@@ -64,7 +64,7 @@ def _unpack_zstd(path: str) -> bytes:
     return _unpack(zstd.open, (EOFError, zstd.ZstdError), path)
 
 
-COMPRESSIONS = {
+COMPRESSIONS: dict[str, Callable[[str], bytes]] = {
     ".gz": functools.partial(_unpack, gzip.open, (EOFError, OSError, zlib.error)),
     ".bz2": functools.partial(_unpack, bz2.open, (EOFError, OSError)),
     ".xz": functools.partial(_unpack, lzma.open, (EOFError, lzma.LZMAError)),
@@ -226,7 +226,7 @@ class TableFile(RecordFile):
             table = _as_bytes(table) if self.layout.plain else table
             table.validate(full=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise Skip(f"damaged table: {error}") from error
+            raise Skip(f"not a table that can be read: {error}") from error
         return table
 
     def _read(self, file: Any) -> Any:
