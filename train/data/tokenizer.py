@@ -133,6 +133,10 @@ class HuggingFaceTokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"data.tokenizer: {self.path} is not a tokenizers JSON file: {error}") from error
+        try:
+            tokenizer.encode("\uffff")  # which no vocabulary has; some tokenizers fail only here
+        except Exception as error:
+            raise ValueError(f"data.tokenizer: {self.path} has no token for unknown text: {error}") from error
         # A file may carry the truncation and padding of the run that saved it; documents must come through whole.
         tokenizer.no_truncation()
         tokenizer.no_padding()
