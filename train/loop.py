@@ -22,6 +22,7 @@ from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
 from train.config import TrainConfig, to_json
 from train.console import Console
+from train.data.corpus import describe
 from train.evaluate import evaluate, evaluate_positions, position_sums
 from train.generation.generator import generate
 from train.generation.sampling import Sampling
@@ -278,13 +279,9 @@ def _selection(prepared: Prepared) -> Callable[[Any], dict[str, float]]:
 
 def _introduce(prepared: Prepared, console: Console) -> None:
     """Says what is trained, on what."""
-    corpus, config = prepared.corpus, prepared.config
-    console.print(
-        f"{corpus.name}: {len(corpus.train)} documents to train on, {len(corpus.held_out)} held out, "
-        f"{corpus.num_bytes / 1e6:.1f} MB, {len(corpus.skipped)} skipped"
-    )
-    for where, reason in corpus.skipped[:5]:
-        console.print(f"  skipped {where}: {reason}")
+    config = prepared.config
+    for line in describe(prepared.corpus):
+        console.print(line)
     total = total_parameters(prepared.abstract_state.params)
     active = active_parameters(total, config.model)
     flops = train_flops_per_token(config.model, config.data.sequence_length, prepared.model.vocab_size)

@@ -15,6 +15,7 @@ from jaxtyping import Int32
 from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import load_model, read_config
+from train.commands.output import check_output
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer import Tokenizer
 from train.tasks import TASKS
@@ -58,6 +59,8 @@ def evaluate(arguments: Arguments) -> None:
     for name in ("depths", "problems", "count", "tokens_at_once"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
+    if arguments.out is not None:
+        check_output("out", arguments.out)
     config = read_config(arguments.run)
     lengths = arguments.lengths or (config.data.sequence_length,)
     step = arguments.step

@@ -1,15 +1,16 @@
 """Continues a prompt with the model of a run: `python -m train generate --run FOLDER --prompt TEXT`."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from train.checkpoints.saved import load_model
+from train.checkpoints.saved import SavedModel, load_model
 from train.data import chat
-from train.generation.generator import Generator
-from train.generation.sampling import Sampling
+from train.generation.generator import LENGTH_MULTIPLE, Generator
+from train.generation.sampling import Sampling, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,9 @@ class Arguments:
     """Continues a prompt with the model of a run."""
 
     run: Path  # the run's folder
-    prompt: str = ""  # the text to continue
-    chat: bool = False  # the prompt is what a user says, to a model trained on conversations; prints the answer
+    prompt: tuple[str, ...] = ("",)  # the text to continue; with --chat, what the user says, turn by turn
+    chat: bool = False  # talks with a model trained on conversations, and prints its answer to every prompt
+    system: str | None = None  # with --chat: the system prompt
     num_samples: int = 1  # continuations, with seeds from `seed` on
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
 
@@ -32,22 +34,79 @@ def generate(arguments: Arguments) -> None:
     """
     if arguments.num_samples < 1:
         raise ValueError(f"num_samples = {arguments.num_samples}: expected at least 1")
-    config, tokenizer, model, params = load_model(arguments.run)
-    sampling, prompt = arguments.sampling, [tokenizer.bos_id, *tokenizer.encode(arguments.prompt).tolist()]
-    if arguments.chat:
-        prompt = chat.encode_prompt([chat.Message("user", arguments.prompt)], tokenizer, config.data)
-        end = tokenizer.encode_marker(config.data.chat_end).tolist()
-        sampling = dataclasses.replace(
-            sampling,
-            stop=(*sampling.stop, config.data.chat_end),
-            # A special token has no text that could be found.
-            stop_tokens=(*sampling.stop_tokens, *(end if len(end) == 1 else ())),
-        )
-    generator = Generator(params, model, tokenizer, slots=1, max_length=len(prompt) + sampling.max_tokens)
+    if not arguments.prompt:
+        raise ValueError("prompt: expected some text")
+    if not arguments.chat and len(arguments.prompt) > 1:
+        raise ValueError(f"prompt has {len(arguments.prompt)} texts: expected one, or --chat, where each is a turn")
+    if not arguments.chat and arguments.system is not None:
+        raise ValueError(f"system = {arguments.system!r}: expected --chat, whose first turn this is")
+    saved = load_model(arguments.run)
+    check(arguments.sampling, saved.tokenizer.vocab_size)
+    writer = _Writer(saved)
     for number in range(arguments.num_samples):
-        generator.submit(prompt, dataclasses.replace(sampling, seed=sampling.seed + number))
-        print("" if arguments.chat else arguments.prompt, end="", flush=True)
-        while generator.busy:
-            for piece in generator.step():
-                print(piece.text, end="", flush=True)
-        print()
+        sampling = dataclasses.replace(arguments.sampling, seed=arguments.sampling.seed + number)
+        if arguments.chat:
+            _talk(writer, arguments, sampling)
+        else:
+            (prompt,) = arguments.prompt
+            print(prompt, end="", flush=True)
+            _print(writer.write([saved.tokenizer.bos_id, *saved.tokenizer.encode(prompt).tolist()], sampling))
+
+
+def _talk(writer: "_Writer", arguments: Arguments, sampling: Sampling) -> None:
+    """Prints the model's answer to every prompt; what was said before stands before each."""
+    tokenizer, data = writer.saved.tokenizer, writer.saved.config.data
+    end = tokenizer.encode_marker(data.chat_end).tolist()
+    sampling = dataclasses.replace(
+        sampling,
+        stop=(*sampling.stop, data.chat_end),
+        # A special token has no text that could be found.
+        stop_tokens=(*sampling.stop_tokens, *(end if len(end) == 1 else ())),
+    )
+    messages = [] if arguments.system is None else [chat.Message(chat.SYSTEM, arguments.system)]
+    all_said = [*messages, *(chat.Message(chat.USER, said) for said in arguments.prompt)]
+    writer.reserve(len(chat.encode_prompt(all_said, tokenizer, data)) + len(arguments.prompt) * sampling.max_tokens)
+    for turn, said in enumerate(arguments.prompt):
+        if len(arguments.prompt) > 1:
+            print(f"> {said}")
+        messages.append(chat.Message(chat.USER, said))
+        # Another seed in every turn and every sample: with the same one they would be drawn with the same noise.
+        drawn = dataclasses.replace(sampling, seed=sampling.seed + turn * arguments.num_samples)
+        answer = _print(writer.write(chat.encode_prompt(messages, tokenizer, data), drawn))
+        messages.append(chat.Message(chat.LEARNT, answer))
+
+
+class _Writer:
+    """A model with a cache that grows with what it is to continue."""
+
+    def __init__(self, saved: SavedModel):
+        self.saved = saved
+        self._generator: Generator | None = None
+        self._size = 0
+
+    def reserve(self, size: int) -> None:
+        """Makes room for as many tokens. A cache of another size compiles anew, so one reserves what all turns take."""
+        if self._generator is None or size > self._size:
+            self._size = -(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            self._generator = Generator(
+                self.saved.params, self.saved.model, self.saved.tokenizer, slots=1, max_length=self._size
+            )
+
+    def write(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+        """The continuation of some tokens, piece by piece."""
+        self.reserve(len(prompt) + sampling.max_tokens)
+        assert self._generator is not None
+        self._generator.submit(prompt, sampling)
+        while self._generator.busy:
+            for piece in self._generator.step():
+                yield piece.text
+
+
+def _print(pieces: Iterator[str]) -> str:
+    """Prints text as it comes, and a newline; returns the text."""
+    parts = []
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        parts.append(piece)
+    print()
+    return "".join(parts)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.benchmarks.provenance import provenance
+from train.commands.output import check_output
 from train.config import TrainConfig, check
 from train.model.flops import total_parameters
 from train.model.transformer import Transformer, logits
@@ -42,6 +43,8 @@ def mqar(arguments: Arguments, config: TrainConfig) -> None:
     for name in ("pairs", "eval_rows"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
+    if arguments.out is not None:
+        check_output("out", arguments.out)
     check(config)
     length, rows = config.data.sequence_length, config.data.batch_size
     model = Transformer(config.model, vocabulary(arguments.pairs))

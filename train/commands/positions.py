@@ -17,8 +17,9 @@ from nsa_jax.rope import ScalingKind
 from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import load_model, read_config
+from train.commands.output import check_output
 from train.config import TrainConfig
-from train.data.corpus import load_corpus
+from train.data.corpus import describe, load_corpus
 from train.data.loader import held_out_batches
 from train.evaluate import evaluate_positions, position_sums
 from train.step import loss_sums
@@ -51,6 +52,8 @@ def positions(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
+    if arguments.out is not None:
+        check_output("out", arguments.out)
     config = read_config(arguments.run)
     length = arguments.sequence_length or config.data.sequence_length
     data = dataclasses.replace(
@@ -64,7 +67,9 @@ def positions(arguments: Arguments) -> None:
         step = Checkpointer(arguments.run / "checkpoints", config.checkpoint).latest_step
     saved = load_model(arguments.run, step=step, rope_scaling=_scaling(arguments, config, length))
     align = config.model.nsa.select_block
-    batches = held_out_batches(load_corpus(data), saved.tokenizer, data, align=align)
+    corpus = load_corpus(data)
+    print(*describe(corpus), sep="\n")
+    batches = held_out_batches(corpus, saved.tokenizer, data, align=align)
     found = evaluate_positions(
         jax.jit(
             lambda params, batch: position_sums(

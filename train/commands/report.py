@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from train.commands.output import check_output
 from train.plot import plot_curves, plot_loads, plot_positions, plot_selections, plot_tasks
 from train.tasks.haystack import holds_scores
 
@@ -34,6 +35,10 @@ def report(arguments: Arguments) -> None:
     if not arguments.runs or not all("=" in run for run in arguments.runs):
         raise ValueError(f"runs = {' '.join(arguments.runs)}: every run is given as name=run")
     runs = {name: Path(path) for name, path in (run.split("=", 1) for run in arguments.runs)}
+    for name, path in runs.items():
+        if not path.exists():
+            raise ValueError(f"runs = {name}={path}: expected the folder or the file of a run")
+    check_output("picture", arguments.picture)
     if arguments.loads:
         plot_loads(runs, arguments.picture)
     elif arguments.selection:

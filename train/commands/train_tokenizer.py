@@ -7,9 +7,11 @@ from pathlib import Path
 
 import tokenizers
 
+from train.commands.output import check_output
 from train.config import DataConfig
-from train.data.bpe import train_bpe
-from train.data.corpus import load_corpus
+from train.data.bpe import check_vocab_size, train_bpe
+from train.data.corpus import describe, load_corpus
+from train.data.formats import format_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +28,18 @@ def train_tokenizer(arguments: Arguments) -> None:
     """Trains on the training documents and writes the file.
 
     Raises:
-      ValueError: a setting or the path of the data is wrong.
+      ValueError: a setting, the path of the data or that of the file is wrong.
     """
-    corpus = load_corpus(arguments.data)
+    check_output("output", arguments.output)
+    if arguments.max_bytes < 1:
+        raise ValueError(f"max_bytes = {arguments.max_bytes}: expected at least 1")
+    check_vocab_size(arguments.vocab_size)
+    corpus, texts = load_corpus(arguments.data), format_of(arguments.data).texts
+    print(*describe(corpus), sep="\n")
     # A fixed order that mixes folders, so that `max_bytes` of a large corpus are a fair sample of it.
     order = sorted(range(len(corpus.train)), key=lambda index: (index * 2654435761) % 2**32)
-    documents = _up_to(arguments.max_bytes, (corpus.train[index] for index in order))
+    documents = _up_to(arguments.max_bytes, (text for index in order for text in texts(corpus.train[index])))
     definition = train_bpe(documents, arguments.vocab_size)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = arguments.output.with_name(arguments.output.name + ".tmp")
     unfinished.write_text(definition, encoding="utf-8")
     os.replace(unfinished, arguments.output)

@@ -9,6 +9,12 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 BYTES = 256
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError where the bytes and the two special tokens would not fit."""
+    if vocab_size < BYTES + 2:
+        raise ValueError(f"vocab_size = {vocab_size}: expected at least {BYTES + 2}")
+
+
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> str:
     """A byte-level BPE (GPT-2's pieces of text, no normalisation) as the JSON of the `tokenizers` library.
 
@@ -22,8 +28,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> str:
     Raises:
       ValueError: `vocab_size` is too small.
     """
-    if vocab_size < BYTES + 2:
-        raise ValueError(f"vocab_size = {vocab_size}: expected at least {BYTES + 2}")
+    check_vocab_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

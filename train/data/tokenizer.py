@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -26,6 +27,7 @@ EOS_NAMES = (
     "[SEP]",
 )
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<|begin▁of▁sentence|>", "[CLS]")
+UNFINISHED = "\ufffd"  # what `decode` makes of a character of which bytes are missing
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
@@ -131,6 +133,10 @@ class HuggingFaceTokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"data.tokenizer: {self.path} is not a tokenizers JSON file: {error}") from error
+        try:
+            tokenizer.encode("\uffff")  # which no vocabulary has; some tokenizers fail only here
+        except Exception as error:
+            raise ValueError(f"data.tokenizer: {self.path} has no token for unknown text: {error}") from error
         # A file may carry the truncation and padding of the run that saved it; documents must come through whole.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -170,7 +176,29 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Any) -> str:
         """Text of `ids`; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=True)
+        ids = np.asarray(ids).reshape(-1).tolist()
+        decoder = self._tokenizer.decoder
+        if decoder is None or not self._byte_tokens.keys() & set(ids):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        # The decoder makes U+FFFD of every byte of a run of byte tokens, whole characters included, if one byte is
+        # wrong. So the runs are mended before it sees them.
+        tokens: list[str] = []
+        for is_byte, run in itertools.groupby(ids, key=self._byte_tokens.__contains__):
+            if is_byte:
+                text = bytes(self._byte_tokens[token] for token in run).decode("utf-8", errors="replace")
+                for wrong, part in itertools.groupby(text, key=UNFINISHED.__eq__):
+                    tokens += part if wrong else [f"<0x{byte:02X}>" for byte in "".join(part).encode("utf-8")]
+            else:
+                tokens += [token for token in map(self._tokenizer.id_to_token, run) if token is not None]
+        return decoder.decode(tokens)
+
+    @functools.cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        """The bytes that tokens of a byte fallback stand for, by id."""
+        if not (json.loads(self.definition).get("model") or {}).get("byte_fallback"):
+            return {}
+        ids = {self._tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return {token: byte for token, byte in ids.items() if token is not None}
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
@@ -180,12 +208,12 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     """
     if name_or_path == "byte":
         return ByteTokenizer()
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise ValueError(f'data.tokenizer: {name_or_path} is not a file; expected "byte" or a tokenizers JSON file')
     try:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ValueError(f'data.tokenizer: {name_or_path} is not a file; expected "byte" or a tokenizers JSON file')
         definition = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # a name too long, ~ of nobody, not UTF-8
         raise ValueError(f"data.tokenizer: cannot read {name_or_path} as a tokenizers JSON file: {error}") from error
     return HuggingFaceTokenizer(definition, name_or_path)
 

@@ -12,13 +12,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from nsa_jax.cache import put_row, take_row
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import UNFINISHED, Tokenizer
 from train.generation.sampling import Draw, Sampling, check, sample
 from train.model.transformer import Caches, Transformer, extend, init_caches, logits
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
 LONGEST_CHARACTER = 4  # bytes of UTF-8
-UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 
 
 class NoFreeSlotError(RuntimeError):
@@ -42,6 +41,7 @@ class _Request:
     context: str  # of the prompt, for the thinking budget
     read: int  # tokens whose text has been taken
     anchor: int  # where to decode from, so that the tokens from `read` on have their neighbours
+    shown: int = 0  # characters of the tokens from `read` on whose text has been taken nevertheless
     held: str = ""  # text that may be the beginning of a stop string
     thought: int = 0  # tokens sampled in the span of thinking that is open
     forced: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
@@ -112,7 +112,8 @@ class Generator:
         if not wait and len(self._waiting) >= self._running.count(None):
             raise NoFreeSlotError(f"all {len(self._running)} slots are taken")
         context = prompt if isinstance(prompt, str) else self._tokenizer.decode(tokens)
-        request = _Request(self._submitted, tokens, len(tokens), sampling, context, len(tokens), len(tokens) - 1)
+        size = len(tokens)
+        request = _Request(self._submitted, tokens, size, sampling, context, size, max(0, size - LONGEST_CHARACTER))
         self._submitted += 1
         self._waiting.append(request)
         return request.number
@@ -228,15 +229,17 @@ class Generator:
         return Piece(request.number, text[: len(text) - keep], finished)
 
     def _new_text(self, request: _Request, *, final: bool) -> str:
-        """Text of the tokens not yet read, or nothing while it ends in half a character."""
+        """Text of the tokens not yet read, without a last character that the next tokens may finish."""
         before = self._tokenizer.decode(request.tokens[request.anchor : request.read])
         after = self._tokenizer.decode(request.tokens[request.anchor :])
-        unread = len(request.tokens) - request.read
-        if not final and after.endswith(UNFINISHED) and unread < LONGEST_CHARACTER:
-            return ""
-        request.anchor, request.read = request.read, len(request.tokens)
-        request.context += after[len(before) :]
-        return after[len(before) :]
+        begin = len(before.removesuffix(UNFINISHED)) + request.shown  # a prompt of tokens can end in half a character
+        if final or not after.endswith(UNFINISHED):
+            request.anchor, request.read, request.shown = request.read, len(request.tokens), 0
+        else:
+            after = after.removesuffix(UNFINISHED)
+            request.shown += len(after) - begin
+        request.context += after[begin:]
+        return after[begin:]
 
     def _budget(self, request: _Request) -> None:
         """Counts the tokens of an open span of thinking, and closes it when they are spent."""

@@ -1,6 +1,7 @@
 """How the next token is drawn from the logits, each row by settings of its own."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,15 +31,15 @@ def check(sampling: Sampling, vocab_size: int) -> None:
     thinking = sampling.max_thinking_tokens
     for name, fits, expected in (
         ("max_tokens", sampling.max_tokens >= 0, "at least 0"),
-        ("temperature", sampling.temperature >= 0, "at least 0"),
+        ("temperature", 0 <= sampling.temperature < math.inf, "at least 0, and finite"),
         (
             "top_k",
             sampling.top_k is None or 1 <= sampling.top_k <= vocab_size,
             f"1 to {vocab_size}, the size of the vocabulary",
         ),
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("repetition_penalty", sampling.repetition_penalty > 0, "above 0"),
-        ("stop", all(sampling.stop), "no empty string"),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0, and finite"),
+        ("stop", not isinstance(sampling.stop, str) and all(sampling.stop), "strings that are not empty"),
         (
             "stop_tokens",
             all(0 <= token < vocab_size for token in sampling.stop_tokens),
@@ -62,16 +63,19 @@ class Draw(NamedTuple):
 
 
 def likely(scores: Float[Array, "B V"], draw: Draw) -> Float[Array, "B V"]:
-    """The logits over the temperature, and -inf for tokens beyond top-k, and then beyond top-p of what remains."""
+    """The logits over the temperature, and -inf for tokens beyond top-k, and then beyond top-p of what remains.
+
+    Of equal logits those with the lower ids are taken first.
+    """
     scores = scores / jnp.maximum(draw.temperature, 1e-6)[:, None]
-    falling = jnp.sort(scores, axis=1, descending=True)
+    order = jnp.argsort(scores, axis=1, descending=True, stable=True)
+    falling = jnp.take_along_axis(scores, order, axis=1)
     rank = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
     falling = jnp.where(rank < draw.top_k[:, None], falling, -jnp.inf)
     mass = jnp.cumsum(jax.nn.softmax(falling, axis=1), axis=1)
     before = jnp.concatenate([jnp.zeros((scores.shape[0], 1), mass.dtype), mass[:, :-1]], axis=1)
-    kept = (falling > -jnp.inf) & ((before < draw.top_p[:, None]) | (rank == 0))
-    least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=1)
-    return jnp.where(scores >= least[:, None], scores, -jnp.inf)
+    kept = (before < draw.top_p[:, None]) | (rank == 0)
+    return jnp.put_along_axis(scores, order, jnp.where(kept, falling, -jnp.inf), axis=1, inplace=False)
 
 
 def sample(scores: Float[Array, "B V"], seen: Bool[Array, "B V"], draw: Draw) -> Int[Array, " B"]:

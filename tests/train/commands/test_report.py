@@ -30,3 +30,15 @@ def test_loads_of_experts_are_drawn_and_missed_by_name(tmp_path):
 def test_runs_without_a_name_and_no_runs_are_refused(capsys, runs):
     assert main(["report", "picture.png", *runs]) == 2
     assert "every run is given as name=run" in capsys.readouterr().err
+
+
+def test_runs_and_pictures_that_cannot_be_are_refused_by_name(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 0)
+    (tmp_path / "file").write_text("")
+    for picture, path, message in (
+        ("a.png", "nowhere", f"runs = nsa={tmp_path / 'nowhere'}: expected the folder or the file of a run"),
+        ("run", "run", f"picture = {run}: expected a file, and this is a folder"),
+        ("file/a.png", "run", f"picture = {tmp_path / 'file' / 'a.png'}: cannot be written: File exists"),
+    ):
+        assert main(["report", str(tmp_path / picture), f"nsa={tmp_path / path}"]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"

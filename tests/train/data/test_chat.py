@@ -1,6 +1,7 @@
 """Conversations: their template, what of them is learnt, and fine-tuning on them."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 
@@ -8,9 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from helpers.corpora import contents
 from helpers.saved_run import save_untrained
+from pyarrow import feather, parquet
 from tokenizers import decoders, models, pre_tokenizers
 
 from nsa_jax import NSAConfig
@@ -18,7 +22,7 @@ from nsa_jax.testing import assert_trees_close
 from train.__main__ import main
 from train.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from train.config import check as check_config
-from train.data.chat import Message, encode, encode_prompt, from_document, to_document
+from train.data.chat import Message, encode, encode_prompt, from_document, parse, to_document
 from train.data.corpus import load_corpus
 from train.data.loader import held_out_batches, train_batches
 from train.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -42,6 +46,7 @@ MODEL = ModelConfig(
     nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=ALIGN, num_selected=4, num_init=1, window=10),
 )
 SHORT = {"format": "chat", "chat_start": "<", "chat_end": ">", "batch_size": 4}  # so that turns fit in a few tokens
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 TALK = [Message("system", "be brief"), Message("user", "hé?"), Message("assistant", "né"), Message("user", "")]
 
 
@@ -99,6 +104,122 @@ def test_a_document_gives_its_conversation_back():
     assert from_document(to_document(TALK)) == TALK
 
 
+def learnt_of(record, layout="chat"):
+    """What is learnt of a record, and all of it."""
+    ids, learnt = encode(parse(record, layout), BYTE, DataConfig(chat_start="<", chat_end=">"))
+    return BYTE.decode(ids[learnt]), BYTE.decode(ids)
+
+
+def test_messages_of_weight_0_are_read_and_not_learnt():
+    turn, bad = {"role": "user", "content": "q", "weight": 1}, {"role": "assistant", "content": "BAD"}
+    for weight in (0, 0.0, False):
+        record = {"messages": [turn, {**bad, "weight": weight}, turn, {**bad, "content": "good", "weight": None}]}
+        assert learnt_of(record) == (
+            "good>",
+            "<user\nq>\n<assistant\nBAD>\n<user\nq>\n<assistant\ngood>\n",
+        )
+    assert from_document(to_document(parse(record))) == parse(record)
+    # Documents without weights are what they were, so that the data of runs begun before are the same.
+    assert to_document(parse({"messages": [turn, bad]})) == b'[["user", "q"], ["assistant", "BAD"]]'
+
+
+def test_tools_calls_results_parts_reasoning_and_developers_become_text():
+    record = {
+        "system": "first",
+        "tools": json.dumps([{"name": "f"}, {"name": "g"}]),
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL, {"name": "g", "arguments": "no json"}]},
+            {"role": "tool", "tool_call_id": "1", "name": "f", "content": "3"},
+            {"role": "assistant", "content": "it is 3", "reasoning_content": "hm", "function_call": {"name": "h"}},
+            {"role": "assistant", "content": "", "refusal": "no"},
+            {"role": "assistant", "content": ""},
+        ],
+        "source": "somewhere",
+    }
+    calls = (
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": "no json"}\n</tool_call>'
+    )
+    answer = '<think>\nhm\n</think>\n\nit is 3\n<tool_call>\n{"name": "h", "arguments": {}}\n</tool_call>'
+    assert parse(record) == [
+        Message("system", 'first\n\n<tools>\n{"name": "f"}\n{"name": "g"}\n</tools>'),
+        Message("system", "be brief"),
+        Message("user", "q"),
+        Message("assistant", calls),
+        Message("tool", "3"),
+        Message("assistant", answer),
+        Message("assistant", "no"),
+        Message("assistant", ""),
+    ]
+    assert learnt_of(record)[0] == f"{calls}>{answer}>no>>"
+    del record["system"], record["messages"][0]
+    assert parse(record)[0] == Message("system", '<tools>\n{"name": "f"}\n{"name": "g"}\n</tools>')
+
+
+def test_sharegpt_and_prompts_with_completions_are_conversations_too():
+    said = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "q", "weight": None},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "bad", "weight": 0},
+        {"from": "gpt", "value": "a"},
+    ]
+    assert parse({"conversations": said}, "sharegpt") == [
+        Message("system", "s"),
+        Message("user", "q"),
+        Message("assistant", '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'),
+        Message("tool", "3"),
+        Message("assistant", "bad", weight=0),
+        Message("assistant", "a"),
+    ]
+    as_openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert parse({"conversations": as_openai}, "sharegpt") == [Message("user", "q"), Message("assistant", "a")]
+    assert learnt_of({"prompt": "q", "completion": "a"}, "prompt-completion") == ("a>", "<user\nq>\n<assistant\na>\n")
+    turns = {"prompt": [*as_openai, as_openai[0]], "completion": [{"role": "assistant", "content": "learnt"}]}
+    assert learnt_of(turns, "prompt-completion")[0] == "learnt>"
+    for record, layout, message in (
+        ({"messages": as_openai}, "sharegpt", "no list of messages in field 'conversations': it looks like .* = chat"),
+        ({"conversations": said}, "chat", "no list of messages in field 'messages': it looks like .* = sharegpt"),
+        ({"prompt": "q"}, "prompt-completion", "nothing in one of the fields 'prompt' and 'completion'"),
+        ({"prompt": "q", "completion": "a", "label": False}, "prompt-completion", "field 'label' is false"),
+        ({"prompt": 3, "completion": "a"}, "prompt-completion", "no list of messages in field 'prompt'"),
+        ({"conversations": [{"from": "bing", "value": "a"}]}, "sharegpt", "message 0 has role 'bing', not one of"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "sharegpt", "a call that is no JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(record, layout)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow", ".json", ".jsonl.gz", ".txt"])
+def test_conversations_are_the_same_in_every_kind_of_file(tmp_path, ending):
+    talks = [*questions(6), [Message("user", "w"), Message("assistant", "no", 0), Message("assistant", "yes")]]
+    expected = load_corpus(DataConfig(write(tmp_path / "chat.jsonl", talks), format="chat"))
+    records = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    path, table = tmp_path / f"data{ending}", pyarrow.Table.from_pylist(records)
+    if ending == ".parquet":
+        parquet.write_table(table.append_column("id", pyarrow.array(range(7))), path)
+    elif ending == ".arrow":
+        feather.write_feather(table, path, compression="uncompressed")
+    else:
+        data = (tmp_path / "chat.jsonl").read_bytes() if ending != ".json" else json.dumps(records).encode()
+        path.write_bytes(gzip.compress(data) if ending == ".jsonl.gz" else data)
+    corpus = load_corpus(DataConfig(str(path), format="chat"))
+    assert corpus.skipped == ()
+    assert corpus.fingerprint == expected.fingerprint
+    assert contents(corpus.train) == contents(expected.train)
+    with pytest.raises(ValueError, match="no documents"):  # and are not learnt as text
+        load_corpus(DataConfig(str(path), format="auto" if ending != ".txt" else "jsonl"))
+
+
+def test_a_table_without_conversations_is_refused_by_its_columns(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match=r"text\.parquet: no column 'messages' among text"):
+        load_corpus(DataConfig(str(tmp_path), format="chat"))
+
+
 def test_bad_records_are_skipped_and_named(tmp_path):
     answer = {"role": "assistant", "content": "a"}
     bad = {
@@ -106,10 +227,36 @@ def test_bad_records_are_skipped_and_named(tmp_path):
         '{"messages": []}': "no list of messages in field 'messages'",
         '{"text": "a"}': "no list of messages in field 'messages'",
         '{"messages": ["a"]}': "message 0 is no object with role and content",
-        json.dumps({"messages": [answer, {"role": "tool", "content": "a"}]}): "message 1 has role 'tool', not one of "
-        "system, user, assistant",
+        json.dumps(
+            {"messages": [answer, {"role": "critic", "content": "a"}]}
+        ): "message 1 has role 'critic', not one of system, developer, user, assistant, tool, function",
         json.dumps({"messages": [{"role": ["user"], "content": "a"}]}): "message 0 has role ['user'], not one of "
-        "system, user, assistant",
+        "system, developer, user, assistant, tool, function",
+        json.dumps({"messages": [{**answer, "weight": 0}]}): "every message of role 'assistant' has weight 0",
+        json.dumps({"messages": [{**answer, "weight": 0.5}]}): "message 0 has weight 0.5, not 0 or 1",
+        json.dumps({"messages": [{**answer, "weight": "0"}]}): "message 0 has weight '0', not 0 or 1",
+        json.dumps({"messages": [{**answer, "train": False}]}): "message 0 has field 'train', which would be lost",
+        json.dumps({"messages": [{**answer, "audio": {"id": 1}}]}): "message 0 has field 'audio', which would be lost",
+        json.dumps(
+            {"messages": [{"role": "user", "name": "bob", "content": "a"}, answer]}
+        ): "message 0 has field 'name', which would be lost",
+        json.dumps(
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}, answer]}
+        ): "message 0 has field 'tool_calls', which would be lost",
+        json.dumps({"messages": [{"role": "assistant", "content": None}]}): "message 0 has no text in field 'content'",
+        json.dumps(
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, answer]}
+        ): "message 0 has a part of type 'image_url', not text",
+        json.dumps({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}): "message 0 has a call "
+        "without the name of a function",
+        json.dumps(
+            {"messages": [{"role": "assistant", "tool_calls": "f()"}]}
+        ): "message 0 has tool calls 'f()', not a list",
+        json.dumps({"messages": [answer], "images": ["a.png"]}): "field 'images', which is not text",
+        json.dumps({"messages": [answer], "tools": ["f"]}): "field 'tools' is ['f'], not a list of objects",
+        json.dumps({"messages": [answer], "tools": "f"}): "field 'tools' is no JSON",
+        json.dumps({"messages": [answer], "system": 3}): "field 'system' is 3, not text",
+        json.dumps({"conversations": [{"from": "gpt", "value": "a"}]}): "no list of messages in field 'messages'",
         json.dumps({"messages": [answer, {"role": "user", "content": 3}]}): "message 1 has no text in field 'content'",
         json.dumps({"messages": [{"role": "user", "content": "a"}]}): "no message of role 'assistant'",
         '{"messages": [{"role": "assistant", "content": "\\ud800"}]}': "a message is not valid Unicode",

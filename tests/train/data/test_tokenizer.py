@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,5 +147,13 @@ def test_missing_and_wrong_files_are_named(tmp_path):
     wrong.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"cannot read .*wrong\.json"):
         load_tokenizer(str(wrong))
+    definition = json.loads(Path(save_word_piece(wrong)).read_text())
+    del definition["model"]["vocab"]["[UNK]"]
+    definition["added_tokens"] = definition["added_tokens"][1:]
+    wrong.write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*wrong\.json has no token for unknown text: WordPiece"):
+        load_tokenizer(str(wrong))
+    with pytest.raises(ValueError, match=r"data\.tokenizer: cannot read ~nobody_at_all/t\.json"):
+        load_tokenizer("~nobody_at_all/t.json")
     with pytest.raises(ValueError, match=r"no_eos\.json has no end-of-text token; looked for <\|endoftext\|>"):
         load_tokenizer(save_byte_level(tmp_path / "no_eos.json", ["<other>"]))

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from nsa_jax import NSAConfig
 from train.config import ModelConfig
-from train.data.tokenizer import ByteTokenizer
+from train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from train.generation import generator as generate_module
 from train.generation.generator import Generator, NoFreeSlotError, generate
 from train.generation.sampling import Sampling
@@ -148,6 +150,24 @@ def test_stop_strings_end_the_text_before_them_and_nothing_of_them_is_streamed()
     assert all(len(piece) <= 4 for piece in pieces)
 
 
+@pytest.mark.parametrize("stop", [("three", "wo"), ("wo", "three"), ("two th", "wo", "o t")])
+def test_the_earliest_of_several_stop_strings_ends_the_text(stop):
+    generator = Scripted("one two three")
+    generator.submit("", Sampling(max_tokens=90, stop=stop))
+    assert finish(generator) == ({0: "one t"}, {0: "stop"})
+
+
+def test_of_stop_strings_that_one_token_brings_the_first_in_the_text_ends_it():
+    class Words:  # one token is several characters
+        eos_id = -1
+
+        def decode(self, tokens):
+            return "".join(["", "ab", "END and STOP"][token] for token in tokens)
+
+    for stop in (("STOP", "END"), ("END", "STOP")):
+        assert streamed(Words(), [1, 2], stop=stop, prompt=[1]) == ["ab", ""]
+
+
 def test_a_stop_token_ends_the_text_before_it_with_what_was_held_back():
     generator = Scripted("one th|ree")
     generator.submit("", Sampling(max_tokens=90, stop=("three",), stop_tokens=(ord("|"),)))
@@ -161,6 +181,75 @@ def test_half_characters_are_never_streamed():
     while generator.busy:
         pieces += [piece.text for piece in generator.step()]
     assert [piece for piece in pieces if piece] == ["a", "é", "漢", "🙂", "b"]
+
+
+class Stream:
+    """What of a generator makes text of tokens."""
+
+    _take, _new_text = Generator._take, Generator._new_text
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+
+def streamed(tokenizer, tokens, prompt, **sampling):
+    """The text that each token adds to a prompt of tokens."""
+    stream, sampling = Stream(tokenizer), Sampling(max_tokens=len(tokens), **sampling)
+    begin = max(0, len(prompt) - generate_module.LONGEST_CHARACTER)
+    request = generate_module._Request(0, list(prompt), len(prompt), sampling, "", len(prompt), begin)
+    return [stream._take(request, token).text for token in tokens]
+
+
+@functools.cache
+def byte_fallback():
+    """A tokenizer like Llama 2's: characters that it does not know are bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcd"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")],
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return HuggingFaceTokenizer(tokenizer.to_str(), "made here")
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, byte_fallback])
+def test_half_a_character_at_the_end_is_one_replacement_character(make):
+    tokenizer = make()
+    tokens, prompt = tokenizer.encode("\U0001f642\U0001f642").tolist()[-8:], tokenizer.encode("ab").tolist()
+    for cut, text in ((8, "\U0001f642\U0001f642"), (7, "\U0001f642\ufffd"), (6, "\U0001f642\ufffd"), (4, "\U0001f642")):
+        assert "".join(streamed(tokenizer, tokens[:cut], prompt)) == text
+    assert "".join(streamed(tokenizer, tokens[:2], prompt)) == "\ufffd"
+    assert tokenizer.decode(tokens[:6]) == "\U0001f642\ufffd"
+    # A character that begins in a prompt of tokens is finished after it.
+    assert streamed(tokenizer, tokens[2:4], [*prompt, *tokens[:2]]) == ["", "\U0001f642"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.one_of(st.integers(3, 263), st.sampled_from([0xF0 + 3, 0x9F + 3, 0x99 + 3, 0xC3 + 3, 259, 260]))))
+def test_streamed_text_is_the_text_of_all_tokens_whatever_they_are(tokens):
+    for tokenizer, ids in ((byte_fallback(), tokens), (TOKENIZER, [token % 256 for token in tokens])):
+        prompt = tokenizer.encode("ab").tolist()
+        whole = tokenizer.decode([*prompt, *ids]).removeprefix(tokenizer.decode(prompt))
+        pieces = streamed(tokenizer, ids, prompt)
+        assert "".join(pieces) == whole
+        for count in range(len(pieces)):  # nothing that was shown is taken back
+            assert tokenizer.decode([*prompt, *ids[: count + 1]])[2:].startswith("".join(pieces[: count + 1]))
+
+
+def test_every_position_has_noise_of_its_own():
+    """With equal logits everywhere, 80 tokens of one seed are nearly all different."""
+    params, model = trained()
+    generator = Generator({**params, "embedding": jnp.zeros_like(params["embedding"])}, model, TOKENIZER, **SIZES)
+    generator.submit("", Sampling(max_tokens=80, temperature=1.0))
+    request = generator._waiting[0]
+    finish(generator)
+    # Of 258 equal tokens: 69 different ones on average, with a standard deviation of 3.
+    assert len(request.tokens) == 81  # the end of text was not among them
+    assert len(set(request.tokens[1:])) >= 55
 
 
 def test_a_thinking_budget_closes_the_span():
@@ -204,6 +293,10 @@ def test_rows_that_stand_for_no_token_are_never_sampled():
     [
         ({"max_tokens": -1}, "max_tokens = -1: expected at least 0"),
         ({"temperature": -0.5}, "temperature = -0.5"),
+        ({"temperature": float("inf")}, "temperature = inf: expected at least 0, and finite"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty = inf"),
+        ({"stop": "abc"}, "stop = 'abc': expected strings"),
         ({"top_k": 259}, "top_k = 259: expected 1 to 258"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),

@@ -1,11 +1,18 @@
 """How tokens are drawn from logits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.generation.sampling import Draw, likely, sample
+
+
+def above(value):
+    """The next float32."""
+    return float(np.nextafter(np.float32(value), np.float32(1)))
 
 
 def draw(rows, **changes):
@@ -25,6 +32,43 @@ def test_top_k_and_top_p_keep_what_numpy_keeps(seed, k, p, temperature):
         doubtful = order[np.abs(before - p) < 1e-5]
         expected = set(order[(before < p) | (np.arange(len(order)) == 0)])
         assert set(np.flatnonzero(actual)) ^ expected <= set(doubtful)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"top_p": 0.25}, [1]),
+        ({"top_p": above(0.25)}, [1, 3]),
+        ({"top_p": 0.5}, [1, 3]),
+        ({"top_p": above(0.5)}, [1, 3, 4]),
+        ({"top_p": 0.75}, [1, 3, 4]),
+        ({"top_p": above(0.75)}, [1, 3, 4, 5]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 2, "top_p": 0.5}, [1]),
+        ({"top_k": 2, "top_p": above(0.5)}, [1, 3]),
+    ],
+)
+def test_top_k_and_top_p_keep_no_token_too_many_at_their_boundary(change, kept):
+    """Four equal logits have probabilities of exactly 1/4; the lower ids come first."""
+    scores = jnp.array([[-jnp.inf, 2.0, -jnp.inf, 2.0, 2.0, 2.0]])
+    assert np.flatnonzero(jax.jit(likely)(scores, draw(1, **change))[0] > -np.inf).tolist() == kept
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_tokens_of_one_seed_are_distributed_over_positions_as_the_softmax_says(temperature):
+    rows = 4000
+    scores = np.array([2.0, 1.0, 0.0, -1.0, 1.5, -np.inf], np.float32)
+    settings = draw(rows, temperature=temperature, seed=5)._replace(num_drawn=jnp.arange(rows))
+    drawn = np.asarray(jax.jit(sample)(jnp.broadcast_to(scores, (rows, 6)), jnp.zeros((rows, 6), bool), settings))
+    expected = np.exp(scores / temperature) / np.exp(scores / temperature).sum()
+    counts, pairs = np.bincount(drawn, minlength=6), np.zeros((6, 6))
+    np.add.at(pairs, (drawn[:-1], drawn[1:]), 1)
+    # Five standard deviations of a binomial; neighbouring positions are independent of one another.
+    assert (np.abs(counts - rows * expected) <= 5 * np.sqrt(rows * expected)).all()
+    both = rows * expected[:, None] * expected
+    assert (np.abs(pairs - both) <= 5 * np.sqrt(both) + 1e-9).all()
 
 
 def test_a_repetition_penalty_is_taken_from_what_was_seen():
