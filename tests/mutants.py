@@ -62,7 +62,9 @@ def main() -> None:
             print(f"{i}/{len(waiting)} {outcome(results[mutant.job_id])}: {describe(mutant)}", flush=True)
     unnoticed = [mutant for mutant in mutants if not results[mutant.job_id].is_killed]
     survivors = folder / "survivors.diff"
-    survivors.write_text("".join(f"{describe(mutant)}\n{results[mutant.job_id].diff}\n\n" for mutant in unnoticed))
+    survivors.write_text(
+        "".join(f"{describe(mutant)}\n{results[mutant.job_id].diff}\n\n" for mutant in sorted(unnoticed, key=_key))
+    )
     timeouts = sum(outcome(results[mutant.job_id]) == "ran too long" for mutant in mutants)
     print(
         f"{len(mutants) - len(unnoticed)} of {len(mutants)} noticed, {timeouts} of them by running longer than "
@@ -107,7 +109,7 @@ def draw(db: WorkDB, seed: int, count: int) -> list[WorkItem]:
         item = random_state.choice(sorted(places[place], key=_key))
         if len(drawn) < count and not is_text(*place) and is_python(item.mutations[0]):
             drawn.append(item)
-    return sorted(drawn, key=_key)
+    return drawn
 
 
 def _key(item: WorkItem) -> tuple[Path, Position, str, int]:
