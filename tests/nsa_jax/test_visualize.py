@@ -120,6 +120,13 @@ def test_figures_show_what_the_reference_gives_and_nothing_above_the_diagonal(in
         np.testing.assert_array_equal(image_of(axes), share[1, group])
         assert np.triu(image_of(axes), 1).sum() == 0
 
+    first = panels(plot_selection(inputs, CONFIG))  # of the batch, if nothing else is asked for
+    np.testing.assert_array_equal([image_of(axes) for axes in first], share[0])
+    maps = attention_maps(inputs, CONFIG)
+    assert_trees_close(maps, attention_maps(inputs, CONFIG, row=0, head=0), 0)
+    for axes, weights in zip(panels(plot_branches(inputs, CONFIG)), maps, strict=True):
+        np.testing.assert_array_equal(image_of(axes), weights)
+
     maps = attention_maps(inputs, CONFIG, head=1)
     for axes, weights in zip(panels(plot_branches(inputs, CONFIG, head=1)), maps, strict=True):
         np.testing.assert_array_equal(image_of(axes), weights)
@@ -127,8 +134,10 @@ def test_figures_show_what_the_reference_gives_and_nothing_above_the_diagonal(in
     assert maps.compressed[np.arange(T)[:, None] < ends[None, :]].sum() == 0
     assert np.triu(maps.selected, 1).sum() == np.triu(maps.window, 1).sum() == 0
 
+    all_blocks = np.asarray(importance)[..., : num_blocks(T, CONFIG)]
+    np.testing.assert_allclose(image_of(panels(plot_importance(inputs, CONFIG))[0]), all_blocks[0, 0], rtol=1e-6)
     before, after = panels(plot_importance(inputs, CONFIG, row=1, group=1))
-    importance = np.asarray(importance)[1, 1, :, : num_blocks(T, CONFIG)]
+    importance = all_blocks[1, 1]
     np.testing.assert_allclose(image_of(before), importance, rtol=1e-6)
     chosen = (np.asarray(blocks)[1, 1][:, :, None] == np.arange(importance.shape[1])).any(1)
     np.testing.assert_allclose(image_of(after), np.where(chosen, importance, 0), rtol=1e-6)

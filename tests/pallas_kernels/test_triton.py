@@ -72,6 +72,14 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 
 
+def test_compressed_tokens_of_several_tiles_equal_the_reference():
+    case = Case(150, 3, 1, 32, 24, NSAConfig(8, 4, 16, 3, 1, 1), query_offset=29, segments=(43,))  # 36, 16 a tile
+    tile = Tile(16, 16, 4, 1)
+    tiles = {"tile": tile, "query_tile": tile, "key_tile": tile}
+    compiled, inputs, actual = check_branch("triton", "compressed_attention", case, jnp.float32, INTERPRETED, **tiles)
+    check_unseen_keys_change_nothing("compressed_attention", case, compiled, inputs, actual, HUGE)
+
+
 def test_block_major_forward_equals_the_reference():
     case = Case(70, 6, 2, 32, 40, NSAConfig(8, 8, 24, 3, 1, 1), query_offset=37, segments=(43,))
     op, inputs = "selected_attention", cases.inputs(case)
