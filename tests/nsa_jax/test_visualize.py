@@ -146,6 +146,16 @@ def test_figures_show_what_the_reference_gives_and_nothing_above_the_diagonal(in
     assert before.images[0].get_array().mask[future].all()
 
 
+def test_a_sequence_without_compressed_tokens_can_be_drawn():
+    short = random_inputs(jax.random.key(0), CONFIG, T=3, **HEADS)
+    compressed, _, window = panels(plot_branches(short, CONFIG))
+    assert image_of(compressed).sum() == 0
+    assert image_of(window).sum() == pytest.approx(3)
+    for figure in (plot_branches(short, CONFIG), plot_importance(short, CONFIG)):
+        norms = [axes.images[0].norm for axes in panels(figure)]
+        assert all(norm.vmin == 0 < norm.vmax <= 1 for norm in norms)
+
+
 def test_gates_are_counted_and_averaged(inputs):
     histogram, course = panels(plot_gates(inputs))
     assert [line.get_label() for line in course.lines] == ["compressed", "selected", "window"]

@@ -97,6 +97,8 @@ def test_loss_norm_and_clipped_gradient_equal_those_written_out_by_hand(accumula
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, b1=0.75, clip_norm=clip * norm), 10)
     step = jax.jit(make_train_step(model, optimizer, accumulate=accumulate, z_loss=z_loss))
     before = make_init(model, optimizer)(key)
+    # The hidden states of all rows exist at once only where they are one microbatch.
+    assert (f"f32[{B},{T},16]" in str(jax.make_jaxpr(step)(before, made))) == (accumulate == 1)
     state, metrics = step(before, made)
     np.testing.assert_allclose(metrics.sums.nll, nll, rtol=1e-5)
     np.testing.assert_allclose(metrics.sums.z, z, rtol=1e-5)
