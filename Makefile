@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	&& { echo $$p; break; }; done)
 PRESET ?= tiny
 ARGS ?=
+COUNT ?= 20
+SEED ?= 0
 WORKERS ?= 2
 SMOKE = tests/test_brute_force.py tests/test_results.py \
 	tests/nsa_jax/test_against_brute_force.py tests/nsa_jax/test_rope.py \
@@ -14,7 +16,7 @@ SMOKE = tests/test_brute_force.py tests/test_results.py \
 	tests/train/test_presets.py tests/train/test_step.py tests/train/checkpoints/test_saved.py
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: install train smoke test test-all lint figures docs notebooks wheel clean
+.PHONY: install train smoke test test-all mutants lint figures docs notebooks wheel clean
 
 install: $(VENV)/installed
 
@@ -36,6 +38,10 @@ test: lint  ## every check except the exhaustive ones: under ten minutes on two 
 
 test-all: lint
 	$(PYTEST)
+
+mutants: install  ## which of COUNT random slips in the code, drawn by SEED, do the tests notice?
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev,mutation]"
+	$(VENV)/bin/python tests/mutants.py --count $(COUNT) --seed $(SEED) $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

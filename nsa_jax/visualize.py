@@ -323,7 +323,9 @@ def _check_index(name: str, value: int, size: int) -> None:
 
 
 def _image(axes: Axes, values: np.ndarray, *, first: int, **options: Any) -> Any:
-    """An image whose rows are queries, from `first` on downwards. NaN is white."""
+    """An image whose rows are queries, from `first` on downwards. NaN is white, and so is an image without columns."""
+    if not values.shape[1]:
+        values = np.full((len(values), 1), np.nan)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     extent = (-0.5, values.shape[1] - 0.5, first + values.shape[0] - 0.5, first - 0.5)

@@ -92,10 +92,45 @@ def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
         )
     with pytest.raises(ValueError, match=re.escape("lse: float32 (1, 20, 4): expected float32 of shape (B, H, Tq)")):
         nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, jnp.zeros((1, T, 4)), config=CONFIG)
+    for dtype in (jnp.bfloat16, jnp.int32):
+        with pytest.raises(ValueError, match=rf"lse: {dtype.__name__} .*: expected float32 of shape \(B, H, Tq\)"):
+            nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, jnp.zeros((1, 4, T), dtype), config=CONFIG)
     with pytest.raises(ValueError, match=re.escape("q: float32 (1, 20, 4): expected 4 axes")):
         nsa_jax.window_attention(inputs.q[..., 0], inputs.kv.win_k, inputs.kv.win_v, config=CONFIG)
     with pytest.raises(ValueError, match=r"config = None: expected an nsa_jax\.NSAConfig"):
         nsa_jax.window_attention(inputs.q, inputs.kv.win_k, inputs.kv.win_v, config=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": None}, "cache = NoneType: expected an nsa_jax.NSACache"),
+        (
+            {"config": dataclasses.replace(CONFIG, select_block=16)},
+            "pages of 8 tokens: expected 2, the batch of q, and",
+        ),
+        ({"q": jnp.ones((1, 2, 4, 8))}, "k: float32 (2, "),
+        ({"q": jnp.ones((2, 3, 4, 8))}, "q: float32 (2, 3, 4, 8): expected at most 2 queries a row, the cache's"),
+        (
+            {"gates": jnp.ones((2, 2, 4, 2))},
+            "gates: float32 (2, 2, 4, 2): expected a float array of shape (2, 2, 4, 3)",
+        ),
+        ({"gates": jnp.ones((2, 2, 4, 3), jnp.int32)}, "gates: int32 (2, 2, 4, 3): expected a float array"),
+        ({"query_offsets": jnp.zeros(2)}, "query_offsets: float32 (2,): expected int32 of shape (2,)"),
+        ({"query_offsets": jnp.zeros(1, jnp.int32)}, "query_offsets: int32 (1,): expected int32 of shape (2,)"),
+    ],
+)
+def test_decoding_refuses_what_does_not_fit_by_name(changes, message):
+    sizes = {"batch_size": 2, "max_length": T, "num_kv_heads": 2, "head_dim": 8, "step_tokens": 2}
+    arguments = {
+        "q": jnp.ones((2, 2, 4, 8)),
+        "cache": nsa_jax.init_nsa_cache(CONFIG, **sizes),
+        "gates": jnp.ones((2, 2, 4, 3)),
+        "query_offsets": jnp.zeros(2, jnp.int32),
+        "config": CONFIG,
+    } | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        nsa_jax.decode_attention(**arguments)
 
 
 def test_a_named_implementation_never_falls_back(inputs):

@@ -42,6 +42,34 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
+def test_parameters_have_the_shapes_of_the_equations():
+    """phi has twice as many hidden units as the head is wide, the gates a quarter of the width, unless told."""
+    l, K, Dk, Dv = CONFIG.compress_block, 2, 8, 6  # noqa: E741
+    expected = {"q_kernel": (E, 4, Dk), "o_kernel": (4, Dv, E)}
+    for branch in ("cmp", "slc", "win"):
+        expected |= {f"{branch}_k_kernel": (E, K, Dk), f"{branch}_v_kernel": (E, K, Dv)}
+    for name, D in (("k", Dk), ("v", Dv)):
+        expected |= {f"phi_{name}_position": (l, D), f"phi_{name}_in_kernel": (l, D, 2 * D)}
+        expected |= {
+            f"phi_{name}_in_bias": (2 * D,),
+            f"phi_{name}_out_kernel": (2 * D, D),
+            f"phi_{name}_out_bias": (D,),
+        }
+    expected |= {"gate_in_kernel": (E, E // 4), "gate_in_bias": (E // 4,)}
+    expected |= {"gate_out_kernel": (E // 4, 4, 3), "gate_out_bias": (4, 3)}
+
+    def shapes(**fields):
+        parameters = nn.unbox(jax.eval_shape(layer(**fields).init, jax.random.key(0), embeddings()))["params"]
+        return {name: x.shape for name, x in parameters.items()}
+
+    assert shapes() == expected
+    assert shapes(gate_hidden_dim=5) == expected | {
+        "gate_in_kernel": (E, 5),
+        "gate_in_bias": (5,),
+        "gate_out_kernel": (5, 4, 3),
+    }
+
+
 @OPTIONS
 def test_linen_and_nnx_have_the_same_parameters_and_numbers(options):
     x = embeddings()

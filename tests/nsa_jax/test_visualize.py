@@ -121,6 +121,13 @@ def test_figures_show_what_the_reference_gives_and_nothing_above_the_diagonal(in
         np.testing.assert_array_equal(image_of(axes), share[1, group])
         assert np.triu(image_of(axes), 1).sum() == 0
 
+    first = panels(plot_selection(inputs, CONFIG))  # of the batch, if nothing else is asked for
+    np.testing.assert_array_equal([image_of(axes) for axes in first], share[0])
+    maps = attention_maps(inputs, CONFIG)
+    assert_trees_close(maps, attention_maps(inputs, CONFIG, row=0, head=0), 0)
+    for axes, weights in zip(panels(plot_branches(inputs, CONFIG)), maps, strict=True):
+        np.testing.assert_array_equal(image_of(axes), weights)
+
     maps = attention_maps(inputs, CONFIG, head=1)
     for axes, weights in zip(panels(plot_branches(inputs, CONFIG, head=1)), maps, strict=True):
         np.testing.assert_array_equal(image_of(axes), weights)
@@ -128,14 +135,26 @@ def test_figures_show_what_the_reference_gives_and_nothing_above_the_diagonal(in
     assert maps.compressed[np.arange(T)[:, None] < ends[None, :]].sum() == 0
     assert np.triu(maps.selected, 1).sum() == np.triu(maps.window, 1).sum() == 0
 
+    all_blocks = np.asarray(importance)[..., : num_blocks(T, CONFIG)]
+    np.testing.assert_allclose(image_of(panels(plot_importance(inputs, CONFIG))[0]), all_blocks[0, 0], rtol=1e-6)
     before, after = panels(plot_importance(inputs, CONFIG, row=1, group=1))
-    importance = np.asarray(importance)[1, 1, :, : num_blocks(T, CONFIG)]
+    importance = all_blocks[1, 1]
     np.testing.assert_allclose(image_of(before), importance, rtol=1e-6)
     chosen = (np.asarray(blocks)[1, 1][:, :, None] == np.arange(importance.shape[1])).any(1)
     np.testing.assert_allclose(image_of(after), np.where(chosen, importance, 0), rtol=1e-6)
     assert (after.images[0].get_array().mask == ~chosen).all()
     future = np.arange(importance.shape[1])[None, :] > np.arange(T)[:, None] // CONFIG.select_block
     assert before.images[0].get_array().mask[future].all()
+
+
+def test_a_sequence_without_compressed_tokens_can_be_drawn():
+    short = random_inputs(jax.random.key(0), CONFIG, T=3, **HEADS)
+    compressed, _, window = panels(plot_branches(short, CONFIG))
+    assert image_of(compressed).sum() == 0
+    assert image_of(window).sum() == pytest.approx(3)
+    for figure in (plot_branches(short, CONFIG), plot_importance(short, CONFIG)):
+        norms = [axes.images[0].norm for axes in panels(figure)]
+        assert all(norm.vmin == 0 < norm.vmax <= 1 for norm in norms)
 
 
 def test_gates_are_counted_and_averaged(inputs):

@@ -111,7 +111,7 @@ REPEATED = {
     *((op, "group of 4, odd length") for op in (*BRANCHES, "select_blocks")),
     *((op, "segments and offset, one head a group, no overlap") for op in BRANCHES[:2]),
     *((op, "last queries only, group of 16, 192 and 128, s = 48, nothing forced") for op in BRANCHES[1:]),
-    *((op, "shorter than a compressed token") for op in BRANCHES[1:]),
+    ("selected_attention", "shorter than a compressed token"),
     ("window_attention", "segments, group of 3, s = 24"),
 }
 

@@ -47,6 +47,9 @@ def test_cuts_and_chunks_change_nothing(monkeypatch):
     program = str(jax.make_jaxpr(cut)(*arrays))
     assert program.count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
     assert "scan" in program  # over chunks
+    monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 1)  # never less than a tile of queries at a time
+    monkeypatch.setattr(block_selection, "_TOP_N_ELEMENTS", 1)  # and than the blocks of one query
+    assert jax.eval_shape(lambda *arrays: run(*arrays, None, 0), *arrays).shape == expected.shape
 
 
 def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):
@@ -70,6 +73,14 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     )
     check_unseen_keys_change_nothing("selected_attention", case, compiled, inputs, actual, HUGE)
     check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
+
+
+def test_compressed_tokens_of_several_tiles_equal_the_reference():
+    case = Case(150, 6, 2, 32, 24, NSAConfig(8, 4, 16, 3, 1, 1), query_offset=29, segments=(43,))  # 36, 16 a tile
+    tile = Tile(16, 16, 4, 1)
+    tiles = {"tile": tile, "query_tile": tile, "key_tile": tile}
+    compiled, inputs, actual = check_branch("triton", "compressed_attention", case, jnp.float32, INTERPRETED, **tiles)
+    check_unseen_keys_change_nothing("compressed_attention", case, compiled, inputs, actual, HUGE)
 
 
 def test_block_major_forward_equals_the_reference():

@@ -101,3 +101,7 @@ def test_tokens_and_bytes_count_once_however_they_lie_in_batches():
     assert values["held_out_loss"] == pytest.approx(nll / whole["weights"].sum(), rel=1e-6)
     num_bytes = (whole["weights"] * whole["bytes"]).sum()
     assert values["held_out_bits_per_byte"] == pytest.approx(nll / num_bytes / math.log(2), rel=1e-6)
+    nothing_counts = {**batches[0], "weights": np.zeros((8, 4), np.float32)}
+    assert all(
+        math.isnan(value) for value in evaluate(eval_step, 1.0, [nothing_counts], make_mesh(MeshConfig()), 1).values()
+    )

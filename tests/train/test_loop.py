@@ -4,15 +4,21 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
 from train import loop
 from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
+from train.console import Console
 from train.loop import Interrupted, NonFiniteError, run
 from train.metrics import read_metrics
+from train.model.loss import LossSums
+from train.model.moe import RouterMetrics
+from train.model.transformer import logits
 from train.prepare import prepare
+from train.step import StepMetrics
 
 pytestmark = pytest.mark.xdist_group("loop")  # the run that these tests share is made once
 
@@ -80,6 +86,48 @@ def test_a_run_leaves_its_curve_sample_metrics_config_and_checkpoint(finished, c
     assert entries[0]["loss"] == pytest.approx(np.log(320), abs=0.2)  # the padded vocabulary, nothing learnt
     assert entries[-1]["loss"] < entries[0]["loss"]
     assert not any(name.startswith("selection") for entry in entries for name in entry)  # full attention has none
+
+
+def test_held_out_figures_are_those_of_the_last_parameters_in_numpy(finished):
+    config, result = finished
+    prepared, params = prepare(config), jax.tree.map(jnp.asarray, jax.device_get(result.state.params))
+    forward = jax.jit(
+        lambda tokens, ids: logits(
+            params, prepared.model.apply({"params": params}, tokens, segment_ids=ids), config.model
+        )
+    )
+    sums = np.zeros(3)
+    for batch in prepared.held_out:
+        scores = np.asarray(forward(batch["tokens"], batch["segment_ids"]), np.float64)
+        nll = np.log(np.exp(scores).sum(axis=-1)) - np.take_along_axis(scores, batch["targets"][..., None], -1)[..., 0]
+        weights = batch["weights"].astype(np.float64)
+        sums += (weights * nll).sum(), weights.sum(), (weights * batch["target_bytes"]).sum()
+    assert len(prepared.held_out) > 0
+    assert result.held_out["held_out_loss"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+    assert result.held_out["held_out_bits_per_byte"] == pytest.approx(sums[0] / sums[2] / np.log(2), rel=1e-5)
+
+
+def test_logged_learning_rates_are_those_of_the_updates(finished):
+    """Two steps of warm-up to 1e-3, then a cosine down to a tenth of it at the tenth step."""
+    config, _ = finished
+    expected = [5e-4, 1e-3, *(1e-4 + 9e-4 * (1 + np.cos(np.pi * np.arange(1, 9) / 8)) / 2)]
+    logged = [entry["learning_rate"] for entry in read_metrics(config.run_dir / "metrics.jsonl")]
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
+
+
+def test_what_is_logged_of_a_step_follows_from_its_sums(finished):
+    prepared = prepare(finished[0])
+    reader = loop._StepReader(prepared, None, Console(10, silent=True))
+    nothing_counts = LossSums(nll=0.0, z=0.0, weight=0.0, bytes=0.0)
+    sums = LossSums(nll=12.0, z=7.0, weight=4.0, bytes=6.0)
+    logged = reader.read(3, StepMetrics(sums, grad_norm=2.5, router=None))
+    assert logged["loss"] == 3.0
+    assert logged["bits_per_byte"] == pytest.approx(2.0 / np.log(2))
+    assert logged["grad_norm"] == 2.5
+    assert reader.read(4, StepMetrics(nothing_counts, grad_norm=0.0, router=None))["loss"] == 0.0
+    routed = RouterMetrics(*range(1, 1 + len(RouterMetrics._fields)))
+    logged = reader.read(5, StepMetrics(sums, grad_norm=2.5, router=routed))
+    assert {name: logged[name] for name in RouterMetrics._fields} == routed._asdict()
 
 
 def test_a_finished_run_is_reported_again_and_not_trained_further(finished, capsys):

@@ -1,6 +1,7 @@
 """What a log holds."""
 
 import sys
+import types
 
 import pytest
 
@@ -24,6 +25,58 @@ def test_a_resumed_log_holds_every_step_once(tmp_path):
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 2.0},
         {"step": 3, "loss": 30.0},
+    ]
+
+
+def test_no_log_yet_is_an_empty_one(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_services_get_every_value_with_its_step_and_are_closed(tmp_path, monkeypatch):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder):
+            calls.append(("writer", folder))
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, value, step))
+
+        def close(self):
+            calls.append("closed")
+
+    class Run:
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: calls.append(options) or Run()
+    summary = types.ModuleType("tensorboard.summary")
+    summary.Writer = Writer
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", summary)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = TrainConfig(run_dir=tmp_path / "mine", tensorboard=True, wandb="project")
+    silent = MetricsLog(config, first_step=1, silent=True)  # what the other processes of a run have
+    silent.write(1, {"loss": 2.0})
+    silent.close()
+    assert not calls
+    assert not silent.path.exists()
+    config.run_dir.mkdir()
+    log = MetricsLog(config, first_step=1)
+    log.write(7, {"loss": 2.0, "speed": 3.0})
+    log.close()
+    assert read_metrics(log.path) == [{"step": 7, "loss": 2.0, "speed": 3.0}]
+    assert calls == [
+        ("writer", str(config.run_dir / "tensorboard")),
+        {"project": "project", "name": "mine", "id": "mine", "resume": "allow"},
+        ("loss", 2.0, 7),
+        ("speed", 3.0, 7),
+        ({"loss": 2.0, "speed": 3.0}, 7),
+        "closed",
+        "finished",
     ]
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.config import MeshConfig
 from train.model.loss import bits_per_byte, cross_entropy
+from train.parallel.sharding import make_mesh
 
 B, T, E, V = 2, 10, 6, 33
 
@@ -84,6 +86,14 @@ def test_logits_of_all_tokens_never_exist_at_once_where_they_are_large(inputs):
     for shape in (f"f32[1,{B},1,{T},{V}]", f"f32[5,1,{B},1,2,{V}]"):
         assert shape not in chunked
     assert f"f32[1,{B},1,2,{V}]" in chunked
+
+
+def test_where_the_vocabulary_is_split_chunks_are_sized_by_the_logits_of_a_device(inputs):
+    devices, local, tokens = 8, 5, 2
+    arguments = inputs | {"kernel": jnp.ones((E, devices * local))}
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=devices))):
+        program = jax.make_jaxpr(lambda: cross_entropy(**arguments, chunk_elements=B * tokens * local))()
+    assert f"f32[1,{B},1,{tokens},{devices * local}]" in str(program)
 
 
 def test_one_bit_per_byte_is_one_bit_per_byte():

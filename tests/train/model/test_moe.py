@@ -13,7 +13,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nsa_jax.testing import assert_trees_close
 from train.config import ModelConfig, MoEConfig
-from train.model.moe import Routing, auxiliary_loss, moe_layer, moe_parameters, rebalanced, route, router_metrics
+from train.model.moe import (
+    Routing,
+    _routed_experts,
+    auxiliary_loss,
+    moe_layer,
+    moe_parameters,
+    rebalanced,
+    route,
+    router_metrics,
+)
 from train.parallel.sharding import RULES, SHARE_AXES
 
 B, T, E, M, N, K = 8, 6, 16, 12, 4, 2
@@ -117,6 +126,31 @@ def test_outputs_and_gradients_equal_a_loop_over_experts_and_no_token_is_dropped
         assert np.all(assignments[[0, 2]] == arguments[2].sum())
     assert np.any(actual[1][0]["router_kernel"] != 0)
     assert np.all(actual[1][0]["balance_bias"] == 0)
+
+
+def test_what_ragged_dot_leaves_undefined_reaches_neither_values_nor_gradients(monkeypatch):
+    parameters, x, *_ = problem()
+    kernels = [parameters[f"{name}_kernel"][:2] for name in ("gate", "up", "down")]  # the other experts are elsewhere
+    tokens = x.reshape(-1, E)
+    choice = np.random.default_rng(0).integers(-1, N, (len(tokens), K)).astype(np.int32)
+    choice = np.where(choice == choice[:, ::-1], -1, choice)
+    mix = np.random.default_rng(1).random(choice.shape).astype(np.float32)
+
+    def run():
+        def total(tokens, mix, *kernels):
+            return jnp.sum(jnp.sin(_routed_experts(tokens, choice, mix, *kernels)))
+
+        return jax.jit(jax.value_and_grad(total, range(5)))(tokens, mix, *kernels)
+
+    expected = run()
+    ragged_dot = jax.lax.ragged_dot
+
+    def undefined(x, kernels, group_sizes):
+        defined = jnp.arange(len(x), dtype=jnp.int32)[:, None] < jnp.sum(group_sizes)
+        return jnp.where(defined, ragged_dot(x, kernels, group_sizes), jnp.nan)
+
+    monkeypatch.setattr(jax.lax, "ragged_dot", undefined)
+    assert_trees_close(run(), expected, 1e-6)
 
 
 def test_experts_that_nobody_chose_get_no_gradient():

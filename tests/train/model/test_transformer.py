@@ -10,7 +10,9 @@ import pytest
 
 from nsa_jax import NSAConfig
 from nsa_jax.testing import normwise_error
-from train.config import ModelConfig
+from train.config import ModelConfig, MoEConfig
+from train.model.attention.kind import make_attention
+from train.model.moe import moe_layer
 from train.model.transformer import Transformer, logits, padded_vocabulary
 from train.parallel.sharding import RULES
 
@@ -39,6 +41,50 @@ def make(**changes):
 
 def tokens(batch: int, length: int = T):
     return jax.random.randint(jax.random.key(1), (batch, length), 0, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_eps": 0.1},
+        {"tie_embeddings": False, "moe": MoEConfig(num_routed=4, expert_dim=8, first_dense=1)},
+    ],
+    ids=["dense, tied", "experts after a dense layer, untied"],
+)
+def test_logits_equal_those_of_numpy_around_attention_and_experts(changes):
+    """Pre-normalised residual blocks, RMSNorm, SwiGLU, dense layers first, and the output layer."""
+    model, params = make(attention="full", **changes)
+    config, key = model.config, jax.random.key(4)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)  # scales are not 1
+    ids = tokens(2, 8)
+    actual = jax.jit(lambda params, ids: logits(params, model.apply({"params": params}, ids), config))(params, ids)
+
+    def normalise(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * scale
+
+    def swiglu(x, kernels):
+        gate = x @ kernels["gate_kernel"]
+        return (gate / (1 + np.exp(-gate)) * (x @ kernels["up_kernel"])) @ kernels["down_kernel"]
+
+    mix = jax.jit(functools.partial(moe_layer, config=config))
+    attend = jax.jit(make_attention(config).apply)
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = exact["embedding"][np.asarray(ids)]
+    experts = "dense_layers" in params
+    layers = [("dense_layers", 0), ("layers", 0)] if experts else [("layers", 0), ("layers", 1)]
+    for name, index in layers:
+        layer = jax.tree.map(lambda x, index=index: x[index], exact[name])
+        attention = {"params": jax.tree.map(jnp.float32, layer["attention"])}
+        normalised = normalise(x, layer["attention_norm"]["scale"])
+        x = x + np.asarray(attend(attention, jnp.float32(normalised)), np.float64)
+        normalised = normalise(x, layer["mlp_norm"]["scale"])
+        if experts and name == "layers":
+            kernels = jax.tree.map(jnp.float32, layer["mlp"])
+            x = x + np.asarray(mix(kernels, jnp.float32(normalised))[0], np.float64)
+        else:
+            x = x + swiglu(normalised, layer["mlp"])
+    output = exact["embedding"].T if config.tie_embeddings else exact["output_kernel"]
+    assert normwise_error(actual, normalise(x, exact["final_norm"]["scale"]) @ output) < 1e-5
 
 
 def relative_error(actual, expected):
