@@ -55,6 +55,8 @@ class ModelConfig:
     moe: MoEConfig = MoEConfig()  # experts in its place
     # The one flag that comparisons change; also --attention.
     attention: Annotated[Attention, tyro.conf.arg(aliases=("--attention",))] = "nsa"
+    # Instead, kinds for the layers in turn, repeated to the last one: nsa window is NSA in every other layer.
+    pattern: Annotated[tuple[Attention, ...], tyro.conf.arg(aliases=("--pattern",))] = ()
     implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None  # of the attention; None: the fastest
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
     compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
@@ -71,6 +73,17 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     # What the backward pass computes again: nothing, all but matmuls and attention, all but attention, everything.
     remat: Remat = "none"
+
+    @property
+    def attention_of_layers(self) -> tuple[str, ...]:
+        """The kind of attention of each layer."""
+        kinds = self.pattern or (self.attention,)
+        return tuple(kinds[layer % len(kinds)] for layer in range(self.num_layers))
+
+    @property
+    def attention_name(self) -> str:
+        """The kinds of attention in a word, for tables and legends."""
+        return "+".join(self.pattern or (self.attention,))
 
     @property
     def output_init_scale(self) -> float:
@@ -225,6 +238,7 @@ def check(config: TrainConfig) -> None:
         if not (value := operator.attrgetter(name)(config)) > 0:
             raise ValueError(f"{name} = {value}: expected a positive number")
     _check_heads(config.model)
+    _check_pattern(config.model)
     _check_experts(config.model)
     _check_rows(config)
     for name in NOT_EMPTY:
@@ -242,6 +256,13 @@ def _check_heads(model: ModelConfig) -> None:
         )
     if model.head_dim % 2:
         raise ValueError(f"model.head_dim = {model.head_dim}: expected an even number, for the rotary embedding")
+
+
+def _check_pattern(model: ModelConfig) -> None:
+    period = max(1, len(model.pattern))
+    for name, layers in (("num_layers", model.num_layers), ("moe.first_dense", model.moe.first_dense)):
+        if layers % period:
+            raise ValueError(f"model.{name} = {layers}: expected a multiple of {period}, the layers of model.pattern")
 
 
 def _check_experts(model: ModelConfig) -> None:
@@ -319,6 +340,8 @@ def _convert(hint: Any, value: Any, prefix: str) -> Any:
         return _build(hint, value, prefix)
     if hint == Path | None:
         return None if value is None else Path(value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
     return Path(value) if hint is Path else value
 
 

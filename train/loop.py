@@ -128,7 +128,7 @@ def _origin(config: TrainConfig) -> dict[str, Any]:
     """What stands beside the metrics when they are kept as a result."""
     return {
         "provenance": provenance(["python", "-m", "train", *sys.argv[1:]]),
-        "attention": config.model.attention,
+        "attention": config.model.attention_name,
         "tokens_per_step": config.data.batch_size * config.data.sequence_length,
     }
 
@@ -290,7 +290,7 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"{flops / 1e6:.2f} MFLOPs per token of training"
     )
     console.print(
-        f"attention = {config.model.attention}, {jax.device_count()} x {jax.devices()[0].device_kind} in "
+        f"attention = {config.model.attention_name}, {jax.device_count()} x {jax.devices()[0].device_kind} in "
         f"{jax.process_count()} process(es), mesh {dict(prepared.mesh.shape)}"
     )
 
@@ -321,7 +321,7 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
         )
     with together(RuntimeError):
         if jax.process_index() == 0:
-            plot_curves({config.model.attention: config.run_dir}, files["curve"])
+            plot_curves({config.model.attention_name: config.run_dir}, files["curve"])
             if "sample" in files:
                 _write(files["sample"], sample)
     console.finished(held_out, sample, files)

@@ -19,7 +19,7 @@ SHARES = ("chosen", "random", "best")
 
 def is_measured(config: TrainConfig) -> bool:
     """Whether a run can measure its selection: it has one, and no device has but a part of a row."""
-    return config.eval_selection and config.model.attention == "nsa" and config.mesh.context == 1
+    return config.eval_selection and "nsa" in config.model.attention_of_layers and config.mesh.context == 1
 
 
 def make_selection_step(model: Transformer) -> Callable[[Any, dict[str, jax.Array]], list[SelectionRecall]]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from train.model.loss import LossSums, cross_entropy
 from train.model.moe import COLLECTION, RouterMetrics, Routing, auxiliary_loss, rebalanced, router_metrics
-from train.model.transformer import Transformer, output_kernel
+from train.model.transformer import Transformer, layer_stacks, output_kernel
 
 
 class TrainState(NamedTuple):
@@ -59,7 +59,8 @@ def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[
     hidden, left = out
     kernel = output_kernel(params, model.config)
     sums = cross_entropy(hidden, kernel, batch["targets"], batch["weights"], batch["target_bytes"])
-    return sums, left[COLLECTION]["layers"]["mlp"]["sums"] if left else None
+    routed = layer_stacks(model.config)["layers"].collect(left[COLLECTION]["layers"], "mlp", "sums") if left else None
+    return sums, routed
 
 
 def make_train_step(
@@ -110,10 +111,10 @@ def make_train_step(
         router = None
         if routing is not None:
             router = router_metrics(routing, moe)
-            mlp = params["layers"]["mlp"]
+            stack, place = layer_stacks(model.config)["layers"], ("mlp", "balance_bias")
             # The optimiser does not change it, because its gradient is zero and biases do not decay.
-            bias = rebalanced(mlp["balance_bias"], routing.assignments, moe.bias_speed)
-            params = {**params, "layers": {**params["layers"], "mlp": {**mlp, "balance_bias": bias}}}
+            bias = rebalanced(stack.collect(params["layers"], *place), routing.assignments, moe.bias_speed)
+            params = {**params, "layers": stack.replace(params["layers"], bias, *place)}
         rng = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(state.rng), 1)[0])
         return TrainState(state.step + 1, params, opt_state, rng), StepMetrics(sums, optax.tree.norm(grads), router)
 

@@ -77,7 +77,7 @@ def mqar(arguments: Arguments, config: TrainConfig) -> None:
     if arguments.out is not None:
         content = {
             "provenance": provenance(["python", "-m", "train", *sys.argv[1:]]),
-            "attention": config.model.attention,
+            "attention": config.model.attention_name,
             "pairs": arguments.pairs,
             "length": length,
             "curve": curve,

@@ -59,5 +59,5 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size:
     num_dense = moe.first_dense if moe.num_routed else config.num_layers
     experts = E * moe.num_routed + 3 * E * moe.expert_dim * (moe.top_k + moe.num_shared)
     mlps = num_dense * 3 * E * config.mlp_dim + (config.num_layers - num_dense) * experts
-    layers = config.num_layers * attention_kind(config.attention).multiply_adds(config, sequence_length) + mlps
-    return 3 * 2 * (layers + E * padded_vocabulary(vocab_size))
+    attentions = sum(attention_kind(name).multiply_adds(config, sequence_length) for name in config.attention_of_layers)
+    return 3 * 2 * (attentions + mlps + E * padded_vocabulary(vocab_size))

@@ -1,8 +1,9 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, layers under one scan."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -114,11 +115,72 @@ class Block(nn.Module):
         return x + SwiGLU(config, name="mlp")(normalised), cache
 
 
-def layer_stacks(config: ModelConfig) -> dict[str, tuple[ModelConfig, int]]:
-    """The stacks of equal layers in order, by the name of their parameters: the config of a layer, and their number."""
+class Group(nn.Module):
+    """Neighbouring blocks that differ in their attention, one after another; see `Stack`."""
+
+    layers: tuple[ModelConfig, ...]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], cache: None, *inputs: Any) -> tuple[Array, None]:
+        """The residual stream after the blocks; for the inputs see `Block`."""
+        for index, config in enumerate(self.layers):
+            x, _ = _rematerialised(config)(config, name=str(index))(x, cache, *inputs)
+        return x, None
+
+
+def _rematerialised(config: ModelConfig) -> type[nn.Module]:
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+
+class Stack(NamedTuple):
+    """Equal groups of layers, whose parameters are stacked: [groups, ...].
+
+    With `model.pattern` a group is as many layers as the pattern, and the parameters of layer i of each group lie under
+    the name str(i). Otherwise a group is one layer, without such a name.
+    """
+
+    layers: tuple[ModelConfig, ...]  # the config of each layer of a group
+    groups: int
+
+    def of_layer(self, stacked: Any, group: int, index: int) -> Any:
+        """Parameters of one layer."""
+        own = stacked if len(self.layers) == 1 else stacked[str(index)]
+        return jax.tree.map(lambda x: x[group], own)
+
+    def collect(self, stacked: Any, *path: str) -> Any:
+        """What lies at a path in every layer, stacked in the order of the layers."""
+        parts = [stacked] if len(self.layers) == 1 else [stacked[str(index)] for index in range(len(self.layers))]
+        for name in path:
+            parts = [part[name] for part in parts]
+        return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
+
+    def replace(self, stacked: Any, value: Array, *path: str) -> Any:
+        """The inverse of `collect`: `stacked` with an array at a path of every layer."""
+        if len(self.layers) == 1:
+            return _replaced(stacked, value, path)
+        parts = value.reshape(self.groups, len(self.layers), *value.shape[1:])
+        return {
+            **stacked,
+            **{str(i): _replaced(stacked[str(i)], parts[:, i], path) for i in range(len(self.layers))},
+        }
+
+
+def _replaced(tree: Any, value: Array, path: tuple[str, ...]) -> Any:
+    return {**tree, path[0]: _replaced(tree[path[0]], value, path[1:])} if path else value
+
+
+def layer_stacks(config: ModelConfig) -> dict[str, Stack]:
+    """The stacks of layers in order, by the name of their parameters."""
     dense = config.moe.first_dense if config.moe.num_routed else 0
-    stacks = {"dense_layers": (dataclasses.replace(config, moe=MoEConfig()), dense)} if dense else {}
-    return {**stacks, "layers": (config, config.num_layers - dense)}
+    period = max(1, len(config.pattern))
+    group = tuple(
+        dataclasses.replace(config, attention=kind, pattern=()) for kind in config.attention_of_layers[:period]
+    )
+    without = tuple(dataclasses.replace(layer, moe=MoEConfig()) for layer in group)
+    stacks = {"dense_layers": Stack(without, dense // period)} if dense else {}
+    return {**stacks, "layers": Stack(group, (config.num_layers - dense) // period)}
 
 
 def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
@@ -129,8 +191,8 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
       batch_size: rows.
       max_length: the most tokens a row can hold.
     """
-    attention = make_attention(config)
-    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for _ in range(config.num_layers))
+    attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
+    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for attention in attentions)
 
 
 class Transformer(nn.Module):
@@ -151,19 +213,17 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             init = nn.initializers.lecun_normal()
             self.output_kernel = _parameter(self, "output_kernel", init, (config.embed_dim, V), ("embed", "vocab"))
-        block = Block
-        if config.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        for name, (layer_config, length) in layer_stacks(config).items():
-            stack = nn.scan(
-                block,
+        for name, stack in layer_stacks(config).items():
+            alone = len(stack.layers) == 1
+            scanned = nn.scan(
+                _rematerialised(config) if alone else Group,
                 variable_axes={"params": 0, COLLECTION: 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,) * 4,
-                length=length,
+                length=stack.groups,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            setattr(self, name, stack(layer_config))
+            setattr(self, name, scanned(stack.layers[0] if alone else stack.layers))
         self.final_norm = RMSNorm(config.norm_eps)
 
     def __call__(
@@ -218,10 +278,10 @@ def extend(
     """
     x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
     extended: list[Cache] = []
-    for name, (layer_config, length) in layer_stacks(config).items():
-        for layer in range(length):
-            variables = {"params": jax.tree.map(lambda x, layer=layer: x[layer], params[name])}
-            out: Any = Block(layer_config).apply(variables, x, caches[len(extended)], None, num_tokens, None)
+    for name, stack in layer_stacks(config).items():
+        for group, (index, layer) in itertools.product(range(stack.groups), enumerate(stack.layers)):
+            variables = {"params": stack.of_layer(params[name], group, index)}
+            out: Any = Block(layer).apply(variables, x, caches[len(extended)], None, num_tokens, None)
             x = out[0]
             extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)

@@ -87,7 +87,8 @@ def check_divisible(config: TrainConfig, vocab_rows: int, num_devices: int) -> N
     ):
         if size % devices:
             raise ValueError(f"{what} = {size}: expected a multiple of {along} = {devices}")
-    attention_kind(config.model.attention).check(config, sizes)
+    for name in sorted(set(config.model.attention_of_layers)):
+        attention_kind(name).check(config, sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

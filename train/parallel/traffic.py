@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
-from train.model.attention.kind import Split
+from train.model.attention.kind import AttentionKind, Split
 from train.model.transformer import Transformer
 from train.parallel.sharding import BATCH_AXES, RULES, SHARE_AXES, padded_length
 
@@ -37,6 +37,11 @@ class _Step:
     def residual(self) -> int:
         """Bytes of the residual stream."""
         return self.tokens * self.model.embed_dim * self.itemsize
+
+    @property
+    def attentions(self) -> list[AttentionKind]:
+        """The kind of attention of each layer."""
+        return [attention_kind(name) for name in self.model.attention_of_layers]
 
     @property
     def expert_layers(self) -> int:
@@ -120,7 +125,7 @@ def _of_gradient(step: _Step, name: str, size: float) -> float:
     """The sum of the gradient of a parameter that is `size` bytes on a device and belongs to no expert."""
     mesh = step.mesh
     rows, context, tensor = math.prod(mesh[axis] for axis in BATCH_AXES), mesh["context"], mesh["tensor"]
-    if not attention_kind(step.model.attention).is_replicated_over_tensor(name):
+    if not any(kind.is_replicated_over_tensor(name) for kind in step.attentions):
         if name == "embedding":  # each use's gradient is summed by itself, that of the tokens' rows in float32
             size = size / step.itemsize * 4 + (size if step.model.tie_embeddings else 0)
         return 2 * (_others(rows) + _others(context)) * size
@@ -131,11 +136,11 @@ def _of_gradient(step: _Step, name: str, size: float) -> float:
 
 def _over_tensor(step: _Step) -> float:
     """Sums of activations and of their gradients over the devices that split the heads and the MLPs."""
-    model, kind = step.model, attention_kind(step.model.attention)
-    attention = step.passes + 1 + sum(kind.kv_projections(model))
-    times = model.num_layers * attention + (model.num_layers - step.expert_layers) * (1 + 2) + 2
-    other = step.tokens * kind.other_hidden_size(model) * step.itemsize
-    return 2 * _others(step.mesh["tensor"]) * (times * step.residual + model.num_layers * other)
+    model = step.model
+    attention = sum(step.passes + 1 + sum(kind.kv_projections(model)) for kind in step.attentions)
+    times = attention + (model.num_layers - step.expert_layers) * (1 + 2) + 2
+    other = step.tokens * sum(kind.other_hidden_size(model) for kind in step.attentions) * step.itemsize
+    return 2 * _others(step.mesh["tensor"]) * (times * step.residual + other)
 
 
 def _to_experts(step: _Step) -> float:
@@ -149,11 +154,11 @@ def _to_experts(step: _Step) -> float:
 
 def _over_context(step: _Step) -> float:
     """Keys and values of tokens on other devices."""
-    kind, mesh = attention_kind(step.model.attention), step.mesh
+    mesh, model = step.mesh, step.model
     split = Split(step.length, mesh["context"], mesh["tensor"], step.itemsize)
-    once = kind.received_over_context(step.model, split)
-    again = kind.received_again_over_context(step.model, split)
-    return step.model.num_layers * step.rows * ((step.passes + 1) * once + again)
+    once = sum(kind.received_over_context(model, split) for kind in step.attentions)
+    again = sum(kind.received_again_over_context(model, split) for kind in step.attentions)
+    return step.rows * ((step.passes + 1) * once + again)
 
 
 def _others(devices: int) -> float:

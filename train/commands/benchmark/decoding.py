@@ -71,7 +71,7 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])
     return {
-        "attention": config.attention,
+        "attention": config.attention_name,
         "batch": batch,
         "context": context,
         "tokens_per_second": statistics.median(speeds),

@@ -118,7 +118,7 @@ def _row(
     speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, VOCABULARY)
     memory, peak = cast(Any, step.memory_analysis()), peak_flops(jax.devices()[0].device_kind)
     row = {
-        "attention": config.model.attention,
+        "attention": config.model.attention_name,
         "length": T,
         "rows": config.data.batch_size,
         "remat": config.model.remat,
