@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pallas_kernels.palette import COLORS
-from train.config import from_json
 from train.evaluate import read_positions
 from train.metrics import read_metrics
+from train.run_folder import holds_run, read_config
 
 LINE_COLORS = [COLORS[i] for i in (0, 2, 3, 5, 4)]  # blue and orange first, no green, yellow last
 STYLES = ("o-", "s--", "^:", "D-.")
@@ -58,10 +58,9 @@ def plot_curves(runs: dict[str, Path], path: Path, tokens_per_step: int | None =
 
 
 def _tokens_per_step(run: Path) -> int | None:
-    path = run / "config.json"
-    if not path.is_file():
+    if not holds_run(run):
         return None
-    data = from_json(path.read_text()).data
+    data = read_config(run, "runs").data
     return data.batch_size * data.sequence_length
 
 

@@ -1,11 +1,13 @@
 """Whole training runs in processes of their own: killed, stopped and resumed, they train as if nothing had happened."""
 
+import collections
 import functools
 import random
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +35,15 @@ def log_path(run_dir: Path) -> Path:
     return Path(f"{run_dir}.log")
 
 
-def start(workspace: Path, run_dir: Path, max_file_blocks: int | None = None) -> subprocess.Popen:
+def start(
+    workspace: Path, run_dir: Path, max_file_blocks: int | None = None, cache: str = "compiled"
+) -> subprocess.Popen:
     """A training process, whose files may be limited to a number of blocks of 512 bytes."""
     settings = {"steps": STEPS, "eval-every": 10, "checkpoint.every": EVERY, "data.batch-size": 2}
     command = train_runs.train_command(run_dir, {**settings, "data.path": workspace / "corpus"})
     if max_file_blocks is not None:
         command = ["sh", "-c", f'ulimit -f {max_file_blocks}; exec "$@"', "sh", *command]
-    return train_runs.start(command, log_path(run_dir), cache=workspace / "compiled")
+    return train_runs.start(command, log_path(run_dir), cache=workspace / cache)
 
 
 def log_of(run_dir: Path) -> str:
@@ -102,6 +106,9 @@ def test_a_run_killed_five_times_gives_the_losses_of_one_never_killed(workspace,
     finish(start(workspace, run_dir), run_dir)
     assert losses(run_dir) == uninterrupted
     assert [int(step) for step in re.findall(r"resuming after step (\d+)", log_of(run_dir))] == resumed
+    assert (
+        len(re.findall(r"process \d+ on .* left .*killed without ending by itself: taken over", log_of(run_dir))) == 5
+    )
     assert not half_written(run_dir)
 
 
@@ -122,6 +129,20 @@ def test_sigterm_saves_the_step_it_stops_after(stopped, uninterrupted):
     assert losses(stopped) == uninterrupted[:step]
     assert f"stopped by SIGTERM after step {step}" in log_of(stopped)
     assert not half_written(stopped)
+
+
+def test_ctrl_c_while_compiling_ends_a_run_at_once_with_one_line(workspace):
+    (workspace / "empty").mkdir()
+    run_dir = workspace / "compiling"
+    process = start(workspace, run_dir, cache="empty")
+    wait_until(process, run_dir, lambda: "attention = " in log_of(run_dir))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    finish(process, run_dir, code=128 + signal.SIGINT)
+    *before, last = log_of(run_dir).splitlines()
+    assert last == "stopped by SIGINT; run again to go on from the last checkpoint, if there is one"
+    assert "attention = " in before[-1]
+    assert not losses(run_dir)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace, stopped, uninterrupted):
@@ -145,3 +166,88 @@ def test_a_full_disk_stops_the_run_with_a_word_and_loses_nothing_saved(workspace
     assert "File too large" in log
     assert f"the last good checkpoint is step {step} and remains" in log
     assert latest_step(run_dir) == step
+
+
+MOMENTS = 100
+
+
+@pytest.mark.exhaustive
+def test_a_run_stopped_and_killed_at_100_random_moments_loses_nothing_saved(workspace):
+    """The moments are spread over a process's whole life: importing, reading, compiling, training, saving, sampling."""
+    settings = {
+        "steps": 200,
+        "eval-every": 25,
+        "checkpoint.every": EVERY,
+        "data.batch-size": 2,
+        "data.path": workspace / "corpus",
+        "sample-tokens": 20,
+        "position-buckets": 4,
+    }
+
+    def begin(run_dir: Path, cache: Path) -> subprocess.Popen:
+        return train_runs.start(train_runs.train_command(run_dir, settings), log_path(run_dir), cache=cache)
+
+    reference = workspace / "reference"
+    began = time.monotonic()
+    finish(begin(reference, workspace / "compiled"), reference)
+    life = time.monotonic() - began  # of a process that nothing stops
+    draw, happened, lost = random.Random(0), collections.Counter(), []
+    run_dir, number, saved, printed = workspace / "moments0", 0, 0, 0
+    while len(lost) < MOMENTS or latest_step(run_dir) < settings["steps"]:
+        cache = workspace / "compiled"
+        if draw.random() < 0.25:  # this one compiles
+            cache = Path(tempfile.mkdtemp(dir=workspace))
+        earlier_file = metrics_file(run_dir)
+        began = time.monotonic()
+        process = begin(run_dir, cache)
+        chosen = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        again = chosen != signal.SIGKILL and draw.random() < 0.25
+        try:
+            process.wait(draw.uniform(0.0, life))
+        except subprocess.TimeoutExpired:
+            process.send_signal(chosen)
+            if again:
+                time.sleep(draw.uniform(0.0, 0.2))
+                process.send_signal(chosen)
+        sent = time.monotonic()
+        process.wait(train_runs.DEADLINE)
+        ended_after = time.monotonic() - sent
+        log, code = log_of(run_dir)[printed:], process.returncode
+        printed += len(log)
+        context = f"{chosen.name}, code {code}, {ended_after:.1f} s:\n{log}"
+        if code == 0:
+            assert losses(run_dir) == losses(reference), context
+            assert latest_step(run_dir) == settings["steps"], context
+            life = min(life, time.monotonic() - began)
+            number, saved, printed = number + 1, 0, 0
+            run_dir = workspace / f"moments{number}"
+            happened["finished before its moment"] += 1
+            continue
+        assert "damaged" not in log, context
+        if saved and "resuming" in log:
+            assert f"resuming after step {saved}" in log, context
+        assert latest_step(run_dir) >= saved, context
+        saved = latest_step(run_dir)
+        made = losses(run_dir)[-1][0] if metrics_file(run_dir) != earlier_file and losses(run_dir) else saved
+        if code == 128 + chosen and "; saved, run again" in log:
+            assert f"stopped by {chosen.name} after step {saved}; saved" in log, context
+            happened[f"{chosen.name}, saved{' at the end' if saved == settings['steps'] else ''}"] += 1
+            assert made == saved, context
+            lost.append(0)
+            continue
+        lost.append(made - saved)
+        assert made - saved <= 2 * EVERY, context  # the checkpoint under way and the steps made meanwhile
+        if chosen == signal.SIGKILL:
+            assert code == -signal.SIGKILL, context
+            happened["SIGKILL"] += 1
+        elif code == 128 + chosen:
+            assert log.splitlines()[-1].startswith(f"stopped by {chosen.name}; run again"), context
+            happened[f"{chosen.name}, at once"] += 1
+        else:  # while Python starts, before any line of ours
+            assert code == -chosen, context
+            assert "run_dir" not in log, context
+            happened[f"{chosen.name}, before the program"] += 1
+        assert code == -signal.SIGKILL or code == -chosen or "Traceback" not in log, context
+        assert ended_after < 30, context
+    print(f"{dict(happened)}; {number} runs finished; steps lost: at most {max(lost)}, {sum(lost)} in all")
+    assert losses(run_dir) == losses(reference) or latest_step(run_dir) == 0

@@ -1,7 +1,6 @@
 """Trains a byte-level BPE tokenizer on a run's documents: `python -m train train-tokenizer --output FILE`."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import tokenizers
 from train.config import DataConfig
 from train.data.bpe import train_bpe
 from train.data.corpus import load_corpus
+from train.run_folder import write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,7 @@ def train_tokenizer(arguments: Arguments) -> None:
     documents = _up_to(arguments.max_bytes, (corpus.train[index] for index in order))
     definition = train_bpe(documents, arguments.vocab_size)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = arguments.output.with_name(arguments.output.name + ".tmp")
-    unfinished.write_text(definition, encoding="utf-8")
-    os.replace(unfinished, arguments.output)
+    write(arguments.output, definition)
     size = tokenizers.Tokenizer.from_str(definition).get_vocab_size()
     print(f"{arguments.output}: {size} tokens; train with --data.tokenizer {arguments.output}")
 
