@@ -165,6 +165,7 @@ class TrainConfig:
     run_dir: Path = Path("runs/tiny")  # everything this run writes; a run found there is resumed
     steps: int = 300  # optimiser steps
     seed: int = 0  # of the parameters and of sampling
+    deterministic: bool = True  # gradients repeat bit for bit on GPUs too, where XLA_FLAGS does not say otherwise
     eval_every: int = 100  # steps between held-out evaluations; the last step is always evaluated
     eval_batches: int = 16  # held-out batches per evaluation
     init_from: Path | None = None  # folder of a run whose parameters this one starts from; its data begin anew

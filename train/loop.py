@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.benchmarks.provenance import provenance
-from train import run_folder
+from train import determinism, run_folder
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
 from train.config import TrainConfig
@@ -193,8 +193,9 @@ def _programs(prepared: Prepared) -> tuple[Callable, Callable]:
     """The update, which takes over the state that it is given, and the loss of a held-out batch."""
     config, mesh, model = prepared.config.optimizer, prepared.mesh, prepared.model
     update = make_train_step(model, prepared.optimizer, accumulate=config.accumulate, z_loss=config.z_loss)
-    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None))
-    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch))
+    options = determinism.compiler_options(prepared.config.deterministic)
+    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None), compiler_options=options)
+    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch), compiler_options=options)
     return in_turn(on_mesh(train_step, mesh)), in_turn(on_mesh(eval_step, mesh))
 
 
@@ -291,6 +292,7 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"attention = {config.model.attention}, {jax.device_count()} x {jax.devices()[0].device_kind} in "
         f"{jax.process_count()} process(es), mesh {dict(prepared.mesh.shape)}"
     )
+    console.print(determinism.describe(config.deterministic))
 
 
 def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], console: Console) -> Result:

@@ -35,6 +35,7 @@ from train.step import TrainState
 CHANGEABLE = (
     "run_dir",
     "steps",
+    "deterministic",
     "eval_every",
     "eval_batches",
     "position_buckets",

@@ -20,13 +20,14 @@ while True:
 
 
 def start(before: str = "") -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, before],
-        cwd=train_runs.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with train_runs.interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, before],
+            cwd=train_runs.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert process.stdout.readline() == "ready\n"
     return process
 
