@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         print(usage(name))
         return FINISHED if rest in (["--help"], ["-h"]) else WRONG_SETTING
     try:
+        if rest == list(arguments):  # no command is named
+            _check_preset(rest)
         function, values = _call(name, rest)
         return function(*values) or FINISHED
     except ValueError as error:
@@ -64,6 +66,16 @@ def usage(group: str = "") -> str:
             "command takes.",
         ]
     )
+
+
+def _check_preset(arguments: list[str]) -> None:
+    """Raises ValueError where the first word is neither a command nor a preset."""
+    from train.presets import PRESETS
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
+        raise ValueError(
+            f"{arguments[0]}: expected a command ({', '.join(COMMANDS)}) or a preset ({', '.join(PRESETS)})"
+        )
 
 
 def _call(name: str, arguments: list[str]) -> tuple[Callable[..., int | None], list[Any]]:

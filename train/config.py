@@ -231,6 +231,8 @@ def check(config: TrainConfig) -> None:
         if not operator.attrgetter(name)(config):
             raise ValueError(f"{name} = '': expected some text")
     _check_start_and_end(config)
+    if any("\ud800" <= character <= "\udfff" for character in config.sample_prompt):
+        raise ValueError(f"sample_prompt = {config.sample_prompt!r}: expected text that UTF-8 can hold")
 
 
 def _check_heads(model: ModelConfig) -> None:
