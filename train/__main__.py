@@ -1,7 +1,7 @@
 """The command line: `python -m train [COMMAND] ...`; without a command, `train`.
 
-Exit codes: 0 the command is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 a run was stopped by
-SIGINT or SIGTERM, has saved, and goes on when the same command is given again.
+Exit codes: 0 the command is finished; 1 it failed, and says why; 2 a setting is wrong; 130 and 143 it was stopped by
+SIGINT (Ctrl-C) or SIGTERM. A run that is training saves first; when the same command is given again, it goes on.
 
 Several processes, started by SLURM, Open MPI, Kubernetes or with --distributed.*, end with the same code; when one dies
 alone, JAX ends the others within about 100 seconds. Examples: train/launch.
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
 from train.checkpoints.errors import CheckpointError
 from train.commands import COMMANDS
 from train.commands.exit_codes import FAILED, FINISHED, WRONG_SETTING, complain
+from train.output import make_output_safe
+from train.signals import end_on_signals
 
 PROGRAM = "python -m train"
 
@@ -30,11 +30,13 @@ def main(arguments: Sequence[str]) -> int:
         print(usage(name))
         return FINISHED if rest in (["--help"], ["-h"]) else WRONG_SETTING
     try:
+        if rest == list(arguments):  # no command is named
+            _check_preset(rest)
         function, values = _call(name, rest)
         return function(*values) or FINISHED
     except ValueError as error:
         return complain(f"error: {error}", WRONG_SETTING)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return complain(f"error: {error}", FAILED)
 
 
@@ -66,8 +68,20 @@ def usage(group: str = "") -> str:
     )
 
 
+def _check_preset(arguments: list[str]) -> None:
+    """Raises ValueError where the first word is neither a command nor a preset."""
+    from train.presets import PRESETS
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
+        raise ValueError(
+            f"{arguments[0]}: expected a command ({', '.join(COMMANDS)}) or a preset ({', '.join(PRESETS)})"
+        )
+
+
 def _call(name: str, arguments: list[str]) -> tuple[Callable[..., int | None], list[Any]]:
     """The function of a command and what it is called with."""
+    import tyro  # late, because until signals are handled as little as possible should happen
+
     command = COMMANDS[name]
     values: list[Any] = []
     rest = arguments
@@ -87,4 +101,7 @@ def _call(name: str, arguments: list[str]) -> tuple[Callable[..., int | None], l
 
 
 if __name__ == "__main__":
+    make_output_safe()
+    training = split(sys.argv[1:])[0] == "train"
+    end_on_signals("; run again to go on from the last checkpoint, if there is one" if training else "")
     sys.exit(main(sys.argv[1:]))

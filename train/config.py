@@ -178,6 +178,7 @@ class TrainConfig:
     run_dir: Path = Path("runs/tiny")  # everything this run writes; a run found there is resumed
     steps: int = 300  # optimiser steps
     seed: int = 0  # of the parameters and of sampling
+    deterministic: bool = True  # gradients repeat bit for bit on GPUs too, where XLA_FLAGS does not say otherwise
     eval_every: int = 100  # steps between held-out evaluations; the last step is always evaluated
     eval_batches: int = 16  # held-out batches per evaluation
     eval_selection: bool = True  # evaluations of NSA also measure which share of the attention its blocks hold
@@ -245,6 +246,8 @@ def check(config: TrainConfig) -> None:
         if not operator.attrgetter(name)(config):
             raise ValueError(f"{name} = '': expected some text")
     _check_start_and_end(config)
+    if any("\ud800" <= character <= "\udfff" for character in config.sample_prompt):
+        raise ValueError(f"sample_prompt = {config.sample_prompt!r}: expected text that UTF-8 can hold")
 
 
 def _check_heads(model: ModelConfig) -> None:

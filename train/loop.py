@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -18,9 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.benchmarks.provenance import provenance
+from train import determinism, run_folder
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
-from train.config import TrainConfig, to_json
+from train.config import TrainConfig
 from train.console import Console
 from train.data.corpus import describe
 from train.evaluate import evaluate, evaluate_positions, position_sums
@@ -30,7 +30,7 @@ from train.metrics import MetricsLog
 from train.model.flops import active_parameters, device_peak_flops, total_parameters, train_flops_per_token
 from train.model.loss import LossSums, bits_per_byte
 from train.optimizer import learning_rate_schedule
-from train.parallel.distributed import Stop, in_turn, stop_signals, together
+from train.parallel.distributed import Stop, in_turn, together
 from train.parallel.sharding import on_mesh, put_batch
 from train.plot import plot_curves
 from train.prepare import Prepared, checkpoints_of
@@ -73,22 +73,33 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
       plain: lines instead of a progress line; None: where standard output is no terminal.
 
     Raises:
+      InUseError: another process trains in the run's folder.
       CheckpointError: a checkpoint could not be written or read.
       NonFiniteError: the loss or the gradient became NaN or infinite.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      Interrupted: SIGTERM or SIGINT came after the first step of this process; the state is saved.
     """
     config, silent = prepared.config, jax.process_index() != 0
     console = Console(config.steps, plain=plain, silent=silent)
     _introduce(prepared, console)
     with contextlib.ExitStack() as stack:
         stack.callback(prepared.train_batches.close)
+        _lock(prepared, stack, console)
         checkpointer = stack.enter_context(checkpoints_of(config, prepared.data_shard))
         done, state = _starting_state(prepared, checkpointer, console)
         log = stack.enter_context(contextlib.closing(_open_log(prepared, first_step=done + 1, silent=silent)))
-        stop = stack.enter_context(stop_signals(prepared.mesh))
+        stop = stack.enter_context(contextlib.closing(Stop(prepared.mesh)))
         stack.enter_context(console)
         state, held_out = _train(prepared, done, state, checkpointer=checkpointer, log=log, stop=stop, console=console)
     return _report(prepared, state, held_out, console)
+
+
+def _lock(prepared: Prepared, stack: contextlib.ExitStack, console: Console) -> None:
+    """Keeps the run's folder from other processes until the stack is closed."""
+    with together(run_folder.InUseError):
+        if jax.process_index() == 0:
+            left = stack.enter_context(run_folder.locked(prepared.config.run_dir))
+            if left is not None:
+                console.print(f"{left} left {prepared.config.run_dir} without ending by itself: taken over")
 
 
 def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Console) -> tuple[int, TrainState]:
@@ -117,10 +128,8 @@ def _open_log(prepared: Prepared, *, first_step: int, silent: bool) -> MetricsLo
     config = prepared.config
     with together(RuntimeError, ImportError):
         if not silent:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            _write(config.run_dir / "config.json", to_json(config))
-            _write(config.run_dir / "facts.json", json.dumps(prepared.facts, indent=2))
-            _write(config.run_dir / "metrics.meta.json", json.dumps(_origin(config), indent=1) + "\n")
+            run_folder.describe(config, prepared.facts)
+            run_folder.write(config.run_dir / "metrics.meta.json", json.dumps(_origin(config), indent=1) + "\n")
         return MetricsLog(config, first_step=first_step, silent=silent)
 
 
@@ -174,11 +183,12 @@ def _train(
         log.write(step, values | evaluated | by_position)
         if saving:
             checkpointer.save(step, state, batches, evaluated or None)
-        if signalled is not None and step < config.steps:
+        if signalled is not None or step == config.steps:
             checkpointer.wait()
+            signalled = signalled or stop.requested() or stop.requested()  # the second knows what came meanwhile
+        if signalled is not None:
             raise Interrupted(signalled, step)
         reader.restart_clock()  # evaluating and saving are not training
-    checkpointer.wait()
     if not held_out:  # there was no step left to make
         held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
     return state, held_out
@@ -188,8 +198,9 @@ def _programs(prepared: Prepared) -> tuple[Callable, Callable]:
     """The update, which takes over the state that it is given, and the loss of a held-out batch."""
     config, mesh, model = prepared.config.optimizer, prepared.mesh, prepared.model
     update = make_train_step(model, prepared.optimizer, accumulate=config.accumulate, z_loss=config.z_loss)
-    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None))
-    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch))
+    options = determinism.compiler_options(prepared.config.deterministic)
+    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None), compiler_options=options)
+    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch), compiler_options=options)
     return in_turn(on_mesh(train_step, mesh)), in_turn(on_mesh(eval_step, mesh))
 
 
@@ -293,6 +304,7 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"attention = {config.model.attention_name}, {jax.device_count()} x {jax.devices()[0].device_kind} in "
         f"{jax.process_count()} process(es), mesh {dict(prepared.mesh.shape)}"
     )
+    console.print(determinism.describe(config.deterministic))
 
 
 def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], console: Console) -> Result:
@@ -323,13 +335,6 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
         if jax.process_index() == 0:
             plot_curves({config.model.attention_name: config.run_dir}, files["curve"])
             if "sample" in files:
-                _write(files["sample"], sample)
+                run_folder.write(files["sample"], sample)
     console.finished(held_out, sample, files)
     return Result(state, held_out, sample, files)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pallas_kernels.palette import COLORS
-from train.config import from_json
 from train.evaluate import read_positions
 from train.metrics import read_metrics
+from train.run_folder import holds_run, read_config
 from train.selection import skills
 from train.tasks.haystack import read_scores
 
@@ -62,10 +62,9 @@ def plot_curves(runs: dict[str, Path], path: Path, tokens_per_step: int | None =
 
 
 def _tokens_per_step(run: Path) -> int | None:
-    path = run / "config.json"
-    if not path.is_file():
+    if not holds_run(run):
         return None
-    data = from_json(path.read_text()).data
+    data = read_config(run, "runs").data
     return data.batch_size * data.sequence_length
 
 

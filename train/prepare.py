@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 import jax
@@ -21,12 +20,22 @@ from train.optimizer import make_optimizer
 from train.parallel.distributed import gather, together
 from train.parallel.lowering import abstract_state
 from train.parallel.sharding import check_divisible, data_shards, make_mesh
+from train.run_folder import (
+    absolute,
+    check_place,
+    holds_run,
+    read_config,
+    read_facts,
+    tokenizer_digest,
+    tokenizer_file,
+)
 from train.step import TrainState
 
 # Settings that a resumed run may change. With any other setting changed it would be another run.
 CHANGEABLE = (
     "run_dir",
     "steps",
+    "deterministic",
     "eval_every",
     "eval_batches",
     "eval_selection",
@@ -36,6 +45,7 @@ CHANGEABLE = (
     "tensorboard",
     "wandb",
     "checkpoint.",
+    "data.path",  # the fingerprint says whether it is the same text
     "mesh.",
     "distributed.",
     "model.implementation",
@@ -75,15 +85,21 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def _prepare(config: TrainConfig) -> Prepared:
     check(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_place(config.run_dir)
+    file = tokenizer_file(config)
+    tokenizer = load_tokenizer("byte" if file is None else str(file))
     check_divisible(config, padded_vocabulary(tokenizer.vocab_size), jax.device_count())
     mesh = make_mesh(config.mesh)
     index, count = data_shards(mesh)
     corpus = load_corpus(config.data)
-    facts = {"vocab_size": tokenizer.vocab_size, "data_fingerprint": corpus.fingerprint}
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer_digest(file),
+        "data_fingerprint": corpus.fingerprint,
+    }
     _check_same_run(config, facts)
     if config.init_from is not None and checkpoints_of(config).latest_step is None:
-        check_start(config, tokenizer.vocab_size)  # a run that has begun no longer reads it
+        check_start(config, facts)  # a run that has begun no longer reads it
     model = Transformer(config.model, tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     share: dict[str, int] = {"align": config.model.nsa.select_block, "process_index": index, "process_count": count}
@@ -105,12 +121,12 @@ def _prepare(config: TrainConfig) -> Prepared:
 
 def _check_same_run(config: TrainConfig, facts: dict[str, Any]) -> None:
     """Raises ValueError where the run in the folder is another one."""
-    saved = config.run_dir / "config.json"
-    if not saved.exists():
+    if not holds_run(config.run_dir):
         return
-    path = config.run_dir / "facts.json"
-    old_facts = json.loads(path.read_text()) if path.exists() else {}
-    changed = _changes((from_json(saved.read_text()), old_facts), (config, facts), CHANGEABLE)
+    old, old_facts = read_config(config.run_dir, "run_dir"), read_facts(config.run_dir, "run_dir")
+    # A file of another name is the same tokenizer if it has the same digest.
+    allowed = (*CHANGEABLE, "data.tokenizer") if "tokenizer" in old_facts else CHANGEABLE
+    changed = _changes((absolute(old), old_facts), (absolute(config), facts), allowed)
     if changed:
         shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
         raise ValueError(f"run_dir = {config.run_dir} holds a run with other settings: {shown}. Choose another run_dir")

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 
 from train.checkpoints.checkpointer import Checkpointer
-from train.config import TrainConfig, to_json
+from train.config import TrainConfig
 from train.prepare import Prepared, prepare
+from train.run_folder import describe
 from train.step import make_init
 
 
@@ -21,8 +22,7 @@ def save_untrained(config: TrainConfig, steps: tuple[int, ...] = (1,)) -> Prepar
         for step in steps:
             checkpointer.save(step, init(jax.random.key(step)), prepared.train_batches)
     prepared.train_batches.close()
-    (config.run_dir / "config.json").write_text(to_json(dataclasses.replace(config, steps=max(steps))))
-    (config.run_dir / "facts.json").write_text(json.dumps(prepared.facts))
+    describe(dataclasses.replace(config, steps=max(steps)), prepared.facts)
     return prepared
 
 

@@ -1,5 +1,6 @@
 """Small training runs in processes of their own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def arguments(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     return ["tiny", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Processes that are started inside listen to SIGINT, also where this one ignores it, as behind `&` in a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def start(
     command: list[str], log: Path, *, cache: Path, umask: int = 0o022, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen:
@@ -86,7 +97,7 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    with open(log, "a") as output:
+    with open(log, "a") as output, interruptible():
         return subprocess.Popen(
             command,
             cwd=ROOT,

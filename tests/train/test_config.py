@@ -56,6 +56,7 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
         ),
         ({"model": ModelConfig(embedding_init=0.0)}, r"model.embedding_init = 0.0: expected a positive number"),
         ({"optimizer": OptimizerConfig(decay_fraction=1.5)}, r"optimizer.decay_fraction = 1.5: .*from 0 to 1"),
+        ({"sample_prompt": "caf\udce9"}, r"sample_prompt = 'caf.udce9': expected text that UTF-8 can hold"),
         ({"model": ModelConfig(head_dim=7)}, r"model.head_dim = 7: expected an even number"),
         ({"model": ModelConfig(num_layers=0)}, r"model.num_layers = 0: expected at least 1"),
         (

@@ -1,11 +1,14 @@
 """Whole training runs in processes of their own: killed, stopped and resumed, they train as if nothing had happened."""
 
+import collections
+import contextlib
 import functools
 import random
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +36,15 @@ def log_path(run_dir: Path) -> Path:
     return Path(f"{run_dir}.log")
 
 
-def start(workspace: Path, run_dir: Path, max_file_blocks: int | None = None) -> subprocess.Popen:
+def start(
+    workspace: Path, run_dir: Path, max_file_blocks: int | None = None, cache: str = "compiled"
+) -> subprocess.Popen:
     """A training process, whose files may be limited to a number of blocks of 512 bytes."""
     settings = {"steps": STEPS, "eval-every": 10, "checkpoint.every": EVERY, "data.batch-size": 2}
     command = train_runs.train_command(run_dir, {**settings, "data.path": workspace / "corpus"})
     if max_file_blocks is not None:
         command = ["sh", "-c", f'ulimit -f {max_file_blocks}; exec "$@"', "sh", *command]
-    return train_runs.start(command, log_path(run_dir), cache=workspace / "compiled")
+    return train_runs.start(command, log_path(run_dir), cache=workspace / cache)
 
 
 def log_of(run_dir: Path) -> str:
@@ -102,6 +107,9 @@ def test_a_run_killed_five_times_gives_the_losses_of_one_never_killed(workspace,
     finish(start(workspace, run_dir), run_dir)
     assert losses(run_dir) == uninterrupted
     assert [int(step) for step in re.findall(r"resuming after step (\d+)", log_of(run_dir))] == resumed
+    assert (
+        len(re.findall(r"process \d+ on .* left .*killed without ending by itself: taken over", log_of(run_dir))) == 5
+    )
     assert not half_written(run_dir)
 
 
@@ -122,6 +130,20 @@ def test_sigterm_saves_the_step_it_stops_after(stopped, uninterrupted):
     assert losses(stopped) == uninterrupted[:step]
     assert f"stopped by SIGTERM after step {step}" in log_of(stopped)
     assert not half_written(stopped)
+
+
+def test_ctrl_c_while_compiling_ends_a_run_at_once_with_one_line(workspace):
+    (workspace / "empty").mkdir()
+    run_dir = workspace / "compiling"
+    process = start(workspace, run_dir, cache="empty")
+    wait_until(process, run_dir, lambda: "attention = " in log_of(run_dir))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    finish(process, run_dir, code=128 + signal.SIGINT)
+    *before, last = log_of(run_dir).splitlines()
+    assert last == "stopped by SIGINT; run again to go on from the last checkpoint, if there is one"
+    assert "attention = " in before[-1]
+    assert not losses(run_dir)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace, stopped, uninterrupted):
@@ -145,3 +167,89 @@ def test_a_full_disk_stops_the_run_with_a_word_and_loses_nothing_saved(workspace
     assert "File too large" in log
     assert f"the last good checkpoint is step {step} and remains" in log
     assert latest_step(run_dir) == step
+
+
+MOMENTS = 100
+# Where a process is when a line begins so, from its first one on.
+PHASES = {
+    "importing": "",
+    "reading data": "{",
+    "compiling": "gradients repeat",
+    "training": "step ",
+    "ending": "finished",
+}
+
+
+@pytest.mark.exhaustive
+def test_a_run_stopped_and_killed_at_100_random_moments_loses_nothing_saved(workspace):
+    """Each moment is up to two seconds after the beginning of a phase, so that all of a process's life is covered."""
+    settings = {
+        "steps": 200,
+        "eval-every": 25,
+        "checkpoint.every": EVERY,
+        "data.batch-size": 2,
+        "data.path": workspace / "corpus",
+        "sample-tokens": 20,
+        "position-buckets": 4,
+    }
+
+    def begin(run_dir: Path, cache: Path) -> subprocess.Popen:
+        return train_runs.start(train_runs.train_command(run_dir, settings), log_path(run_dir), cache=cache)
+
+    finish(begin(workspace / "reference", workspace / "compiled"), workspace / "reference")
+    expected = losses(workspace / "reference")
+    draw, happened, lost = random.Random(0), collections.Counter(), []
+    number, run_dir, saved, printed = 0, workspace / "moments0", 0, 0
+    while len(lost) < MOMENTS:
+        cache = workspace / "compiled"
+        if draw.random() < 0.25:  # this one compiles
+            cache = Path(tempfile.mkdtemp(dir=workspace))
+        earlier_file = metrics_file(run_dir)
+        process = begin(run_dir, cache)
+        phase, chosen = draw.choice(list(PHASES)), draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        while process.poll() is None and f"\n{PHASES[phase]}" not in f"\n{log_of(run_dir)[printed:]}":
+            time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0.0, 2.0))
+        process.send_signal(chosen)
+        if chosen != signal.SIGKILL and draw.random() < 0.25:
+            time.sleep(draw.uniform(0.0, 0.2))
+            process.send_signal(chosen)
+        sent = time.monotonic()
+        process.wait(train_runs.DEADLINE)
+        seconds, code, log = time.monotonic() - sent, process.returncode, log_of(run_dir)[printed:]
+        printed += len(log)
+        context = f"{phase}, {chosen.name}, code {code}, {seconds:.1f} s:\n{log}"
+        assert "damaged" not in log, context
+        assert f"resuming after step {saved}," in log or "resuming" not in log, context
+        assert latest_step(run_dir) >= saved, context
+        saved = latest_step(run_dir)
+        if code == 0:
+            assert losses(run_dir) == expected, context
+            assert saved == settings["steps"], context
+            number, run_dir, saved, printed = number + 1, workspace / f"moments{number + 1}", 0, 0
+            continue
+        logged = losses(run_dir) if metrics_file(run_dir) != earlier_file else []
+        made = logged[-1][0] if logged else saved
+        assert logged == expected[: len(logged)], context
+        lost.append(made - saved)
+        if chosen == signal.SIGKILL:
+            assert code == -signal.SIGKILL, context
+            how = "killed"
+        elif "; saved, run again to go on" in log:
+            assert (code, lost[-1]) == (128 + chosen, 0), context
+            assert log.endswith(f"stopped by {chosen.name} after step {saved}; saved, run again to go on\n"), context
+            how = "saved"
+        elif code == 128 + chosen:
+            assert log.splitlines()[-1].startswith(f"stopped by {chosen.name}; run again to go on"), context
+            how = "at once"
+        else:  # while Python itself starts
+            assert (phase, code) == ("importing", -chosen), context
+            assert "{" not in log, context
+            how = "before the program"
+        assert lost[-1] <= 2 * EVERY, context  # the checkpoint that was being written, and the steps made meanwhile
+        assert how == "before the program" or "Traceback" not in log, context
+        assert how == "saved" or seconds < 30, context
+        happened[f"{phase}: {chosen.name}, {how}"] += 1
+    counts = "\n".join(f"{count:3} {what}" for what, count in sorted(happened.items()))
+    print(f"{counts}\n{number} runs finished; steps lost: at most {max(lost)}, {sum(lost)} in all")

@@ -14,6 +14,7 @@ from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, 
 from train.console import Console
 from train.loop import Interrupted, NonFiniteError, run
 from train.metrics import read_metrics
+from train.model.flops import train_flops_per_token
 from train.model.loss import LossSums
 from train.model.moe import RouterMetrics
 from train.model.transformer import logits
@@ -142,9 +143,9 @@ def test_a_finished_run_is_reported_again_and_not_trained_further(finished, caps
     assert str(result.files["curve"]) in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 10)])
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished, base, tmp_path, monkeypatch, number
+    finished, base, tmp_path, monkeypatch, number, step
 ):
     config = dataclasses.replace(base, run_dir=tmp_path / "run", sample_tokens=5)
     calls = 0
@@ -153,18 +154,18 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     def put_batch_and_stop(*arguments):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == step:
             os.kill(os.getpid(), number)
         return put_batch(*arguments)
 
     before = signal.getsignal(number)
     monkeypatch.setattr(loop, "put_batch", put_batch_and_stop)
-    with pytest.raises(Interrupted, match=rf"{number.name} after step 3; saved"):
+    with pytest.raises(Interrupted, match=rf"{number.name} after step {step}; saved"):
         train(config)
     assert signal.getsignal(number) == before
     monkeypatch.undo()
     with (config.run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 4, "loss": 0.0}) + "\n")  # a step that was logged and lost
+        file.write(json.dumps({"step": step + 1, "loss": 0.0}) + "\n")  # a step that was logged and lost
     result = train(config)
     reference_config, reference = finished
     assert losses(config) == losses(reference_config)
@@ -172,6 +173,24 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert result.sample == reference.sample
     for x, y in zip(jax.tree.leaves(result.state), jax.tree.leaves(reference.state), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_step_is_logged_with_its_learning_rate_speed_and_part_of_the_devices_peak(base, tmp_path, monkeypatch):
+    prepared = prepare(dataclasses.replace(base, run_dir=tmp_path / "run"))
+    clock = iter([100.0, 102.0, 102.5])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(loop, "device_peak_flops", lambda: 4e9)
+    sums = LossSums(*(np.float32(value) for value in (30.0, 0.0, 20.0, 10.0)))
+    reader = loop._StepReader(prepared, None, Console(10, silent=True))
+    tokens = base.data.batch_size * base.data.sequence_length
+    flops = train_flops_per_token(base.model, base.data.sequence_length, prepared.model.vocab_size)
+    half = base.optimizer.learning_rate * (0.1 + 0.9 * 0.5)  # of a cosine from step 2 to step 10, to a tenth
+    for step, rate, seconds in ((1, base.optimizer.learning_rate / 2, 2.0), (6, half, 0.5)):
+        values = reader.read(step, StepMetrics(sums, np.float32(1.5), None))
+        assert values["learning_rate"] == pytest.approx(rate, rel=1e-5)
+        assert values["tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert values["model_flop_utilisation"] == pytest.approx(tokens / seconds * flops / 4e9)
+        assert values["grad_norm"] == 1.5
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(base, tmp_path):

@@ -11,7 +11,7 @@ from helpers import train_runs
 from train.__main__ import main
 from train.commands import COMMANDS
 from train.config import from_json
-from train.presets import tiny
+from train.presets import PRESETS, tiny
 
 
 def test_help_lists_every_command_without_importing_jax():
@@ -51,13 +51,22 @@ def test_an_incomplete_command_is_answered_with_those_that_begin_so(capsys):
     assert "positions" not in out
 
 
+@pytest.mark.parametrize("word", ["huge", "genrate"])
+def test_a_word_that_is_neither_command_nor_preset_is_answered_with_all_of_both(capsys, word):
+    assert main([word, "--steps", "3"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {word}: expected a command (train, generate, ")
+    assert all(name in err for name in (*COMMANDS, *PRESETS))
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["tiny", "--stepz", "3"], "--stepz"),
         (["tiny", "--steps", "many"], "--steps"),
         (["tiny", "--attention", "none"], "--attention"),
-        (["huge"], "huge"),
+        (["train", "huge"], "huge"),
     ],
 )
 def test_unknown_settings_and_values_of_the_wrong_type_are_refused_by_name(capsys, arguments, named):

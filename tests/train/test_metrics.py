@@ -1,5 +1,6 @@
 """What a log holds."""
 
+import resource
 import sys
 import types
 
@@ -78,6 +79,35 @@ def test_services_get_every_value_with_its_step_and_are_closed(tmp_path, monkeyp
         "closed",
         "finished",
     ]
+
+
+def test_a_line_that_is_no_json_is_passed_over_and_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\x00\xff\n[2]\n{"loss": 3.0}\n{"step": 2, "loss": 1.0}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+    assert [record.args[1] for record in caplog.records] == [2, 3, 4]
+
+
+def test_lines_that_the_disk_has_no_room_for_wait_until_it_has(tmp_path, caplog):
+    log = MetricsLog(TrainConfig(run_dir=tmp_path), first_step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        for step in (1, 2, 3, 4):
+            log.write(step, {"loss": float(step)})
+        assert [entry["step"] for entry in read_metrics(log.path)] == [1, 2]
+        assert caplog.text.count("File too large; its lines wait in memory") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write(5, {"loss": 5.0})
+    assert read_metrics(log.path) == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4, 5)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        log.write(6, {"loss": 6.0})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{log.path} lacks its last 1 lines" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Runs made before: their settings, model and parameters, to generate from, evaluate or start another run with."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 
 from nsa_jax import RopeScaling
 from train.checkpoints.checkpointer import Checkpointer
-from train.config import TrainConfig, differences, from_json
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.config import TrainConfig, differences
+from train.data.tokenizer import Tokenizer
 from train.model.transformer import Transformer
+from train.run_folder import load_run_tokenizer, read_config, read_facts
 
 # Model settings that may differ from those of `init_from`. They change no parameter, and continued training adapts to
 # other positions, arithmetic and kernels.
@@ -27,18 +27,6 @@ class SavedModel(NamedTuple):
     tokenizer: Tokenizer
     model: Transformer
     params: Any
-
-
-def read_config(run: Path, setting: str = "run") -> TrainConfig:
-    """The settings of the run in a folder.
-
-    Raises:
-      ValueError: naming `setting`, where the folder holds no run.
-    """
-    saved = run / "config.json"
-    if not saved.is_file():
-        raise ValueError(f"{setting} = {run}: expected the folder of a run, which holds config.json")
-    return from_json(saved.read_text())
 
 
 def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling | None = None) -> SavedModel:
@@ -56,7 +44,7 @@ def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling 
     config = read_config(run)
     if rope_scaling is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_scaling=rope_scaling))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_run_tokenizer(run, config)
     model = Transformer(config.model, tokenizer.vocab_size)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, config.model.nsa.select_block), jnp.int32))
@@ -67,8 +55,11 @@ def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling 
     return SavedModel(config, tokenizer, model, params)
 
 
-def check_start(config: TrainConfig, vocab_size: int) -> None:
-    """Raises ValueError where a run cannot start from `init_from`: no run, no checkpoint, or a model that differs."""
+def check_start(config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Raises ValueError where a run cannot start from `init_from`: no run, no checkpoint, or a model that differs.
+
+    `facts` are those of the run that is to start.
+    """
     assert config.init_from is not None
     old = read_config(config.init_from, "init_from")
     changed = [
@@ -76,10 +67,10 @@ def check_start(config: TrainConfig, vocab_size: int) -> None:
         for change in differences(old, config)
         if change[0].startswith("model.") and not change[0].startswith(MAY_DIFFER)
     ]
-    facts = config.init_from / "facts.json"
-    old_size = json.loads(facts.read_text()).get("vocab_size", vocab_size) if facts.is_file() else vocab_size
-    if old_size != vocab_size:
-        changed.append(("the size of the vocabulary", old_size, vocab_size))
+    before = read_facts(config.init_from, "init_from")
+    for name, words in (("vocab_size", "the size of the vocabulary"), ("tokenizer", "the tokenizer (SHA-256)")):
+        if before.get(name, facts[name]) != facts[name]:
+            changed.append((words, before[name], facts[name]))
     if changed:
         shown = "; ".join(f"{name} was {before!r}, is {now!r}" for name, before, now in changed)
         raise ValueError(f"init_from = {config.init_from} holds another model: {shown}")

@@ -14,10 +14,11 @@ from jaxtyping import Int32
 
 from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
-from train.checkpoints.saved import load_model, read_config
+from train.checkpoints.saved import load_model
 from train.commands.output import check_output
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer import Tokenizer
+from train.run_folder import read_config, write
 from train.tasks import TASKS
 from train.tasks.haystack import Problem, Score, hide, make_answer_step, score
 
@@ -94,7 +95,7 @@ def evaluate(arguments: Arguments) -> None:
             "seed": arguments.seed,
             "cells": cells,
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def held_out_tokens(corpus: Corpus, tokenizer: Tokenizer, most: int) -> Int32[np.ndarray, " N"]:

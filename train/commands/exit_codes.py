@@ -2,8 +2,7 @@
 
 import sys
 
-FINISHED, FAILED, WRONG_SETTING = 0, 1, 2
-SIGNALLED = 128  # and the number of the signal
+FINISHED, FAILED, WRONG_SETTING = 0, 1, 2  # and, from `train.signals.SIGNALLED` on, that a signal came
 
 
 def complain(message: str, code: int) -> int:

@@ -21,6 +21,7 @@ from train.config import TrainConfig, check
 from train.model.flops import total_parameters
 from train.model.transformer import Transformer, logits
 from train.optimizer import make_optimizer
+from train.run_folder import write
 from train.step import make_init, make_train_step
 from train.tasks.mqar import make_rows, vocabulary
 
@@ -82,7 +83,7 @@ def mqar(arguments: Arguments, config: TrainConfig) -> None:
             "length": length,
             "curve": curve,
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def _right(model: Transformer, params: Any, batch: dict[str, Any]) -> jax.Array:

@@ -16,12 +16,13 @@ from nsa_jax import RopeScaling
 from nsa_jax.rope import ScalingKind
 from pallas_kernels.benchmarks.provenance import provenance
 from train.checkpoints.checkpointer import Checkpointer
-from train.checkpoints.saved import load_model, read_config
+from train.checkpoints.saved import load_model
 from train.commands.output import check_output
 from train.config import TrainConfig
 from train.data.corpus import describe, load_corpus
 from train.data.loader import held_out_batches
 from train.evaluate import evaluate_positions, position_sums
+from train.run_folder import read_config, write
 from train.step import loss_sums
 
 
@@ -92,7 +93,7 @@ def positions(arguments: Arguments) -> None:
             "rope_scaling": dataclasses.asdict(saved.config.model.rope_scaling),
             "buckets": [bucket._asdict() for bucket in found],
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def _scaling(arguments: Arguments, config: TrainConfig, length: int) -> RopeScaling | None:

@@ -5,11 +5,13 @@ import traceback
 import jax
 
 from train.checkpoints.errors import CheckpointError
-from train.commands.exit_codes import FAILED, FINISHED, SIGNALLED, complain
+from train.commands.exit_codes import FAILED, FINISHED, complain
 from train.config import TrainConfig, to_json
 from train.loop import Interrupted, NonFiniteError, run
 from train.parallel.distributed import start
 from train.prepare import prepare
+from train.run_folder import InUseError
+from train.signals import SIGNALLED
 
 
 def train(config: TrainConfig) -> int:
@@ -24,7 +26,7 @@ def train(config: TrainConfig) -> int:
     prepared = prepare(config)
     try:
         run(prepared)
-    except (CheckpointError, NonFiniteError, ImportError) as error:
+    except (CheckpointError, InUseError, NonFiniteError, ImportError, OSError) as error:
         return complain(f"error: {error}", FAILED)
     except Interrupted as stop:
         return complain(str(stop), SIGNALLED + stop.signal_number)

@@ -1,7 +1,6 @@
 """Trains a byte-level BPE tokenizer on a run's documents: `python -m train train-tokenizer --output FILE`."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from train.config import DataConfig
 from train.data.bpe import check_vocab_size, train_bpe
 from train.data.corpus import describe, load_corpus
 from train.data.formats import format_of
+from train.run_folder import write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,7 @@ def train_tokenizer(arguments: Arguments) -> None:
     order = sorted(range(len(corpus.train)), key=lambda index: (index * 2654435761) % 2**32)
     documents = _up_to(arguments.max_bytes, (text for index in order for text in texts(corpus.train[index])))
     definition = train_bpe(documents, arguments.vocab_size)
-    unfinished = arguments.output.with_name(arguments.output.name + ".tmp")
-    unfinished.write_text(definition, encoding="utf-8")
-    os.replace(unfinished, arguments.output)
+    write(arguments.output, definition)
     size = tokenizers.Tokenizer.from_str(definition).get_vocab_size()
     print(f"{arguments.output}: {size} tokens; train with --data.tokenizer {arguments.output}")
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import DistributedConfig
+from train.signals import SIGNALS
 
 # How long a process that failed alone waits for the others to end too. After that JAX ends them.
 SHUTDOWN_SECONDS = 60
@@ -133,10 +134,15 @@ def in_turn(jitted: Callable) -> Callable:
 
 
 class Stop:
-    """The stop signal that some process received, if one did."""
+    """The stop signal that some process received, if one did.
+
+    SIGTERM and SIGINT are recorded from the first question on, by the main thread: before a step was made there is
+    nothing to save, and they do what they did before. So do they when one has been recorded, and after `close`.
+    """
 
     def __init__(self, mesh: Mesh):
         self.number: int | None = None  # of the first signal that this process received
+        self._before: dict[int, Any] = {}  # handlers
         self._asked: jax.Array | None = None
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._largest = in_turn(jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())))
@@ -144,7 +150,7 @@ class Stop:
     def __call__(self, number: int, frame: Any) -> None:
         """Handles a signal."""
         self.number = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        self.close()
 
     def requested(self) -> int | None:
         """The signal to stop for, the same in every process. Call it once per step, after the step is dispatched.
@@ -152,6 +158,7 @@ class Stop:
         Several processes learn of a signal one step late: the answer of a step is read during the next one, so that
         the devices never wait for it.
         """
+        self._listen()
         if jax.process_count() == 1:
             return self.number
         before = self._asked
@@ -161,16 +168,15 @@ class Stop:
         )
         return None if before is None else int(before) or None
 
-
-@contextlib.contextmanager
-def stop_signals(mesh: Mesh) -> Iterator[Stop]:
-    """Records SIGTERM and SIGINT instead of ending the process. Other threads than the main one record nothing."""
-    stop = Stop(mesh)
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
+    def close(self) -> None:
+        """Records nothing more."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                self._before[number] = handler
+                signal.signal(number, self)

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.config import TrainConfig
+from train.determinism import compiler_options
 from train.model.transformer import Transformer
 from train.optimizer import make_optimizer
 from train.parallel.sharding import MESH_AXES, batch_sharding, mesh_shape, padded_length, tree_shardings
@@ -51,7 +52,9 @@ def abstract_step(config: TrainConfig, vocab_size: int, mesh: Mesh | AbstractMes
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
     update = make_train_step(model, optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return Step(jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)), state, batch)
+    options = compiler_options(config.deterministic)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    return Step(jitted, state, batch)
 
 
 def lower_for_gpus(config: TrainConfig, vocab_size: int, *, devices: int, device_kind: str) -> jax.stages.Lowered:

@@ -142,6 +142,15 @@ def test_the_last_and_the_best_checkpoints_are_kept_and_no_others(tmp_path):
         assert_same_bits(best, make_state(2).params)
 
 
+def test_of_equal_scores_the_newer_checkpoint_is_the_best_and_kept(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_best=1)) as checkpointer:
+        for step, score in ((1, 2.0), (2, 2.0), (3, 5.0)):
+            checkpointer.save(step, make_state(step), make_iterator(), {SCORE: score})
+        checkpointer.wait()
+        assert steps_in(tmp_path) == [2, 3]
+        assert checkpointer.best_step == 2
+
+
 def test_saving_a_step_twice_keeps_the_first(saved):
     with Checkpointer(saved, CheckpointConfig(keep_last=3)) as checkpointer:
         checkpointer.save(30, make_state(99), make_iterator(), None)

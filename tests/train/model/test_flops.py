@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from nsa_jax import NSAConfig
 from train.config import ModelConfig
+from train.model import flops
 from train.model.flops import peak_flops, train_flops_per_token
 from train.model.transformer import Transformer, padded_vocabulary
 
@@ -65,3 +67,11 @@ def test_peaks_are_known_by_device_kind():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("cpu") is None
+
+
+def test_the_peak_is_that_of_all_devices_of_the_run_together(monkeypatch):
+    monkeypatch.setattr(flops.jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 16)
+    monkeypatch.setattr(flops.jax, "device_count", lambda: 16)
+    assert flops.device_peak_flops() == 16 * 989e12
+    monkeypatch.setattr(flops.jax, "devices", lambda: [SimpleNamespace(device_kind="a device of tomorrow")])
+    assert flops.device_peak_flops() is None

@@ -150,7 +150,7 @@ def test_the_first_process_alone_prints_and_writes(uninterrupted):
     assert said(uninterrupted, 1) == ""
     written = [path for path in uninterrupted.rglob("*") if path.is_file()]
     assert {path.name for path in uninterrupted.iterdir() if path.is_file()} == {
-        "config.json", "facts.json", "metrics.jsonl", "metrics.meta.json", "loss.png"
+        "config.json", "facts.json", "lock", "metrics.jsonl", "metrics.meta.json", "loss.png"
     }  # fmt: skip
     by_the_second = {path for path in written if not path.stat().st_mode & 0o004}
     assert by_the_second  # of the arrays, its part

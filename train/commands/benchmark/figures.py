@@ -7,6 +7,7 @@ from typing import Any
 
 from pallas_kernels.benchmarks.provenance import provenance
 from train.config import Attention
+from train.run_folder import write
 
 VOCABULARY = 258  # of the byte tokenizer
 ATTENTIONS: tuple[Attention, ...] = ("nsa", "full")  # that are compared
@@ -16,4 +17,4 @@ def write_figures(arguments: Any, rows: list[dict[str, Any]]) -> None:
     """Writes what was measured so far to `arguments.out`, with its provenance and the arguments themselves."""
     origin = {"provenance": provenance(["python", "-m", "train", *sys.argv[1:]])}
     result = origin | dataclasses.asdict(arguments) | {"rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1, default=str))
+    write(arguments.out, json.dumps(result, indent=1, default=str))

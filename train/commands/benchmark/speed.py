@@ -5,6 +5,7 @@ device receives from others, of the whole update of a preset's model, on random 
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
 from train.config import Attention, MeshConfig, Remat, TrainConfig
+from train.determinism import describe
 from train.model.flops import peak_flops, total_parameters, train_flops_per_token
 from train.model.transformer import Transformer, padded_vocabulary
 from train.optimizer import make_optimizer
@@ -47,6 +49,7 @@ class Arguments:
     tokens_per_device: int = 65536  # of a step; rows are as many as make up this
     steps: int = 8  # timed, after two that are not
     remat: Remat | None = None  # of the model; None: the preset's
+    deterministic: tuple[bool, ...] = (True,)  # whether gradients repeat; `True False` times both, one after the other
     trace: bool = False  # two steps more, for how much of the communication is hidden behind computation
     out: Path = Path("train_speed.json")  # where the figures go
 
@@ -124,6 +127,7 @@ def _row(
         "remat": config.model.remat,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
         "devices": count,
+        "determinism": describe(config.deterministic),
         "parameters": parameters,
         "tokens_per_second": speed,
         "lowest": min(speeds),
@@ -186,21 +190,28 @@ def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes."""
     preset = named(arguments.preset)
     rows: list[dict[str, Any]] = []
-    for attention in arguments.attentions:
-        for mesh in arguments.meshes:
-            remat = arguments.remat or preset.model.remat
-            model = dataclasses.replace(preset.model, attention=attention, remat=remat)
-            config = dataclasses.replace(preset, model=model, mesh=parse_mesh(mesh))
-            rows += measure(
-                config, arguments.lengths, arguments.tokens_per_device, arguments.steps, trace=arguments.trace
-            )
-            write_figures(arguments, rows)
+    for attention, mesh, repeats in itertools.product(arguments.attentions, arguments.meshes, arguments.deterministic):
+        remat = arguments.remat or preset.model.remat
+        model = dataclasses.replace(preset.model, attention=attention, remat=remat)
+        config = dataclasses.replace(preset, model=model, mesh=parse_mesh(mesh), deterministic=repeats)
+        rows += measure(config, arguments.lengths, arguments.tokens_per_device, arguments.steps, trace=arguments.trace)
+        write_figures(arguments, rows)
     Console().print(_table(rows))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        "attention", "mesh", "length", "rows", "tokens/s/device", "spread", "MFU", "GiB", "MB received", "ms hidden"
+        "attention",
+        "mesh",
+        "length",
+        "rows",
+        "deterministic",
+        "tokens/s/device",
+        "spread",
+        "MFU",
+        "GiB",
+        "MB received",
+        "ms hidden",
     )
     for row in rows:
         count, utilisation = row["devices"], row["model_flop_utilisation"]
@@ -209,6 +220,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1 device",
             str(row["length"]),
             str(row["rows"]),
+            "no" if "not" in row["determinism"] else "yes",
             f"{row['tokens_per_second'] / count:,.0f}",
             f"{row['lowest'] / count:,.0f} to {row['highest'] / count:,.0f}",
             "" if utilisation is None else f"{100 * utilisation:.1f}%",
