@@ -115,8 +115,9 @@ def tokenizer_file(config: TrainConfig) -> Path | None:
     """The file that the config names, or else the copy in the run's folder; None for the byte tokenizer."""
     if config.data.tokenizer == "byte":
         return None
-    named, copy = Path(config.data.tokenizer).expanduser(), config.run_dir / "tokenizer.json"
-    return copy if not named.is_file() and copy.is_file() else named
+    # Not pathlib's `expanduser` and `is_file`, which raise for nobody's home and for a name too long.
+    named, copy = os.path.expanduser(config.data.tokenizer), config.run_dir / "tokenizer.json"
+    return copy if not os.path.isfile(named) and copy.is_file() else Path(named)
 
 
 def tokenizer_digest(path: Path | None) -> str:
