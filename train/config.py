@@ -108,6 +108,8 @@ class DataConfig:
     batch_size: int = 8  # rows per optimiser step over all hosts, before gradient accumulation splits them
     isolate_documents: bool = True  # a token sees its own document only; documents start on a selection block
     held_out_fraction: float = 0.05  # of the documents, never trained on
+    held_out_by: Literal["document", "file"] = "document"  # file: all documents of a file are on the same side
+    neighbours: int = 1  # documents that follow one another in their files stay together in the shuffle
     seed: int = 0  # of the shuffle and of the held-out split
     workers: int = 0  # Grain worker processes; 0: in the training process
 
@@ -207,6 +209,7 @@ AT_LEAST = {
     "model.moe.bias_speed": 0,
     "data.sequence_length": 1,
     "data.batch_size": 1,
+    "data.neighbours": 1,
     "optimizer.accumulate": 1,
     "optimizer.warmup_steps": 0,
     "checkpoint.every": 1,

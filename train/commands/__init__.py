@@ -21,6 +21,7 @@ COMMANDS = {
         "train.commands.train", "train", "trains a preset; the default", has_arguments=False, takes_preset=True
     ),
     "generate": Command("train.commands.generate", "generate", "continues a prompt with the model of a run"),
+    "corpus": Command("train.commands.corpus", "corpus", "makes a corpus of source code from packages"),
     "evaluate": Command("train.commands.evaluate", "evaluate", "sets a run tasks over long contexts"),
     "mqar": Command("train.commands.mqar", "mqar", "trains a preset's model on associative recall", takes_preset=True),
     "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),

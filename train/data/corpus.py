@@ -74,6 +74,9 @@ def load_corpus(config: DataConfig) -> Corpus:
     the same side, and the side depends neither on the document's name nor on the other documents. There is one
     exception: where one side would be empty, the document nearest to it is moved there.
 
+    With `held_out_by` "file" this holds for files instead, by a hash of all their documents. Then a copy of a document
+    in another file can be on the other side.
+
     Raises ValueError where a setting or the path is wrong, and where no or only one distinct document is found.
     """
     if not 0 < config.held_out_fraction < 1:
@@ -107,8 +110,13 @@ def load_corpus(config: DataConfig) -> Corpus:
             "at least 2 distinct documents are needed (a single long text can be cut into files or JSONL lines)"
             f"{_shown(skipped)}"
         )
-    held_out = _held_out(np.asarray(digests), config.held_out_fraction)
     which, where_in = np.asarray(source_index, dtype=np.int32), np.asarray(positions, dtype=np.int64)
+    by = np.asarray(digests)
+    if config.held_out_by == "file":
+        by = _file_digests(by, which)[which]
+        if len(np.unique(by)) < 2:
+            raise ValueError(f"data.held_out_by = 'file': expected at least 2 files with documents in {name}, found 1")
+    held_out = _held_out(by, config.held_out_fraction)
     train, rest = (Documents(sources, which[side], where_in[side]) for side in (~held_out, held_out))
     fingerprint = hashlib.blake2b(np.sort(np.asarray(digests)).tobytes(), digest_size=8).hexdigest()
     return Corpus(name, train, rest, tuple(skipped), num_bytes, fingerprint)
@@ -223,6 +231,13 @@ def _shown(skipped: Sequence[tuple[str, str]]) -> str:
     """The first of what was skipped, for messages."""
     shown = "; ".join(f"{where}: {reason}" for where, reason in skipped[:3])
     return f": {len(skipped)} skipped ({shown})" if skipped else ""
+
+
+def _file_digests(digests: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """A hash of the documents of each file (uint64), whatever their order."""
+    ordered = np.lexsort((digests, which))
+    parts = np.split(digests[ordered], np.searchsorted(which[ordered], np.arange(1, which.max() + 1)))
+    return np.array([_digest(part.tobytes(), 0) for part in parts], np.uint64)
 
 
 def _digest(text: bytes, seed: int) -> int:

@@ -5,6 +5,7 @@ a handful of integers, and an iterator that is given the state goes on with the 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import grain
 import jax
@@ -12,7 +13,7 @@ from absl import flags
 from grain import experimental as grain_experimental
 
 from train.config import DataConfig
-from train.data.corpus import Corpus
+from train.data.corpus import Corpus, Documents
 from train.data.packing import Batch, packed_batches
 from train.data.tokenizer import Tokenizer
 
@@ -29,8 +30,9 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """This host's share of every training batch, in an order that the seed fixes.
 
-    Documents come in a new order each epoch. Each host takes every `process_count`-th of them, and yields batch_size /
-    process_count rows. So after the same number of batches, any number of hosts is about equally far in that order.
+    Documents come in a new order each epoch, `neighbours` that follow one another in their files at a time. Each host
+    takes every `process_count`-th such run, and yields batch_size / process_count rows. So after the same number of
+    batches, any number of hosts is about equally far in that order.
 
     With `isolate_documents` each document starts on a multiple of `align` and never continues in another row: a
     document longer than T is cut, and each part is a segment of its own. Without it, documents follow one another
@@ -53,13 +55,15 @@ def train_batches(
     """
     _validate(config, align)
     process_index, process_count = _processes(config, process_index, process_count)
-    if len(corpus.train) < process_count:
+    num_runs = -(-len(corpus.train) // config.neighbours)
+    if num_runs < process_count:
         raise ValueError(
             f"data.path: {corpus.name} has {len(corpus.train)} training documents for {process_count} processes; "
-            "each needs at least one"
+            f"each needs at least one{f' run of {config.neighbours}' if config.neighbours > 1 else ''}"
         )
-    documents = grain.MapDataset.source(corpus.train).shuffle(config.seed).repeat(num_epochs)
-    documents = documents[process_index::process_count]
+    runs = grain.MapDataset.range(num_runs)
+    runs = runs.shuffle(config.seed).repeat(num_epochs)[process_index::process_count]
+    documents = NeighboursMapDataset(runs, corpus.train, config.neighbours)
     num_bytes = corpus.num_bytes // process_count
     batches = packed_batches(documents, num_bytes, tokenizer, config, align, config.batch_size // process_count)
     if config.workers:
@@ -91,11 +95,30 @@ def held_out_batches(
     """
     _validate(config, align)
     process_index, process_count = _processes(config, process_index, process_count)
-    documents = grain.MapDataset.source(corpus.held_out).shuffle(config.seed)
+    runs = grain.MapDataset.range(-(-len(corpus.held_out) // config.neighbours)).shuffle(config.seed)
+    documents = NeighboursMapDataset(runs, corpus.held_out, config.neighbours)
     batches = packed_batches(documents, corpus.num_bytes, tokenizer, config, align, config.batch_size)
     rows = config.batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)
     return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
+
+
+class NeighboursMapDataset(grain.MapDataset):
+    """The documents of runs: run i holds the `neighbours` documents from i * neighbours on, in their order."""
+
+    def __init__(self, runs: grain.MapDataset[int], documents: Documents, neighbours: int):
+        super().__init__(runs)
+        self._documents, self._neighbours = documents, neighbours
+
+    def __len__(self) -> int:
+        return len(self._parent) * self._neighbours
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        run, place = divmod(index, self._neighbours)
+        document = self._parent[run] * self._neighbours + place
+        return self._documents[document] if document < len(self._documents) else None  # which Grain leaves out
 
 
 def _validate(config: DataConfig, align: int) -> None:

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import shutil
 
+import grain
 import numpy as np
 import pytest
-from helpers.corpora import ALIGN, BYTE, T, assert_same, config, corpus_of, random_texts, write_texts
+from helpers.corpora import ALIGN, BYTE, T, assert_same, config, corpus_of, random_texts, rows, write_texts
 
 from train.data import packing
 from train.data.corpus import load_corpus
-from train.data.loader import held_out_batches, train_batches
+from train.data.loader import NeighboursMapDataset, held_out_batches, train_batches
 
 
 @pytest.fixture
@@ -178,3 +179,25 @@ def test_a_document_that_vanishes_while_training_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"\d+\.txt"):
         next(iterator)
     iterator.close()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_document_of_every_run_comes_once(processes):
+    texts = [bytes([i]) * (T - 1) for i in range(20)]  # one row each
+    settings = config(isolate_documents=False, neighbours=3, batch_size=processes)
+    seen = []
+    for index in range(processes):
+        shard = {"process_index": index, "process_count": processes}
+        iterator = train_batches(corpus_of(texts), BYTE, settings, align=ALIGN, num_epochs=1, **shard)
+        seen += [int(row["targets"][0]) for row in rows(list(iterator)) if row["weights"].any()]
+        iterator.close()
+    assert sorted(seen) == list(range(20))
+
+
+def test_runs_of_documents_are_read_in_their_order():
+    texts = [bytes([i]) for i in range(8)]
+    corpus = corpus_of(texts)
+    documents = NeighboursMapDataset(grain.MapDataset.source([2, 0, 1]), corpus.train, 3)
+    assert list(documents.to_iter_dataset()) == [texts[i] for i in (6, 7, 0, 1, 2, 3, 4, 5)]
+    with pytest.raises(ValueError, match=r"8 training documents for 4 processes; each needs at least one run of 3"):
+        train_batches(corpus, BYTE, config(neighbours=3), align=ALIGN, process_index=0, process_count=4)
