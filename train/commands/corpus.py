@@ -64,7 +64,7 @@ def corpus(arguments: Arguments) -> None:
     unfinished.mkdir(parents=True)
     seen: set[bytes] = set()
     left_out = dict.fromkeys(("copies", "not UTF-8", "too long", "empty"), 0)
-    packages = {}
+    packages: dict[str, dict[str, int]] = {}
     for name, members in itertools.chain.from_iterable(_packages(source) for source in sources):
         kept: list[tuple[str, str]] = []
         for path, content in members:
