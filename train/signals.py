@@ -8,6 +8,7 @@ signals go to another thread here, and nothing is raised.
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import select
 import signal
@@ -39,6 +40,23 @@ def end_on_signals(advice: str = "") -> None:
     atexit.register(_ignore)  # the first one registered is the last one called
     # The thread holds both ends, which are closed when nothing refers to them any more.
     threading.Thread(target=_watch, args=(receiver, sender, advice), name="signals", daemon=True).start()
+
+
+def follow_parent(index: int, count: int) -> None:
+    """Called in a worker process, the one of an index among some: it ignores signals, and ends when its parent does.
+
+    A terminal and some schedulers send a signal to every process. A worker that it ended would be missed before the
+    parent has saved.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(0)
 
 
 def _left_to_the_thread(number: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import os
 import random
 import re
 import shutil
@@ -167,6 +168,35 @@ def test_a_full_disk_stops_the_run_with_a_word_and_loses_nothing_saved(workspace
     assert "File too large" in log
     assert f"the last good checkpoint is step {step} and remains" in log
     assert latest_step(run_dir) == step
+
+
+@pytest.mark.exhaustive
+def test_data_workers_outlive_ctrl_c_until_their_run_has_saved_and_no_run(workspace):
+    settings = {"steps": 100_000, "data.batch-size": 2, "data.path": workspace / "corpus", "data.workers": 1}
+    run_dir, earlier_file = workspace / "workers", None
+    for number, reached in ((signal.SIGINT, 2), (signal.SIGKILL, 0)):
+        command = train_runs.train_command(run_dir, settings)
+        process = train_runs.start(command, log_path(run_dir), cache=workspace / "compiled")
+        wait_until(process, run_dir, functools.partial(has_reached, run_dir, reached, earlier_file))
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        process.wait(train_runs.DEADLINE)
+        log, earlier_file = log_of(run_dir), metrics_file(run_dir)
+        assert process.returncode == (128 + number if number == signal.SIGINT else -number), log
+        assert "Traceback" not in log
+        give_up = time.monotonic() + 20
+        while others := group(process.pid):
+            assert time.monotonic() < give_up, others
+            time.sleep(0.1)
+    assert "stopped by SIGINT after step" in log
+
+
+def group(number: int) -> list[str]:
+    """What runs in a process group."""
+    listed = subprocess.run(["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines()[1:] if line.split()[0] == str(number) and line.split()[1][0] != "Z"]
 
 
 MOMENTS = 100

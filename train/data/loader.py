@@ -16,6 +16,7 @@ from train.config import DataConfig
 from train.data.corpus import Corpus, Documents
 from train.data.packing import Batch, packed_batches
 from train.data.tokenizer import Tokenizer
+from train.signals import follow_parent
 
 
 def train_batches(
@@ -71,7 +72,7 @@ def train_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(options)
+        batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
     else:
         # One thread prepares the next batches while the device works on this one.
         batches = grain_experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
