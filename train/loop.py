@@ -333,8 +333,19 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
         )
     with together(RuntimeError):
         if jax.process_index() == 0:
-            plot_curves({config.model.attention_name: config.run_dir}, files["curve"])
-            if "sample" in files:
-                run_folder.write(files["sample"], sample)
+            _leave(
+                files, "curve", lambda path: plot_curves({config.model.attention_name: config.run_dir}, path), console
+            )
+            _leave(files, "sample", lambda path: run_folder.write(path, sample), console)
     console.finished(held_out, sample, files)
     return Result(state, held_out, sample, files)
+
+
+def _leave(files: dict[str, Path], name: str, write: Callable[[Path], None], console: Console) -> None:
+    """Writes one of the files, if it is among them; one that cannot be written is no reason for a run to fail."""
+    if name not in files:
+        return
+    try:
+        write(files[name])
+    except OSError as error:
+        console.print(f"could not write {files.pop(name)}: {error.strerror}")

@@ -31,13 +31,22 @@ class InUseError(RuntimeError):
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, as UTF-8; what that lacks is replaced."""
+    """Writes a file whole or not at all, as UTF-8; what that lacks is replaced.
+
+    Raises:
+      OSError: naming the file, where it cannot be written.
+    """
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_place(run_dir: Path) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -129,6 +130,21 @@ def test_what_is_logged_of_a_step_follows_from_its_sums(finished):
     routed = RouterMetrics(*range(1, 1 + len(RouterMetrics._fields)))
     logged = reader.read(5, StepMetrics(sums, grad_norm=2.5, router=routed))
     assert {name: logged[name] for name in RouterMetrics._fields} == routed._asdict()
+
+
+def test_a_picture_and_a_sample_that_cannot_be_written_fail_no_finished_run(finished, tmp_path, capsys):
+    config, result = finished
+    copy = shutil.copytree(config.run_dir, tmp_path / "run")
+    for name in ("loss.png", "sample.txt"):
+        (copy / name).unlink()
+        (copy / name).mkdir()
+    again = train(dataclasses.replace(config, run_dir=copy))
+    assert again.sample == result.sample
+    assert not {"curve", "sample"} & set(again.files)
+    output = capsys.readouterr().out
+    assert f"could not write {copy / 'loss.png'}: Is a directory" in output
+    assert f"could not write {copy / 'sample.txt'}: Is a directory" in output
+    assert not list(copy.glob("*.tmp"))
 
 
 def test_a_finished_run_is_reported_again_and_not_trained_further(finished, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from train.__main__ import main
 from train.commands.train import train
 from train.config import DataConfig, OptimizerConfig, TrainConfig, to_json
 from train.prepare import prepare
-from train.run_folder import InUseError, describe, load_run_tokenizer, locked, read_config, read_facts
+from train.run_folder import InUseError, describe, load_run_tokenizer, locked, read_config, read_facts, write
 
 
 def test_a_second_process_is_told_which_is_there_and_since_when(tmp_path):
@@ -70,6 +71,19 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path, run_dir):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"run_dir = .*: expected a folder, or none yet, but .*file is a file"):
         prepare(TrainConfig(run_dir=tmp_path / run_dir))
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named_and_what_was_there_remains(tmp_path):
+    write(tmp_path / "facts.json", "before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*facts.json'"):
+            write(tmp_path / "facts.json", "much too long for it")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "facts.json").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
 
 
 def save_tokenizer(path, first, second):
