@@ -16,8 +16,8 @@ from typing import Any
 from train.checkpoints.errors import CheckpointError
 from train.commands import COMMANDS
 from train.commands.exit_codes import FAILED, FINISHED, WRONG_SETTING, complain
-from train.output import make_output_safe
 from train.signals import end_on_signals
+from train.streams import make_streams_safe
 
 PROGRAM = "python -m train"
 
@@ -101,7 +101,7 @@ def _call(name: str, arguments: list[str]) -> tuple[Callable[..., int | None], l
 
 
 if __name__ == "__main__":
-    make_output_safe()
+    make_streams_safe()
     training = split(sys.argv[1:])[0] == "train"
     end_on_signals("; run again to go on from the last checkpoint, if there is one" if training else "")
     sys.exit(main(sys.argv[1:]))

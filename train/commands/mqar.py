@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels.benchmarks.provenance import provenance
 from train.commands.output import check_output
 from train.config import TrainConfig, check
+from train.determinism import compiler_options
 from train.model.flops import total_parameters
 from train.model.transformer import Transformer, logits
 from train.optimizer import make_optimizer
@@ -53,6 +54,7 @@ def mqar(arguments: Arguments, config: TrainConfig) -> None:
     update = jax.jit(
         make_train_step(model, optimizer, accumulate=config.optimizer.accumulate, z_loss=config.optimizer.z_loss),
         donate_argnums=0,
+        compiler_options=compiler_options(config.deterministic),
     )
     accuracy = jax.jit(lambda params, batch: _right(model, params, batch))
     init = make_init(model, optimizer)

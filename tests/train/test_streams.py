@@ -9,8 +9,8 @@ from helpers.train_runs import ROOT
 
 PROGRAM = """
 import os, sys
-from train.output import make_output_safe
-make_output_safe()
+from train.streams import make_streams_safe
+make_streams_safe()
 print("π in the log", flush=True)
 print("π in a complaint", file=sys.stderr)
 print("again")

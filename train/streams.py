@@ -22,7 +22,7 @@ class _Undaunted(io.FileIO):
         return size if written is None else written
 
 
-def make_output_safe() -> None:
+def make_streams_safe() -> None:
     """Replaces `sys.stdout` and `sys.stderr`. Lines are written as soon as they are whole."""
     # Where standard streams are closed, the next files opened would get their numbers, and the compiler's messages.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
