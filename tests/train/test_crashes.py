@@ -274,8 +274,9 @@ def test_a_run_stopped_and_killed_at_100_random_moments_loses_nothing_saved(work
             assert log.splitlines()[-1].startswith(f"stopped by {chosen.name}; run again to go on"), context
             how = "at once"
         else:  # while Python itself starts
-            assert (phase, code) == ("importing", -chosen), context
-            assert "{" not in log, context
+            assert phase == "importing", context
+            assert code in (-chosen, 1), context
+            assert '"model"' not in log, context
             how = "before the program"
         assert lost[-1] <= 2 * EVERY, context  # the checkpoint that was being written, and the steps made meanwhile
         assert how == "before the program" or "Traceback" not in log, context
