@@ -206,7 +206,7 @@ PHASES = {
     "reading data": "{",
     "compiling": "gradients repeat",
     "training": "step ",
-    "ending": "finished",
+    "saving and sampling": "step 200/200  held out",
 }
 
 
