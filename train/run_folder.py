@@ -52,8 +52,8 @@ def write(path: Path, text: str) -> None:
 def check_place(run_dir: Path) -> None:
     """Raises ValueError where no folder can be, because a file is there or on the way."""
     for place in (run_dir, *run_dir.absolute().parents):
-        if place.exists():
-            if not place.is_dir():
+        if os.path.exists(place):  # which raises for no name, as Path.exists does
+            if not os.path.isdir(place):
                 raise ValueError(f"run_dir = {run_dir}: expected a folder, or none yet, but {place} is a file")
             return
 
