@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -159,23 +160,24 @@ def test_a_finished_run_is_reported_again_and_not_trained_further(finished, caps
     assert str(result.files["curve"]) in output
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 10)])
+@pytest.mark.parametrize(
+    ("number", "during", "call", "step"),
+    [(signal.SIGTERM, "put_batch", 3, 3), (signal.SIGINT, "evaluate", 2, 10)],  # the second one at the very end
+)
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished, base, tmp_path, monkeypatch, number, step
+    finished, base, tmp_path, monkeypatch, number, during, call, step
 ):
     config = dataclasses.replace(base, run_dir=tmp_path / "run", sample_tokens=5)
-    calls = 0
-    put_batch = loop.put_batch
+    calls = itertools.count(1)
+    function = getattr(loop, during)
 
-    def put_batch_and_stop(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == step:
+    def function_and_stop(*arguments):
+        if next(calls) == call:
             os.kill(os.getpid(), number)
-        return put_batch(*arguments)
+        return function(*arguments)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(loop, "put_batch", put_batch_and_stop)
+    monkeypatch.setattr(loop, during, function_and_stop)
     with pytest.raises(Interrupted, match=rf"{number.name} after step {step}; saved"):
         train(config)
     assert signal.getsignal(number) == before
