@@ -100,6 +100,7 @@ def test_every_setting_of_the_model_changes_its_program():
         "mlp_dim": 16,
         "moe": MoEConfig(num_routed=2),
         "attention": "window",
+        "pattern": ("window",),
         "nsa": dataclasses.replace(SMALL.nsa, window=5),
         "compression": "mean",
         "share_kv": True,
