@@ -6,6 +6,7 @@ run with the same seed goes on where the last one stopped.
 
 import argparse
 import ast
+import functools
 import os
 import random
 import re
@@ -119,17 +120,26 @@ def _key(item: WorkItem) -> tuple[Path, Position, str, int]:
 
 def is_text(path: Path, begin: Position, end: Position) -> bool:
     """Whether a place of a module lies in what is only read by people or type checkers."""
-    return any(first <= begin and end <= last for first, last in _texts(path))
+    line = path.read_text().splitlines()[begin[0] - 1]
+    alone = line[begin[1] :].startswith("*,")  # among parameters, no operator
+    return alone or any(first <= begin and end <= last for first, last in _texts(path))
 
 
-def _texts(path: Path) -> Iterator[tuple[Position, Position]]:
-    """Errors and other formatted strings, annotations, `__repr__`, and decorators that only save time."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def _texts(path: Path) -> list[tuple[Position, Position]]:
+    return list(_find_texts(ast.parse(path.read_text())))
+
+
+def _find_texts(module: ast.Module) -> Iterator[tuple[Position, Position]]:
+    """Errors and other formatted strings, annotations, protocols, `__repr__`, and decorators that only save time."""
+    for node in ast.walk(module):
         texts: list[ast.AST | None] = []
         if isinstance(node, ast.Raise | ast.JoinedStr):
             texts = [node]
         elif isinstance(node, ast.arg | ast.AnnAssign):
             texts = [node.annotation]
+        elif isinstance(node, ast.ClassDef):
+            texts = [node] if any(ast.unparse(base).startswith("Protocol") for base in node.bases) else []
         elif isinstance(node, ast.FunctionDef):
             caches = [x for x in node.decorator_list if "cache" in ast.unparse(x) or "jit" in ast.unparse(x)]
             texts = [node] if node.name in ("__repr__", "__str__") else [node.returns, *caches]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
+from nsa_jax.rope import RopeScaling
 from nsa_jax.testing import normwise_error
 from train.config import ModelConfig, MoEConfig
 from train.model.attention.kind import make_attention
@@ -85,6 +86,46 @@ def test_logits_equal_those_of_numpy_around_attention_and_experts(changes):
             x = x + swiglu(normalised, layer["mlp"])
     output = exact["embedding"].T if config.tie_embeddings else exact["output_kernel"]
     assert normwise_error(actual, normalise(x, exact["final_norm"]["scale"]) @ output) < 1e-5
+
+
+def test_every_setting_of_the_model_changes_its_program():
+    base = dataclasses.replace(SMALL, num_layers=1)
+    changes = {
+        "num_layers": 2,
+        "embed_dim": 8,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 4,
+        "v_head_dim": 4,
+        "mlp_dim": 16,
+        "moe": MoEConfig(num_routed=2),
+        "attention": "window",
+        "pattern": ("window",),
+        "nsa": dataclasses.replace(SMALL.nsa, window=5),
+        "compression": "mean",
+        "share_kv": True,
+        "tie_keys": True,
+        "qk_norm": True,
+        "rope_theta": 100.0,
+        "rope_scaling": RopeScaling("linear", 2.0, 8),
+        "norm_eps": 1e-3,
+        "tie_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    others = {"implementation", "remat", "embedding_init", "output_init"}  # of speed, and of initial parameters
+    assert set(changes) | others == {field.name for field in dataclasses.fields(ModelConfig)}
+
+    def program(**change):
+        config = dataclasses.replace(base, **change)
+        model = Transformer(config, VOCABULARY)
+
+        params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), ids))["params"]
+        forward = jax.jit(lambda params, ids: logits(params, model.apply({"params": params}, ids), config))
+        return forward.lower(params, ids).as_text()
+
+    ids = tokens(1, 8)
+    expected = program()
+    assert [name for name, value in changes.items() if program(**{name: value}) == expected] == []
 
 
 def relative_error(actual, expected):

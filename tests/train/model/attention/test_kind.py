@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
-from train.config import Attention, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import Attention, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, Remat, TrainConfig
 from train.model.attention import KINDS, attention_kind
-from train.model.attention.kind import AttentionKind, make_attention
+from train.model.attention.kind import AttentionKind, Split, make_attention
 from train.model.flops import train_flops_per_token
 from train.model.transformer import Transformer
 from train.optimizer import make_optimizer
@@ -108,6 +108,17 @@ def test_bytes_on_a_mesh_are_predicted_for_a_new_kind():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     found = received_bytes(collectives(compile_here(CONFIG, VOCABULARY, mesh).as_text()))
     assert sum(found.values()) == pytest.approx(sum(predicted_bytes(CONFIG, VOCABULARY, mesh.shape).values()), rel=0.05)
+
+
+def test_nsa_fetches_other_devices_keys_again_unless_what_attention_computed_is_kept():
+    split = Split(length=128, context=4, tensor=2, itemsize=2)
+    sizes = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "v_head_dim": 16}
+    again = {
+        remat: attention_kind("nsa").received_again_over_context(ModelConfig(remat=remat, **sizes), split)
+        for remat in typing.get_args(Remat)
+    }
+    # 96 tokens of others, keys and values of 2 heads, in 2 bytes each
+    assert again == {"none": 18432, "dots": 18432, "attention": 0, "full": 18432}
 
 
 def test_a_new_kind_refuses_what_it_cannot_do():
