@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, num_blocks
 
 Pair = tuple[Array, Array]  # of keys and values
@@ -95,10 +96,14 @@ def init_nsa_cache(
         `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
 
     Raises:
-      ValueError: a size is not positive, or the tables do not fit.
+      ValueError: a size is not an integer of at least 1, or the tables do not fit.
     """
-    sizes = {"batch_size": batch_size, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    _check_positive(**sizes, step_tokens=step_tokens)
+    batch_size, max_length, step_tokens = (
+        arguments.size(name, value)
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("step_tokens", step_tokens))
+    )
+    num_pages = arguments.optional_size("num_pages", num_pages)
+    num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
     N = num_blocks(max_length, config)
     if block_tables is None:
         if num_pages is not None and num_pages < batch_size * N:
@@ -108,17 +113,14 @@ def init_nsa_cache(
             )
         block_tables = jnp.arange(batch_size * N, dtype=jnp.int32).reshape(batch_size, N)
     P = batch_size * N if num_pages is None else num_pages
-    if block_tables.shape != (batch_size, N) or block_tables.dtype != jnp.int32:
-        raise ValueError(
-            f"block_tables: {block_tables.dtype} {block_tables.shape}: expected int32 of shape (batch_size, "
-            f"ceil(max_length / s)) = {(batch_size, N)}"
-        )
+    block_tables = arguments.integers(
+        "block_tables", block_tables, (batch_size, N), "(batch_size, ceil(max_length / s))"
+    )
     if not isinstance(block_tables, jax.core.Tracer) and not (-1 <= np.min(block_tables) <= np.max(block_tables) < P):
         raise ValueError(
             f"block_tables holds {np.min(block_tables)} to {np.max(block_tables)}: expected -1 (no page) to "
             f"num_pages - 1 = {P - 1}"
         )
-    Dk, Dv = head_dim, head_dim if v_head_dim is None else v_head_dim
 
     def zeros(*shape: int) -> list[Array]:
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
@@ -148,9 +150,9 @@ def init_dense_cache(
       >>> init_dense_cache(batch_size=2, max_length=1000, num_kv_heads=4, head_dim=128).k.shape
       (2, 1000, 4, 128)
     """
-    _check_positive(batch_size=batch_size, max_length=max_length, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    Dv = head_dim if v_head_dim is None else v_head_dim
-    k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (head_dim, Dv))
+    batch_size, max_length = arguments.size("batch_size", batch_size), arguments.size("max_length", max_length)
+    num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
+    k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (Dk, Dv))
     return DenseCache(k, v, jnp.zeros((batch_size,), jnp.int32))
 
 
@@ -297,8 +299,23 @@ def write_dense_tokens(
     return DenseCache(k, v, cache.lengths + num_tokens)
 
 
-def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int) -> Int[Array, " B"]:
-    """`num_tokens` as an array, after checking that the T new tokens of `x` fit the cache of a layer.
+def with_int32(cache: Any) -> Any:
+    """The cache with lengths and block tables, which the caller may have put there, as int32 arrays."""
+    if not isinstance(cache, NSACache | DenseCache):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache or an nsa_jax.DenseCache")
+    lengths = arguments.array("cache.lengths", cache.lengths)
+    cache = cache._replace(lengths=arguments.integers("cache.lengths", lengths, lengths.shape[:1], "(B,)"))
+    if isinstance(cache, DenseCache):
+        return cache
+    tables = arguments.array("cache.block_tables", cache.block_tables)
+    shape = (*cache.lengths.shape, *tables.shape[1:2])
+    return cache._replace(block_tables=arguments.integers("cache.block_tables", tables, shape, "(B, N)"))
+
+
+def checked_cache(
+    cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int
+) -> tuple[Any, Int[Array, " B"]]:
+    """The cache and `num_tokens` with int32 arrays, after checking that the T new tokens of `x` fit it and the layer.
 
     Raises:
       ValueError: the cache has another type, batch, dtype or head shape; `num_tokens` does not fit; or, if the lengths
@@ -306,6 +323,7 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
     """
     if not isinstance(cache, kind):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.{kind.__name__}")
+    cache = with_int32(cache)
     B, T = x.shape[:2]
     k, v = (cache.win_k, cache.win_v) if isinstance(cache, NSACache) else (cache.k, cache.v)
     if cache.lengths.shape != (B,):
@@ -325,7 +343,7 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
                 f"cache: row {row} holds {int(cache.lengths[row])} tokens and gets {int(counts[row])} more: expected "
                 f"at most {max_length(cache)}, the length it was made for"
             )
-    return counts
+    return cache, counts
 
 
 def _write_ring(
@@ -342,15 +360,11 @@ def _write_ring(
 
 
 def _counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
-    if jnp.ndim(value) == 0:
-        value = jnp.full((B,), value)
-    value = jnp.asarray(value)
-    if value.shape != (B,) or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name}: {value.dtype} {value.shape}: expected int32 of shape {(B,)}")
-    return value.astype(jnp.int32)
+    counts = arguments.array(name, value)
+    return arguments.integers(name, jnp.broadcast_to(counts, (B,)) if counts.ndim == 0 else counts, (B,))
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r}: expected a positive integer")
+def _head_sizes(num_kv_heads: int, head_dim: int, v_head_dim: int | None) -> tuple[int, int, int]:
+    """K, Dk and Dv."""
+    Dk, Dv = arguments.size("head_dim", head_dim), arguments.optional_size("v_head_dim", v_head_dim)
+    return arguments.size("num_kv_heads", num_kv_heads), Dk, Dk if Dv is None else Dv

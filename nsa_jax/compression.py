@@ -7,14 +7,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.precision import wide_dtype
 
 Compression = Literal["mlp", "linear", "mean"]
 COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean")
 
 
+@on_auto_axes(lambda arguments: PartitionSpec(*split_of(arguments["x"], 0), None, *split_of(arguments["x"], 2)))
 def compress(
     x: Float[Array, "B T K D"],
     parameters: Mapping[str, Array],
@@ -54,7 +58,7 @@ def compress(
     position = parameters["position"].astype(x.dtype)
 
     if method == "mean":
-        sums = chunks.sum(axis=2, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        sums = chunks.sum(axis=2, dtype=wide_dtype(x.dtype))
         total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
         return add_bias((total / config.compress_block).astype(x.dtype), position.mean(axis=0))
 
@@ -71,6 +75,6 @@ def compress(
 
 def add_bias(x: Float[Array, "*N F"], bias: Float[Array, "*F"]) -> Float[Array, "*N F"]:
     """x + bias in the dtype of x. The gradient of the bias, a sum over all of N, is taken in float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     bias = bias.astype(x.dtype).astype(wide)
     return (x.astype(wide) + bias.reshape(*(1,) * (x.ndim - bias.ndim), *bias.shape)).astype(x.dtype)

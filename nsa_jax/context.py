@@ -41,6 +41,7 @@ from nsa_jax.attention import BranchKV, Implementation
 from nsa_jax.backends import choice, whole
 from nsa_jax.compression import Compression
 from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.precision import wide_dtype
 from nsa_jax.remat import save_attention
 from pallas_kernels.differentiable import Positions
 
@@ -126,7 +127,7 @@ def nsa_attention(
     devices, S = jax.lax.axis_size(axes), q.shape[1]
     Nc = num_compressed(S * devices, config)
     kv = kv._replace(cmp_k=_whole(kv.cmp_k, axes)[:, :Nc], cmp_v=_whole(kv.cmp_v, axes)[:, :Nc])
-    attention.check_branches(q, kv, gates, config, parts=devices)
+    attention.checked_branches(q, kv, gates, config, parts=devices)
     places = _places(segment_ids, S, axes)
     w = _window_reach(config, S * devices, devices)
     near = [_with_tokens_before(x, w, axes) for x in (kv.win_k, kv.win_v)]
@@ -158,7 +159,7 @@ def window_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S H Dv"]:
     """`nsa_jax.window_attention` of a device's S = T / C tokens, with the w tokens before each of its chunks."""
-    attention.check_attention(q, k, v, config)
+    attention.checked_attention(q, k, v, config)
     S, devices, scale = q.shape[1], jax.lax.axis_size(axes), attention.score_scale(q, scale)
     w = _window_reach(config, S * devices, devices)
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
@@ -188,13 +189,13 @@ def causal_attention(
     """
     if window is not None:
         return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
-    attention.check_attention(q, k, v, NSAConfig())
+    attention.checked_attention(q, k, v, NSAConfig())
     (B, S, H, Dk), K, devices = q.shape, k.shape[2], jax.lax.axis_size(axes)
     repeats, group = head_exchange(H, K, devices)
     q = q.reshape(B, S, K, H // K, Dk)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, repeats * group - H // K), (0, 0)))
     q = _heads_to_tokens(q.reshape(B, S, K * repeats * group, Dk), axes)
-    wide = jnp.promote_types(q.dtype, jnp.float32)  # the gradients of the copies are summed in this dtype
+    wide = wide_dtype(q.dtype)  # the gradients of the copies are summed in this dtype
     copies = (jnp.repeat(x.astype(wide), repeats, axis=2).astype(x.dtype) for x in (k, v))
     k, v = (_heads_to_tokens(x, axes) for x in copies)
     whole = None if segment_ids is None else _whole(segment_ids, axes)

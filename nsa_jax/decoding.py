@@ -30,7 +30,7 @@ from nsa_jax.attention import (
 from nsa_jax.cache import (
     DenseCache,
     NSACache,
-    check_cache,
+    checked_cache,
     init_dense_cache,
     init_nsa_cache,
     next_compressed,
@@ -42,6 +42,7 @@ from nsa_jax.cache import (
 )
 from nsa_jax.config import num_blocks
 from nsa_jax.dense import causal_attention, dense_attention
+from nsa_jax.explicit import split_like
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
@@ -49,6 +50,7 @@ from nsa_jax.layer import (
     gates,
     join_heads,
     layer_inputs,
+    layer_on_mesh,
     project_branches,
     project_dense,
 )
@@ -75,6 +77,12 @@ def full_layer_cache(config: HeadConfig, *, dtype: DTypeLike | None = None, **si
     return init_dense_cache(**_heads(config, dtype), **sizes)
 
 
+def _split(arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The output is split as x is, and the new cache as the old one, so that steps can be the body of a loop."""
+    return split_like((arguments["x"], arguments["cache"]))
+
+
+@layer_on_mesh(_split)
 def nsa_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -103,15 +111,16 @@ def nsa_layer_prefill(
     """
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, NSACache, x, num_tokens, config)
+    before, counts = _checked(before, NSACache, x, num_tokens, config)
     q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
     if continuing:
         o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
     else:
         o = nsa_attention(q, new, gates(x, weights), config=config.config, implementation=config.implementation)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def nsa_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
@@ -126,7 +135,7 @@ def nsa_layer_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
     """
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, NSACache, x, num_tokens, config)
+    cache, counts = _checked(cache, NSACache, x, num_tokens, config)
     if x.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
             f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
@@ -137,9 +146,10 @@ def nsa_layer_decode_step(
     o, _ = decode_attention(
         q, cache, gates(x, weights), offsets, config=config.config, implementation=config.implementation
     )
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def full_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -153,13 +163,14 @@ def full_layer_prefill(
     """`nsa_layer_prefill` for `full_layer`."""
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, DenseCache, x, num_tokens, config)
+    before, counts = _checked(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def full_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
@@ -171,15 +182,14 @@ def full_layer_decode_step(
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, DenseCache, x, num_tokens, config)
-    before = cache
+    before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
         o = dense_attention(q, cache.k, cache.v, lengths=jnp.maximum(cache.lengths, 1))
     else:
         o = _attend_to_dense(q, before, cache, window)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
 def _take_in(
@@ -290,11 +300,13 @@ def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
     return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
 
-def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+def _checked(
+    cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig
+) -> tuple[Any, Int[Array, " B"]]:
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
-    counts = check_cache(cache, kind, x, num_tokens, **sizes)
+    cache, counts = checked_cache(cache, kind, x, num_tokens, **sizes)
     if isinstance(config, NSALayerConfig):
         s, d = config.config.select_block, config.config.compress_stride
         if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
@@ -307,4 +319,4 @@ def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: Head
                 f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
                 f"{config.config.window}"
             )
-    return counts
+    return cache, counts

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from nsa_jax import arguments
+from nsa_jax.precision import wide_dtype
+
 ScalingKind = Literal["none", "linear", "ntk", "yarn"]
 
 
@@ -42,16 +45,17 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScalingKind):
             raise ValueError(f"RopeScaling.kind = {self.kind!r}: expected one of {', '.join(get_args(ScalingKind))}")
-        if not 1 <= self.factor < math.inf:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            object.__setattr__(self, name, arguments.real(f"RopeScaling.{name}", getattr(self, name)))
+        length = arguments.optional_size("RopeScaling.original_length", self.original_length)
+        object.__setattr__(self, "original_length", length)
+        if self.factor < 1:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected a number of at least 1")
         if self.kind == "none" and self.factor != 1:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected 1 with kind = none")
         if self.original_length is None and self.kind == "yarn":
             raise ValueError("RopeScaling.original_length = None: expected the tokens trained on, with kind = yarn")
-        length = self.original_length
-        if length is not None and (not isinstance(length, int) or length < 1):
-            raise ValueError(f"RopeScaling.original_length = {length!r}: expected a positive integer")
-        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+        if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 f"RopeScaling.beta_slow = {self.beta_slow}: expected above 0 and below beta_fast = {self.beta_fast}"
             )
@@ -97,7 +101,7 @@ def apply_rope(
     Raises:
       ValueError: D does not fit; see `rope_frequencies`.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x.dtype)
     frequencies = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), dtype)
     angle = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = scaling.magnitude * jnp.cos(angle), scaling.magnitude * jnp.sin(angle)
