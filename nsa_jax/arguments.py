@@ -52,6 +52,17 @@ def real(name: str, value: Any) -> float:
     return number
 
 
+def float_dtype(name: str, value: Any) -> jnp.dtype:
+    """A floating dtype from anything that names one."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = jnp.dtype(bool)
+    if value is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} = {shown(value)}: expected a floating dtype")
+    return dtype
+
+
 def array(name: str, value: Any) -> Array:
     """A JAX array from anything that `jnp.asarray` takes."""
     if isinstance(value, jax.Array):

@@ -215,7 +215,7 @@ def select_blocks(
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
     """
-    q, k, _ = checked_attention(q, k, None, config)
+    q, k, _ = checked_attention(q, k, None, config, values=False)
     lse = arguments.array("lse", lse)
     expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide_dtype(q.dtype)
     if lse.shape != expected or lse.dtype != dtype:
@@ -400,15 +400,15 @@ def checked_segment_ids(segment_ids: Any, B: int, T: int | None = None) -> Int[A
 
 
 def checked_attention(
-    q: Any, k: Any, v: Any, config: NSAConfig, prefix: str = ""
+    q: Any, k: Any, v: Any, config: NSAConfig, prefix: str = "", *, values: bool = True
 ) -> tuple[Float[Array, "B Tq H Dk"], Float[Array, "B T K Dk"], Any]:
-    """(q, k, v) as JAX arrays, v None where it is; ValueError if they do not fit together.
+    """(q, k, v) as JAX arrays; ValueError if they do not fit together.
 
-    `prefix` begins the names of the keys and values.
+    `prefix` begins the names of the keys and values. Without `values` there is no v.
     """
     check_config(config)
     q, k = arguments.array("q", q), arguments.array(f"{prefix}k", k)
-    v = None if v is None else arguments.array(f"{prefix}v", v)
+    v = arguments.array(f"{prefix}v", v) if values else None
     for name, array in (("q", q), (f"{prefix}k", k), (f"{prefix}v", v)):
         if array is None:
             continue
@@ -437,6 +437,10 @@ def _positions_among_compressed(
 ) -> Positions:
     longest = k.shape[1] * config.compress_stride + config.compress_block - 1
     what = f"k with {k.shape[1]} compressed tokens"
+    if segment_ids is not None:
+        segment_ids = checked_segment_ids(segment_ids, q.shape[0])
+        if num_compressed(segment_ids.shape[1], config) != k.shape[1]:
+            raise ValueError(f"segment_ids: {describe(segment_ids)}: expected one id for each of the tokens of {what}")
     return checked_positions(q, longest, what, segment_ids, query_offset, at_most=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
-from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.config import NSAConfig, check_config, num_blocks
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -104,6 +104,7 @@ def init_nsa_cache(
     )
     num_pages = arguments.optional_size("num_pages", num_pages)
     num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
+    check_config(config)
     N = num_blocks(max_length, config)
     if block_tables is None:
         if num_pages is not None and num_pages < batch_size * N:
@@ -121,6 +122,8 @@ def init_nsa_cache(
             f"block_tables holds {np.min(block_tables)} to {np.max(block_tables)}: expected -1 (no page) to "
             f"num_pages - 1 = {P - 1}"
         )
+
+    dtype = arguments.float_dtype("dtype", dtype)
 
     def zeros(*shape: int) -> list[Array]:
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
@@ -152,6 +155,7 @@ def init_dense_cache(
     """
     batch_size, max_length = arguments.size("batch_size", batch_size), arguments.size("max_length", max_length)
     num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
+    dtype = arguments.float_dtype("dtype", dtype)
     k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (Dk, Dv))
     return DenseCache(k, v, jnp.zeros((batch_size,), jnp.int32))
 
@@ -198,6 +202,9 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     Raises:
       ValueError: `num_rejected` has another shape or, where it is known, is out of range.
     """
+    check_config(config)
+    if not isinstance(cache, NSACache):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
     counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
     most = step_tokens(cache, config)
     if not isinstance(counts, jax.core.Tracer) and not (0 <= counts.min() <= counts.max() <= most):
@@ -236,7 +243,7 @@ def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int
 def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
     """Everything in the pages of each row, in order."""
     pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
-    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    return pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
 
 
 def write_nsa_tokens(

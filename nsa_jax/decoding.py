@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax import arguments
 from nsa_jax.attention import (
     BranchKV,
     compressed_attention,
@@ -37,6 +38,7 @@ from nsa_jax.cache import (
     read_pages,
     read_ring,
     step_tokens,
+    with_int32,
     write_dense_tokens,
     write_nsa_tokens,
 )
@@ -161,6 +163,7 @@ def full_layer_prefill(
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], DenseCache]:
     """`nsa_layer_prefill` for `full_layer`."""
+    window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
     before, counts = _checked(before, DenseCache, x, num_tokens, config)
@@ -181,6 +184,7 @@ def full_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
+    window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
@@ -293,6 +297,7 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
 
 
 def _emptied(cache: Any) -> Any:
+    cache = with_int32(cache)
     return cache._replace(lengths=jnp.zeros_like(cache.lengths))
 
 

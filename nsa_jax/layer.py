@@ -12,13 +12,14 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
 from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, checked_segment_ids, nsa_attention
-from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress
+from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress, phi_shapes
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.dense import causal_attention
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
@@ -67,6 +68,8 @@ class HeadConfig:
         self._set("output_init_scale", arguments.real("output_init_scale", self.output_init_scale))
         if self.rope_theta is not None:
             self._set("rope_theta", arguments.real("rope_theta", self.rope_theta))
+        if self.dtype is not None:
+            self._set("dtype", arguments.float_dtype("dtype", self.dtype))
         if not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling = {self.rope_scaling!r}: expected an nsa_jax.RopeScaling")
         for name, axes in self.mesh_axes.items():
@@ -293,7 +296,7 @@ def compressed_tokens(
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
     for name, array in (("k", k), ("v", v)):
         method = compression_of(config, f"phi_{name}")
-        phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(method)}
+        phi = {key: weights[f"phi_{name}_{key}"] for key in phi_shapes(method, 1, 1, config.config)}
         compressed.append(phi_of(array, phi, config=config.config, method=method))
     cmp_k, cmp_v = compressed
     return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
@@ -332,17 +335,21 @@ def compression_of(config: NSALayerConfig, name: str) -> Compression:
     return "mean" if config.tie_keys and name == "phi_k" else config.compression
 
 
-def _phi_names(compression: Compression) -> tuple[str, ...]:
-    return {
-        "mlp": ("position", "in_kernel", "in_bias", "out_kernel", "out_bias"),
-        "linear": ("position", "in_kernel"),
-        "mean": ("position",),
-    }[compression]
-
-
 def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
     """Rotary embedding, if the layer has one."""
     return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta, config.rope_scaling)
+
+
+def checked_input(x: Any) -> Float[Array, "B T E"]:
+    """The input of a layer as a JAX array; ValueError for what is none."""
+    x = arguments.array("x", x)
+    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {describe(x)}: expected a float array [batch, tokens, embedding]")
+    if any(map(is_symbolic_dim, x.shape[1:])):
+        raise ValueError(f"x: {describe(x)}: expected tokens and an embedding that are known; only B may be symbolic")
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f"x: {describe(x)}: expected at least one token and an embedding")
+    return x
 
 
 def layer_inputs(
@@ -353,11 +360,7 @@ def layer_inputs(
     On a mesh whose axes the layer knows, parameters stay split only along the heads that `head_axes` split. Along other
     axes, such as the embedding in fully sharded data parallelism, they are gathered.
     """
-    x = arguments.array("x", x)
-    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: {describe(x)}: expected a float array [batch, tokens, embedding]")
-    if x.shape[1] < 1 or x.shape[2] < 1:
-        raise ValueError(f"x: {describe(x)}: expected at least one token and an embedding")
+    x = checked_input(x)
     dtype = x.dtype if config.dtype is None else config.dtype
     declared = layer_parameters(config, x.shape[2])
     for name, expected in declared.items():

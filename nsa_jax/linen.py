@@ -1,11 +1,11 @@
 """Flax Linen modules. Every parameter carries logical axis names."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax.attention import Implementation
@@ -24,6 +24,8 @@ from nsa_jax.decoding import (
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
+    Parameter,
+    checked_input,
     full_layer,
     layer_parameters,
     nsa_layer,
@@ -186,9 +188,25 @@ def _layer_config(module: nn.Module, kind: type) -> Any:
     return kind(**{field.name: getattr(module, field.name) for field in dataclasses.fields(kind)})
 
 
+class LogicalNames(nn.LogicallyPartitioned):
+    """Logical axis names of a parameter, which stay names when `nnx.bridge` takes the module.
+
+    A plain `nn.LogicallyPartitioned` becomes an NNX variable that is split when it is made, which needs a mesh.
+    """
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """What `nnx.bridge.ToNNX` makes a variable of."""
+        names = {"out_sharding": self.names, "sharding_rules": self.rules}
+        return {"value": self.value, "mesh": self.mesh, **names, "eager_sharding": False}
+
+
+def _named(parameter: Parameter, *arguments: Any) -> LogicalNames:
+    return LogicalNames(parameter.init(*arguments), parameter.axes)
+
+
 def _declare(module: nn.Module, x: Any) -> dict[str, Any]:
     config = _layer_config(module, NSALayerConfig if isinstance(module, NSAttention) else HeadConfig)
     return {
-        name: module.param(name, nn.with_logical_partitioning(p.init, p.axes), p.shape, module.param_dtype)
-        for name, p in layer_parameters(config, np.shape(x)[-1]).items()
+        name: module.param(name, functools.partial(_named, p), p.shape, module.param_dtype)
+        for name, p in layer_parameters(config, checked_input(x).shape[2]).items()
     }

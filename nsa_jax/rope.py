@@ -72,6 +72,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     Raises:
       ValueError: `head_dim` is odd, or it is 2 with kind = ntk, which needs a highest and a lowest frequency.
     """
+    head_dim, theta = arguments.size("head_dim", head_dim), arguments.real("theta", theta)
+    if not isinstance(scaling, RopeScaling):
+        raise ValueError(f"scaling = {scaling!r}: expected an nsa_jax.RopeScaling")
+    if theta <= 0:
+        raise ValueError(f"theta = {theta}: expected a positive number")
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}: rotary position embedding needs an even head size")
     if scaling.kind == "ntk":
@@ -101,6 +106,12 @@ def apply_rope(
     Raises:
       ValueError: D does not fit; see `rope_frequencies`.
     """
+    x = arguments.array("x", x)
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {arguments.describe(x)}: expected a float array [batch, tokens, heads, head size]")
+    positions = arguments.array("positions", positions)
+    rows = 1 if positions.shape[:1] == (1,) else x.shape[0]  # one row of positions serves every row
+    positions = arguments.integers("positions", positions, (rows, x.shape[1]), "(B, T)")
     dtype = wide_dtype(x.dtype)
     frequencies = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), dtype)
     angle = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]

@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("nsa_jax.visualize needs matplotlib: pip install 'nsa-jax[plot]'") from error
 
+from nsa_jax import arguments
 from nsa_jax.attention import (
     AttentionInputs,
     compressed_attention,
@@ -317,7 +318,7 @@ def _one_row(inputs: AttentionInputs, row: int) -> AttentionInputs:
 
 
 def _check_index(name: str, value: int, size: int) -> None:
-    if not 0 <= value < size:
+    if not arguments.size(name, value, least=0) < size:
         raise ValueError(f"{name} = {value}: expected 0 to {size - 1}")
 
 

@@ -69,7 +69,7 @@ def select_blocks(
 
     def choose(positions: Array, q: Array, lse: Array, starts: Array) -> Array:
         visible = compressed_visible(positions, starts, Nc, config)[:, None, None]
-        lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, -1, 1)
+        lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, lse.shape[1], 1)
         p = jnp.exp(jnp.where(visible, _logits(q, k, scale) - jnp.where(visible, lse, 0), -jnp.inf))
         importance = pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
         return jnp.moveaxis(choose_blocks(importance, positions, starts, config), 2, 1)
@@ -109,8 +109,11 @@ def selected_attention(
         visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
         rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
         o, lse = _attend(rows, keys, values, visible, scale)
-        o, lse = (jnp.moveaxis(x.reshape(B, K, C, H // K, -1), 1, 2).reshape(B, C, H, -1) for x in (o, lse))
-        return o, lse[..., 0]
+        o, lse = (
+            jnp.moveaxis(x.reshape(B, K, C, H // K, *x.shape[3:]), 1, 2).reshape(B, C, H, *x.shape[3:])
+            for x in (o, lse)
+        )
+        return o, lse
 
     elements = _elements(*k.shape[:2], n, length, k.shape[-1] + v.shape[-1])
     o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
@@ -262,7 +265,7 @@ def _attend(
     safe = jnp.where(total == 0, 1, total)
     o = _product("bkgcs,bskd->bkgcd", p.astype(q.dtype), v.astype(q.dtype)) / safe
     lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)[..., 0]
-    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, -1).astype(q.dtype)
+    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, v.shape[-1]).astype(q.dtype)
     return o, jnp.moveaxis(lse, 3, 1).reshape(B, C, H)
 
 

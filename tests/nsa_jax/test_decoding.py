@@ -281,7 +281,7 @@ def bad_table(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size = 0: expected a positive integer"),
+        ({"batch_size": 0}, "batch_size = 0: expected an integer of at least 1"),
         ({"step_tokens": -1}, "step_tokens = -1"),
         ({"num_pages": 5}, "num_pages = 5: expected at least batch_size"),
         ({"block_tables": jnp.zeros((2, 3), jnp.int32)}, r"block_tables: int32 \(2, 3\)"),
