@@ -120,7 +120,7 @@ def checked_branches(
     if not isinstance(kv, BranchKV):
         raise ValueError(f"kv = {type(kv).__name__}: expected an nsa_jax.BranchKV")
     pairs = {}
-    for name in ("slc", "win", "cmp"):
+    for name in ("cmp", "slc", "win"):
         k, v = getattr(kv, f"{name}_k"), getattr(kv, f"{name}_v")
         q, pairs[f"{name}_k"], pairs[f"{name}_v"] = checked_attention(q, k, v, config, f"kv.{name}_")
     kv, gates = BranchKV(**pairs), arguments.array("gates", gates)

@@ -72,7 +72,7 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
             q=q[:, :, :3], gates=inputs.gates[:, :, :3])  # fmt: skip
     refused(inputs, "v: float32 (1, 19, 2, 8): expected batch, tokens and heads (1, 20, 2)",
             kv=kv._replace(slc_v=kv.slc_v[:, 1:]))  # fmt: skip
-    refused(inputs, "segment_ids: float32 (1, 20): expected int32", segment_ids=jnp.ones((1, T)))
+    refused(inputs, "segment_ids: float32 (1, 20): expected integers", segment_ids=jnp.ones((1, T)))
     refused(inputs, "segment_ids: int32 (1, 19): expected one id for each of the T = 20 keys",
             segment_ids=jnp.ones((1, T - 1), jnp.int32), q=q[:, 2:], gates=inputs.gates[:, 2:])  # fmt: skip
     refused(inputs, "query_offset = 2 with 20 queries", query_offset=2)

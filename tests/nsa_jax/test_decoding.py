@@ -298,7 +298,7 @@ def test_impossible_caches_are_refused_by_name(change, message):
     [
         (5, {}, "step_tokens; prefill takes more"),
         (1, {"num_tokens": jnp.array([1, 2])}, r"num_tokens = \[1, 2\]: expected 0 to 1"),
-        (1, {"num_tokens": jnp.array([1, 1, 1])}, r"num_tokens: int32 \(3,\): expected int32 of shape \(2,\)"),
+        (1, {"num_tokens": jnp.array([1, 1, 1])}, r"num_tokens: int32 \(3,\): expected integers of shape \(2,\)"),
         (1, {"rows": 3}, "cache has 2 rows: expected 3, the batch of x"),
         (1, {"dtype": jnp.bfloat16}, "cache holds float32 keys"),
         (1, {"layer": "full"}, "cache = NSACache: expected an nsa_jax.DenseCache"),

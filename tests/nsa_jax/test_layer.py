@@ -221,7 +221,7 @@ def test_bad_fields_are_refused_by_name():
             layer(**fields).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"x: int32 \(2, 3\): expected a float array"):
         layer().init(jax.random.key(0), jnp.zeros((2, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"segment_ids: int32 \(2, 4\): expected int32 of shape \(2, 45\)"):
+    with pytest.raises(ValueError, match=r"segment_ids: int32 \(2, 4\): expected integers of shape \(2, 45\)"):
         layer().init(jax.random.key(0), x, segment_ids=jnp.zeros((2, 4), jnp.int32))
 
 
