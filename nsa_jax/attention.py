@@ -90,8 +90,8 @@ def nsa_attention(
       gates: [B, Tq, H, 3] in the order compressed, selected, window; any float dtype.
       config: the sizes of the branches.
       scale: factor of the scores; Dk ** -0.5 if None.
-      segment_ids: int32 [B, T], non-decreasing along T. A query sees its own segment only.
-      query_offset: position of the first query (int, or int32 scalar, traced or not). `q` then holds positions
+      segment_ids: integers [B, T]; a run of equal ids is a segment. A query sees its own segment only.
+      query_offset: position of the first query (int, or integer scalar, traced or not). `q` then holds positions
         query_offset .. query_offset + Tq - 1 of the sequence that the keys cover from 0 to T - 1.
       implementation: "reference", "xla", "triton", "mosaic", or None for the fastest that supports the device and
         the arguments.

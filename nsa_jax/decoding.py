@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
@@ -29,6 +30,7 @@ from nsa_jax.attention import (
     window_attention,
 )
 from nsa_jax.cache import (
+    POOLS,
     DenseCache,
     NSACache,
     checked_cache,
@@ -44,7 +46,7 @@ from nsa_jax.cache import (
 )
 from nsa_jax.config import num_blocks
 from nsa_jax.dense import causal_attention, dense_attention
-from nsa_jax.explicit import split_like
+from nsa_jax.explicit import in_explicit_mesh, split_like
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
@@ -56,7 +58,7 @@ from nsa_jax.layer import (
     project_branches,
     project_dense,
 )
-from nsa_jax.sharding import devices_along
+from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
 
 NumTokens = int | Int[Array, " B"] | None
@@ -65,18 +67,21 @@ NumTokens = int | Int[Array, " B"] | None
 def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
     """An empty cache for a layer.
 
+    On a mesh with Explicit axes, rows are split over the layer's `batch_axes` and heads over its `head_axes`, where
+    these divide them. Every device then has all pages, of its heads. Prefill and steps keep the split of a cache.
+
     Args:
       config: of the layer.
       dtype: of the computation, for a layer that takes it from its input. None: the layer's dtype, or float32 if it has
         none.
       sizes: `batch_size`, `max_length` and the other arguments of `nsa_jax.init_nsa_cache`.
     """
-    return init_nsa_cache(config.config, **_heads(config, dtype), **sizes)
+    return _placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
 
 
 def full_layer_cache(config: HeadConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
     """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
-    return init_dense_cache(**_heads(config, dtype), **sizes)
+    return _placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
 
 
 def _split(arguments: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -294,6 +299,19 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
         "v_head_dim": config.v_head_dim,
         "dtype": dtype or config.dtype or jnp.float32,
     }
+
+
+def _placed(cache: Any, config: HeadConfig) -> Any:
+    """The cache, split over the Explicit axes of the mesh in context."""
+    if not in_explicit_mesh():
+        return cache
+
+    def put(name: str, x: Array) -> Array:
+        over = (None, config.head_axes) if name in POOLS else (config.batch_axes, None, config.head_axes)
+        fitting = (axes if size % devices_along(axes) == 0 else None for axes, size in zip(over, x.shape, strict=False))
+        return place(x, PartitionSpec(*fitting))
+
+    return cache._replace(**{name: put(name, x) for name, x in cache._asdict().items()})
 
 
 def _emptied(cache: Any) -> Any:

@@ -37,7 +37,7 @@ def causal_attention(
       q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype. H is a multiple of
         K. Scores are divided by the square root of Dk.
       window: positions that a query sees, its own included. None: all.
-      segment_ids: int32 [B, T], non-decreasing along T.
+      segment_ids: integers [B, T]; a run of equal ids is a segment.
 
     Returns:
       [B, T, H, Dv] in the dtype of `q`.

@@ -65,6 +65,11 @@ def split_like(tree: Any) -> Any:
     return jax.tree.map(lambda x: split_of(x, *range(np.ndim(x))), tree)
 
 
+def in_explicit_mesh() -> bool:
+    """Whether the mesh in context has Explicit axes."""
+    return bool(_explicit_axes(jax.sharding.get_abstract_mesh()))
+
+
 def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
 

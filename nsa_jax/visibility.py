@@ -1,6 +1,6 @@
 """Which query sees which keys: the index arithmetic that the implementations share. All indices are 0-based.
 
-Segments never decrease along the sequence. One number therefore says what a query at position t may see: `starts`, the
+Segments are runs of equal ids. One number therefore says what a query at position t may see: `starts`, the
 position of the first token of its segment. The query sees keys at positions starts .. t, and the compressed tokens and
 blocks that follow from these.
 """

@@ -30,6 +30,7 @@ from whole_layers import (
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import BranchKV, num_blocks
+from nsa_jax.cache import POOLS
 from nsa_jax.dense import causal_attention
 from nsa_jax.testing import assert_trees_close, random_inputs
 
@@ -62,7 +63,7 @@ def page_tables():
 @pytest.mark.parametrize(
     ("name", "flavour", "sizes", "axes", "paged", "context"),
     [
-        ("nsa", "nnx", (2, 2), {}, True, True),
+        ("nsa", "nnx", (2, 2), AXES, True, True),
         ("full", "linen", (2,), {}, False, True),
         *(
             pytest.param(name, flavour, sizes, axes, paged, context, marks=pytest.mark.exhaustive)
@@ -71,6 +72,7 @@ def page_tables():
                 ("linen", (1,), {}, False, True),
                 ("linen", (2,), {}, False, False),
                 ("nnx", (2, 2), AXES, name.startswith("nsa"), True),
+                ("linen", (2, 2), {}, name.startswith("nsa"), True),
                 ("linen", (4, 1), {"batch_axes": "data"}, False, True),
                 ("nnx", (1, 2), {}, False, False),
             )
@@ -87,8 +89,11 @@ def test_layers_and_their_caches_have_the_numbers_of_one_device(name, flavour, s
     )
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         actual = jax.jit(everything(layer(name, flavour, **axes), **(page_tables() if paged else {})))(*placed)
-    y, (gradients, _), *_ = actual
+    y, (gradients, _), _, cache = actual
     assert y.sharding.spec[0] == "data"
+    if axes and sizes == (2, 2):
+        assert all(x.sharding.spec[0] == "data" for n, x in cache._asdict().items() if n not in POOLS)
+        assert all(x.sharding.spec[1] == "tensor" for n, x in cache._asdict().items() if n in POOLS)
     for key, gradient in gradients.items():
         assert jax.typeof(gradient).sharding.spec == jax.typeof(placed[0][key]).sharding.spec, key
     assert_trees_close(jax.device_get(actual), expected(name, paged), 1e-5)

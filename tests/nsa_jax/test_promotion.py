@@ -1,6 +1,7 @@
 """Strict dtype promotion and 64-bit JAX, alone and together: every op and layer is traced; x64 changes no number."""
 
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -45,23 +46,25 @@ def test_layers_and_their_caches_keep_their_dtypes(name, strict, x64, dtype):
         assert {leaf.dtype for leaf in gradients[0].values()} == {jnp.dtype("float32")}
 
 
+def problem(dtype):
+    inputs = random_inputs(jax.random.key(0), KERNELS, T=48, num_heads=4, num_kv_heads=2, head_dim=16, dtype=dtype)
+    sizes = {"batch_size": 1, "max_length": 48, "num_kv_heads": 2, "head_dim": 16, "dtype": dtype}
+    return (*inputs[:3], nsa_jax.init_nsa_cache(KERNELS, **sizes))
+
+
+def ops(implementation, q, kv, gates, cache):
+    options = {"config": KERNELS, "implementation": implementation}
+    o, vjp = jax.vjp(functools.partial(nsa_jax.nsa_attention, **options), q, kv, gates)
+    return o, vjp(o), nsa_jax.decode_attention(q[:, :1], cache, gates[:, :1], cache.lengths, **options)
+
+
 @DTYPES
 @STRICT_AND_X64
 @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
 def test_ops_keep_their_dtypes(implementation, strict, x64, dtype):
-    def arrays():
-        inputs = random_inputs(jax.random.key(0), KERNELS, T=48, num_heads=4, num_kv_heads=2, head_dim=16, dtype=dtype)
-        sizes = {"batch_size": 1, "max_length": 48, "num_kv_heads": 2, "head_dim": 16, "dtype": dtype}
-        return (*inputs[:3], nsa_jax.init_nsa_cache(KERNELS, **sizes))
-
-    def ops(q, kv, gates, cache):
-        options = {"config": KERNELS, "implementation": implementation}
-        attend = lambda *a: nsa_jax.nsa_attention(*a, **options)  # noqa: E731
-        o, vjp = jax.vjp(attend, q, kv, gates)
-        return o, vjp(o), nsa_jax.decode_attention(q[:, :1], cache, gates[:, :1], cache.lengths, **options)
-
+    arrays = jax.eval_shape(functools.partial(problem, dtype))
     with mode(strict, x64):
-        o, gradients, (decoded, blocks) = jax.eval_shape(ops, *jax.eval_shape(arrays))
+        o, gradients, (decoded, blocks) = jax.eval_shape(functools.partial(ops, implementation), *arrays)
         assert {x.dtype for x in (o, decoded, *jax.tree.leaves(gradients))} == {jnp.dtype(dtype)}
         assert blocks.dtype == jnp.int32
 
@@ -73,3 +76,15 @@ def test_layers_have_the_same_numbers_under_x64(name):
     with jax.enable_x64(True):
         actual = jax.jit(everything(layer(name)))(*arguments)
     assert_trees_close(jax.device_get(actual), expected, 1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_compute_the_same_under_x64(dtype):
+    """Interpreted, forward, backward and a step; that they lower for GPUs is shown in tests/pallas_kernels."""
+    arguments = jax.device_get(problem(dtype))
+    run = functools.partial(ops, "triton")
+    expected = jax.device_get(jax.jit(run)(*arguments))
+    with jax.enable_x64(True):
+        actual = jax.device_get(jax.jit(functools.partial(ops, "triton"))(*arguments))
+    assert_trees_close(actual, expected)
