@@ -4,15 +4,18 @@ A cache holds one layer's keys and values of B sequences ("rows") of different l
 attention; `nsa_jax.decoding` does.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
+from nsa_jax.explicit import on_auto_axes, split_like, split_of
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -182,6 +185,7 @@ def cache_bytes(caches: Any) -> int:
     return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(caches))
 
 
+@on_auto_axes(lambda given: split_like(given["cache"]))
 def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: NSAConfig) -> NSACache:
     """Takes back the last tokens of each row, for example drafts that speculative decoding rejected.
 
@@ -212,21 +216,42 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     return cache._replace(lengths=cache.lengths - counts)
 
 
+def _row_split(given: Mapping[str, Any]) -> Any:
+    """One row is on every device. Pools stay where they are."""
+    cache = given["cache"]
+    rows = {
+        name: PartitionSpec(None, *split_of(x, *range(1, np.ndim(x))))
+        for name, x in cache._asdict().items()
+        if name not in POOLS
+    }
+    return split_like(cache)._replace(**rows)
+
+
+@on_auto_axes(_row_split)
 def take_row(cache: Cache, row: int | Int[Array, ""]) -> Cache:
     """One row as a cache of its own that still contains the whole pool. `put_row` puts it back."""
+    row = _checked_row(row, cache)
     rows = {name: jax.lax.dynamic_slice_in_dim(x, row, 1) for name, x in cache._asdict().items() if name not in POOLS}
     return cache._replace(**rows)
 
 
+@on_auto_axes(lambda given: split_like(given["cache"]))
 def put_row(cache: Cache, row: int | Int[Array, ""], one: Cache) -> Cache:
     """The cache with one row, and the pool, replaced by those of `one`, which came from `take_row`."""
-    new = one._asdict()
+    row, new = _checked_row(row, cache), one._asdict()
     return cache._replace(
         **{
             name: new[name] if name in POOLS else jax.lax.dynamic_update_slice_in_dim(x, new[name], row, axis=0)
             for name, x in cache._asdict().items()
         }
     )
+
+
+def _checked_row(row: int | Int[Array, ""], cache: Cache) -> int | Int[Array, ""]:
+    row, B = arguments.offset("row", row), cache.lengths.shape[0]
+    if not isinstance(row, jax.core.Tracer) and not 0 <= row < B:
+        raise ValueError(f"row = {row}: expected 0 to {B - 1}")
+    return row
 
 
 def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:

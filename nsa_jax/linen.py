@@ -38,7 +38,7 @@ from nsa_jax.sharding import MeshAxes
 class NSAttention(nn.Module):
     """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
 
-    Call it with x [B, T, E] and, for packed sequences, segment_ids [B, T]: integers of which each run of equal ones is a
+    Call it with x [B, T, E] and, for packed sequences, segment_ids [B, T], integers. A run of equal ones is a
     segment. It returns [B, T, E] in the compute dtype. `nsa_jax.nnx.NSAttention` is the same layer for NNX, with the
     same parameters and the same numbers. If the collection "intermediates" is mutable, the layer sows its
     `AttentionInputs` there, which `nsa_jax.visualize` draws.

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from nsa_jax import arguments
+from nsa_jax.explicit import on_auto_axes, split_like
 from nsa_jax.precision import wide_dtype
 
 ScalingKind = Literal["none", "linear", "ntk", "yarn"]
@@ -95,6 +96,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     return frequencies
 
 
+@on_auto_axes(lambda given: split_like(given["x"]))
 def apply_rope(
     x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float, scaling: RopeScaling = RopeScaling()
 ) -> Float[Array, "B T H D"]:

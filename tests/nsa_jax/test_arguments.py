@@ -13,6 +13,7 @@ from whole_layers import segments
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import BranchKV, NSAConfig, RopeScaling
+from nsa_jax.cache import put_row, take_row
 from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
 from nsa_jax.dense import causal_attention
 from nsa_jax.layer import HeadConfig, NSALayerConfig
@@ -239,6 +240,10 @@ def test_wrong_sizes_and_counts_are_refused_by_name():
     for value in (TEXT, 1.5, [1, 2, 3], [-1, 0], None):
         with pytest.raises(ValueError, match=r"^num_rejected\b.*: expected "):
             nsa_jax.rollback(cache, value, config=CONFIG)
+    for row in (TEXT, -1, 2, 1.5, np.int64(2)):
+        for call in (functools.partial(take_row, cache), lambda row: put_row(cache, row, take_row(cache, 0))):
+            with pytest.raises(ValueError, match=r"^row\b.*: expected "):
+                call(row)
     for name, value in (("factor", TEXT), ("factor", 0), ("beta_slow", None), ("original_length", 0), ("kind", 3)):
         with pytest.raises(ValueError, match=rf"^RopeScaling\.{name} = .*: expected "):
             RopeScaling(**{"kind": "linear", "factor": 2, name: value})

@@ -30,8 +30,9 @@ from whole_layers import (
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import BranchKV, num_blocks
-from nsa_jax.cache import POOLS
+from nsa_jax.cache import POOLS, put_row, take_row
 from nsa_jax.dense import causal_attention
+from nsa_jax.rope import apply_rope
 from nsa_jax.testing import assert_trees_close, random_inputs
 
 B = 4
@@ -161,7 +162,10 @@ def ops(q, kv, gates, cache, implementation="xla", gradients=True):
     finite = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), o)
     offsets = jnp.full((q.shape[0],), T - 1, jnp.int32)
     decoded = nsa_jax.decode_attention(q[:, -1:], cache, gates[:, -1:], offsets, **options)
-    return finite, vjp(jax.tree.map(jnp.cos, finite)), decoded
+    rotated = apply_rope(q, jnp.arange(T, dtype=jnp.int32)[None], 100.0)
+    shorter = nsa_jax.rollback(cache, jnp.arange(B, dtype=jnp.int32) % 2, config=CONFIG)
+    moved = put_row(cache, 2, take_row(cache, 1))
+    return (finite, rotated), (shorter, moved), vjp(jax.tree.map(jnp.cos, finite)), decoded
 
 
 def problem(head_dim=4):
@@ -187,6 +191,8 @@ def test_ops_have_the_numbers_of_one_device(sizes, gradients):
     axes = ("data", None, *mesh.axis_names[1:])
     with jax.set_mesh(mesh):
         placed = split((q, BranchKV(*kv), gates), mesh, *axes)
-        actual = run(*placed, split(cache, mesh, None))
-    assert actual[0][3].sharding.spec[0] == "data"
+        rows = split(cache, mesh, "data")
+        actual = run(*placed, rows._replace(**{name: split(getattr(cache, name), mesh) for name in POOLS}))
+    assert actual[0][0][3].sharding.spec[0] == "data"
+    assert actual[1][1].win_k.sharding.spec[0] == "data"
     assert_trees_close(jax.device_get(actual), alone, 1e-5)
