@@ -3,17 +3,38 @@
 Shapes: B batch, T tokens, Tq queries, H query heads, K key/value heads, Nc compressed tokens, n selected blocks.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from nsa_jax import arguments
+from nsa_jax.arguments import describe
 from nsa_jax.backends import choice, whole
-from nsa_jax.cache import NSACache, step_tokens
-from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.cache import NSACache, step_tokens, with_int32
+from nsa_jax.config import NSAConfig, check_config, num_compressed
+from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import QueryOffset, segment_starts
 from pallas_kernels.differentiable import Positions
+
+
+# How ops split their results over Explicit mesh axes: as queries are, and selected blocks as keys.
+def _o_split(arguments: Mapping[str, Any]) -> PartitionSpec:
+    return split_of(arguments["q"], 0, 1, 2)
+
+
+def _lse_split(arguments: Mapping[str, Any]) -> PartitionSpec:
+    return split_of(arguments["q"], 0, 2, 1)
+
+
+def _blocks_split(arguments: Mapping[str, Any]) -> PartitionSpec:
+    q, k = arguments["q"], arguments["cache"].win_k if "cache" in arguments else arguments["k"]
+    return PartitionSpec(*split_of(q, 0), *split_of(k, 2), *split_of(q, 1))
+
 
 Implementation = str  # the name of a backend, see `nsa_jax.backends`
 
@@ -39,6 +60,7 @@ class AttentionInputs(NamedTuple):
     query_offset: QueryOffset = 0
 
 
+@on_auto_axes(_o_split)
 def nsa_attention(
     q: Float[Array, "B Tq H Dk"],
     kv: BranchKV,
@@ -68,8 +90,8 @@ def nsa_attention(
       gates: [B, Tq, H, 3] in the order compressed, selected, window; any float dtype.
       config: the sizes of the branches.
       scale: factor of the scores; Dk ** -0.5 if None.
-      segment_ids: int32 [B, T], non-decreasing along T. A query sees its own segment only.
-      query_offset: position of the first query (int, or int32 scalar, traced or not). `q` then holds positions
+      segment_ids: integers [B, T]; a run of equal ids is a segment. A query sees its own segment only.
+      query_offset: position of the first query (int, or integer scalar, traced or not). `q` then holds positions
         query_offset .. query_offset + Tq - 1 of the sequence that the keys cover from 0 to T - 1.
       implementation: "reference", "xla", "triton", "mosaic", or None for the fastest that supports the device and
         the arguments.
@@ -81,25 +103,29 @@ def nsa_attention(
       ValueError: an argument's shape, dtype or value does not fit, named with what was expected.
       NotImplementedError: the named implementation does not support the arguments.
     """
-    check_branches(q, kv, gates, config)
-    positions = Positions(query_starts(q, segment_ids, query_offset, kv.slc_k.shape[1]), query_offset)
-    _check_token_length(q, kv.slc_k, query_offset)
+    q, kv, gates = checked_branches(q, kv, gates, config)
+    positions = checked_positions(q, kv.slc_k.shape[1], "k", segment_ids, query_offset)
     return whole.nsa_attention(
         q, kv, gates, positions, positions, implementation, config=config, scale=score_scale(q, scale)
     )
 
 
-def check_branches(
+def checked_branches(
     q: Float[Array, "B Tq H Dk"], kv: BranchKV, gates: Float[Array, "B Tq H 3"], config: NSAConfig, *, parts: int = 1
-) -> None:
-    """Raises ValueError for arrays that do not fit together.
+) -> tuple[Array, BranchKV, Array]:
+    """(q, kv, gates) as JAX arrays; ValueError for arrays that do not fit together.
 
     All arrays except `kv.cmp_*` may hold one of `parts` equal parts of the tokens.
     """
     if not isinstance(kv, BranchKV):
         raise ValueError(f"kv = {type(kv).__name__}: expected an nsa_jax.BranchKV")
+    pairs = {}
+    for name in ("cmp", "slc", "win"):
+        k, v = getattr(kv, f"{name}_k"), getattr(kv, f"{name}_v")
+        q, pairs[f"{name}_k"], pairs[f"{name}_v"] = checked_attention(q, k, v, config, f"kv.{name}_")
+    kv, gates = BranchKV(**pairs), arguments.array("gates", gates)
     if gates.shape != (*q.shape[:3], 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
-        raise ValueError(f"gates: {_describe(gates)}: expected a float array of shape {(*q.shape[:3], 3)}")
+        raise ValueError(f"gates: {describe(gates)}: expected a float array of shape {(*q.shape[:3], 3)}")
     S = kv.slc_k.shape[1]
     if kv.win_k.shape[1] != S:
         raise ValueError(f"kv.win_k has {kv.win_k.shape[1]} tokens and kv.slc_k {S}: expected the same number")
@@ -111,13 +137,14 @@ def check_branches(
         )
     for name in ("cmp", "slc", "win"):
         k, v = getattr(kv, f"{name}_k"), getattr(kv, f"{name}_v")
-        check_attention(q, k, v, config, f"kv.{name}_")
         if (k.shape[2], v.shape[3]) != (kv.cmp_k.shape[2], kv.cmp_v.shape[3]):
             raise ValueError(
-                f"kv.{name}_v: {_describe(v)}: expected the number and size of heads of kv.cmp_v: {_describe(kv.cmp_v)}"
+                f"kv.{name}_v: {describe(v)}: expected the number and size of heads of kv.cmp_v: {describe(kv.cmp_v)}"
             )
+    return q, kv, gates
 
 
+@on_auto_axes(lambda a: (_o_split(a), _lse_split(a)))
 def compressed_attention(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B Nc K Dk"],
@@ -149,13 +176,13 @@ def compressed_attention(
       o [B, Tq, H, Dv] in the dtype of `q`, and the natural logarithm of the softmax's sum, lse [B, H, Tq] in float32
       (float64 for float64 inputs). Both are differentiable.
     """
-    check_attention(q, k, v, config)
-    _check_compressed_length(q, k, query_offset, config)
-    segment_starts = query_starts(q, segment_ids, query_offset, None)
-    arguments = (q, k, v, segment_starts, query_offset)
-    return choice.run("compressed_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
+    q, k, v = checked_attention(q, k, v, config)
+    positions = _positions_among_compressed(q, k, segment_ids, query_offset, config)
+    scale = score_scale(q, scale)
+    return choice.run("compressed_attention", implementation, (q, k, v, *positions), config=config, scale=scale)
 
 
+@on_auto_axes(_blocks_split)
 def select_blocks(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B Nc K Dk"],
@@ -188,22 +215,18 @@ def select_blocks(
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
     """
-    check_attention(q, k, None, config)
-    _check_compressed_length(q, k, query_offset, config)
-    expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32)
+    q, k, _ = checked_attention(q, k, None, config, values=False)
+    lse = arguments.array("lse", lse)
+    expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide_dtype(q.dtype)
     if lse.shape != expected or lse.dtype != dtype:
-        raise ValueError(f"lse: {_describe(lse)}: expected {dtype} of shape (B, H, Tq) = {expected}")
-    segment_starts = query_starts(q, segment_ids, query_offset, None)
+        raise ValueError(f"lse: {describe(lse)}: expected {dtype} of shape (B, H, Tq) = {expected}")
+    positions = _positions_among_compressed(q, k, segment_ids, query_offset, config)
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    return choice.run(
-        "select_blocks",
-        implementation,
-        (q, k, lse, segment_starts, query_offset),
-        config=config,
-        scale=score_scale(q, scale),
-    )
+    scale = score_scale(q, scale)
+    return choice.run("select_blocks", implementation, (q, k, lse, *positions), config=config, scale=scale)
 
 
+@on_auto_axes(_o_split)
 def selected_attention(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B T K Dk"],
@@ -233,18 +256,17 @@ def selected_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
     """
-    check_attention(q, k, v, config)
-    _check_token_length(q, k, query_offset)
+    q, k, v = checked_attention(q, k, v, config)
     expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
-    if block_indices.shape != expected or block_indices.dtype != jnp.int32:
-        raise ValueError(
-            f"block_indices: {_describe(block_indices)}: expected int32 of shape (B, K, Tq, n) = {expected}"
-        )
-    segment_starts = query_starts(q, segment_ids, query_offset, k.shape[1])
-    arguments = (q, k, v, block_indices, segment_starts, query_offset)
-    return choice.run("selected_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
+    block_indices = arguments.integers("block_indices", block_indices, expected, "(B, K, Tq, n)")
+    positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
+    scale = score_scale(q, scale)
+    return choice.run(
+        "selected_attention", implementation, (q, k, v, block_indices, *positions), config=config, scale=scale
+    )
 
 
+@on_auto_axes(_o_split)
 def window_attention(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B T K Dk"],
@@ -271,18 +293,13 @@ def window_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`.
     """
-    check_attention(q, k, v, config)
-    _check_token_length(q, k, query_offset)
-    segment_starts = query_starts(q, segment_ids, query_offset, k.shape[1])
-    return choice.run(
-        "window_attention",
-        implementation,
-        (q, k, v, segment_starts, query_offset),
-        config=config,
-        scale=score_scale(q, scale),
-    )
+    q, k, v = checked_attention(q, k, v, config)
+    positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
+    scale = score_scale(q, scale)
+    return choice.run("window_attention", implementation, (q, k, v, *positions), config=config, scale=scale)
 
 
+@on_auto_axes(lambda a: (_o_split(a), _blocks_split(a)))
 def decode_attention(
     q: Float[Array, "B m H Dk"],
     cache: NSACache,
@@ -325,7 +342,8 @@ def decode_attention(
     """
     if not isinstance(cache, NSACache):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
-    check_attention(q, cache.win_k, cache.win_v, config)
+    q, *_ = checked_attention(q, cache.win_k, cache.win_v, config)
+    gates = arguments.array("gates", gates)
     B, m, H, _ = q.shape
     if cache.lengths.shape != (B,) or cache.slc_k.shape[2] != config.select_block:
         raise ValueError(
@@ -334,74 +352,96 @@ def decode_attention(
         )
     if m > step_tokens(cache, config):
         raise ValueError(
-            f"q: {_describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"
+            f"q: {describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"
         )
     if gates.shape != (B, m, H, 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
-        raise ValueError(f"gates: {_describe(gates)}: expected a float array of shape {(B, m, H, 3)}")
-    if query_offsets.shape != (B,) or query_offsets.dtype != jnp.int32:
-        raise ValueError(f"query_offsets: {_describe(query_offsets)}: expected int32 of shape {(B,)}")
+        raise ValueError(f"gates: {describe(gates)}: expected a float array of shape {(B, m, H, 3)}")
+    query_offsets = arguments.integers("query_offsets", query_offsets, (B,), "(B,)")
     arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
-    arguments = (q, *arrays, gates, query_offsets, cache.block_tables)
-    return choice.run("decode_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
+    inputs = (q, *arrays, gates, query_offsets, with_int32(cache).block_tables)
+    return choice.run("decode_attention", implementation, inputs, config=config, scale=score_scale(q, scale))
 
 
 def score_scale(q: Array, scale: float | None) -> float:
     """The factor of the scores; Dk ** -0.5 if None is given."""
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q.shape[-1] ** -0.5 if scale is None else arguments.real("scale", scale)
 
 
-def query_starts(
-    q: Array, segment_ids: Array | None, query_offset: QueryOffset, T: int | None
-) -> Int[Array, "B Tq"] | None:
-    """`segment_starts` at the queries' positions; None without segments, which kernels need not read then."""
+def checked_positions(
+    q: Array, T: int, what: str, segment_ids: Array | None, query_offset: QueryOffset, *, at_most: bool = False
+) -> Positions:
+    """Where the queries stand among T tokens, which `what` covers (`at_most`: T or fewer).
+
+    Without segments there are no `segment_starts`, which kernels need not read then.
+    """
     B, Tq = q.shape[:2]
-    offset_dtype = jnp.result_type(query_offset)
-    if jnp.shape(query_offset) != () or not jnp.issubdtype(offset_dtype, jnp.integer):
-        raise ValueError(
-            f"query_offset: {offset_dtype} of shape {jnp.shape(query_offset)}: expected an int or an int32 scalar"
-        )
-    if segment_ids is None:
-        return None
-    if segment_ids.ndim != 2 or segment_ids.shape[0] != B or segment_ids.dtype != jnp.int32:
-        raise ValueError(f"segment_ids: {_describe(segment_ids)}: expected int32 of shape (B, T) with B = {B}")
-    if T is not None and segment_ids.shape[1] != T:
-        raise ValueError(f"segment_ids: {_describe(segment_ids)}: expected one id for each of the T = {T} keys")
-    _check_queries_fit(Tq, query_offset, segment_ids.shape[1], "segment_ids")
-    starts = segment_starts(segment_ids)
-    return jax.lax.dynamic_slice_in_dim(starts, query_offset, Tq, axis=1)
+    query_offset = arguments.offset("query_offset", query_offset)
+    starts = None
+    if segment_ids is not None:
+        segment_ids = checked_segment_ids(segment_ids, B)
+        if not at_most and segment_ids.shape[1] != T:
+            raise ValueError(f"segment_ids: {describe(segment_ids)}: expected one id for each of the T = {T} keys")
+        if at_most:
+            _check_queries_fit(Tq, query_offset, segment_ids.shape[1], "segment_ids")
+    _check_queries_fit(Tq, query_offset, T, what)
+    if segment_ids is not None:
+        starts = jax.lax.dynamic_slice_in_dim(segment_starts(segment_ids), query_offset, Tq, axis=1)
+    return Positions(starts, query_offset)
 
 
-def check_attention(q: Array, k: Array, v: Array | None, config: NSAConfig, prefix: str = "") -> None:
-    """Raises ValueError for queries, keys or values that do not fit together; `prefix` begins the names of the keys."""
-    if not isinstance(config, NSAConfig):
-        raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
+def checked_segment_ids(segment_ids: Any, B: int, T: int | None = None) -> Int[Array, "B T"]:
+    """Segment ids as a JAX array of any integer dtype; ValueError for what is not [B, T], with any T if it is None."""
+    segment_ids = arguments.array("segment_ids", segment_ids)
+    expected = (B, *segment_ids.shape[1:2]) if T is None else (B, T)
+    if segment_ids.ndim != 2 or segment_ids.shape != expected or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        shape = f"(B, T) with B = {B}" if T is None else str(expected)
+        raise ValueError(f"segment_ids: {describe(segment_ids)}: expected integers of shape {shape}")
+    return segment_ids
+
+
+def checked_attention(
+    q: Any, k: Any, v: Any, config: NSAConfig, prefix: str = "", *, values: bool = True
+) -> tuple[Float[Array, "B Tq H Dk"], Float[Array, "B T K Dk"], Any]:
+    """(q, k, v) as JAX arrays; ValueError if they do not fit together.
+
+    `prefix` begins the names of the keys and values. Without `values` there is no v.
+    """
+    check_config(config)
+    q, k = arguments.array("q", q), arguments.array(f"{prefix}k", k)
+    v = arguments.array(f"{prefix}v", v) if values else None
     for name, array in (("q", q), (f"{prefix}k", k), (f"{prefix}v", v)):
         if array is None:
             continue
         if array.ndim != 4:
-            raise ValueError(f"{name}: {_describe(array)}: expected 4 axes (batch, tokens, heads, head size)")
+            raise ValueError(f"{name}: {describe(array)}: expected 4 axes (batch, tokens, heads, head size)")
         if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
-            raise ValueError(f"{name}: {_describe(array)}: expected a float dtype, the same as q's {q.dtype}")
+            raise ValueError(f"{name}: {describe(array)}: expected a float dtype, the same as q's {q.dtype}")
+        if array.shape[2] < 1 or array.shape[3] < 1:
+            raise ValueError(f"{name}: {describe(array)}: expected at least one head, of size at least 1")
     B, Tq, H, Dk = q.shape
     if Tq < 1:
-        raise ValueError(f"q: {_describe(q)}: expected at least one query")
+        raise ValueError(f"q: {describe(q)}: expected at least one query")
     if k.shape[0] != B or k.shape[3] != Dk:
-        raise ValueError(f"{prefix}k: {_describe(k)}: expected batch {B} and head size {Dk}, as q: {_describe(q)}")
-    if k.shape[2] < 1 or H % k.shape[2]:
-        raise ValueError(f"{prefix}k: {_describe(k)}: expected a number of heads that divides q's {H}")
+        raise ValueError(f"{prefix}k: {describe(k)}: expected batch {B} and head size {Dk}, as q: {describe(q)}")
+    if H % k.shape[2]:
+        raise ValueError(f"{prefix}k: {describe(k)}: expected a number of heads that divides q's {H}")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"{prefix}v: {_describe(v)}: expected batch, tokens and heads {k.shape[:3]}, as {prefix}k: {_describe(k)}"
+            f"{prefix}v: {describe(v)}: expected batch, tokens and heads {k.shape[:3]}, as {prefix}k: {describe(k)}"
         )
+    return q, k, v
 
 
-def _check_compressed_length(q: Array, k: Array, query_offset: QueryOffset, config: NSAConfig) -> None:
+def _positions_among_compressed(
+    q: Array, k: Array, segment_ids: Array | None, query_offset: QueryOffset, config: NSAConfig
+) -> Positions:
     longest = k.shape[1] * config.compress_stride + config.compress_block - 1
-    _check_queries_fit(q.shape[1], query_offset, longest, f"k with {k.shape[1]} compressed tokens")
-
-
-def _check_token_length(q: Array, k: Array, query_offset: QueryOffset) -> None:
-    _check_queries_fit(q.shape[1], query_offset, k.shape[1], "k")
+    what = f"k with {k.shape[1]} compressed tokens"
+    if segment_ids is not None:
+        segment_ids = checked_segment_ids(segment_ids, q.shape[0])
+        if num_compressed(segment_ids.shape[1], config) != k.shape[1]:
+            raise ValueError(f"segment_ids: {describe(segment_ids)}: expected one id for each of the tokens of {what}")
+    return checked_positions(q, longest, what, segment_ids, query_offset, at_most=True)
 
 
 def _check_queries_fit(Tq: int, query_offset: QueryOffset, T: int, what: str) -> None:
@@ -411,7 +451,3 @@ def _check_queries_fit(Tq: int, query_offset: QueryOffset, T: int, what: str) ->
             f"query_offset = {offset} with {Tq} queries: expected positions within the sequence of at most {T} tokens "
             f"that {what} covers"
         )
-
-
-def _describe(array: Num[Array, "..."]) -> str:
-    return f"{array.dtype} {array.shape}"

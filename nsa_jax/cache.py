@@ -4,14 +4,18 @@ A cache holds one layer's keys and values of B sequences ("rows") of different l
 attention; `nsa_jax.decoding` does.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax import arguments
+from nsa_jax.config import NSAConfig, check_config, num_blocks
+from nsa_jax.explicit import on_auto_axes, split_like, split_of
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -95,10 +99,15 @@ def init_nsa_cache(
         `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
 
     Raises:
-      ValueError: a size is not positive, or the tables do not fit.
+      ValueError: a size is not an integer of at least 1, or the tables do not fit.
     """
-    sizes = {"batch_size": batch_size, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    _check_positive(**sizes, step_tokens=step_tokens)
+    batch_size, max_length, step_tokens = (
+        arguments.size(name, value)
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("step_tokens", step_tokens))
+    )
+    num_pages = arguments.optional_size("num_pages", num_pages)
+    num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
+    check_config(config)
     N = num_blocks(max_length, config)
     if block_tables is None:
         if num_pages is not None and num_pages < batch_size * N:
@@ -108,17 +117,16 @@ def init_nsa_cache(
             )
         block_tables = jnp.arange(batch_size * N, dtype=jnp.int32).reshape(batch_size, N)
     P = batch_size * N if num_pages is None else num_pages
-    if block_tables.shape != (batch_size, N) or block_tables.dtype != jnp.int32:
-        raise ValueError(
-            f"block_tables: {block_tables.dtype} {block_tables.shape}: expected int32 of shape (batch_size, "
-            f"ceil(max_length / s)) = {(batch_size, N)}"
-        )
+    block_tables = arguments.integers(
+        "block_tables", block_tables, (batch_size, N), "(batch_size, ceil(max_length / s))"
+    )
     if not isinstance(block_tables, jax.core.Tracer) and not (-1 <= np.min(block_tables) <= np.max(block_tables) < P):
         raise ValueError(
             f"block_tables holds {np.min(block_tables)} to {np.max(block_tables)}: expected -1 (no page) to "
             f"num_pages - 1 = {P - 1}"
         )
-    Dk, Dv = head_dim, head_dim if v_head_dim is None else v_head_dim
+
+    dtype = arguments.float_dtype("dtype", dtype)
 
     def zeros(*shape: int) -> list[Array]:
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
@@ -148,9 +156,10 @@ def init_dense_cache(
       >>> init_dense_cache(batch_size=2, max_length=1000, num_kv_heads=4, head_dim=128).k.shape
       (2, 1000, 4, 128)
     """
-    _check_positive(batch_size=batch_size, max_length=max_length, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    Dv = head_dim if v_head_dim is None else v_head_dim
-    k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (head_dim, Dv))
+    batch_size, max_length = arguments.size("batch_size", batch_size), arguments.size("max_length", max_length)
+    num_kv_heads, Dk, Dv = _head_sizes(num_kv_heads, head_dim, v_head_dim)
+    dtype = arguments.float_dtype("dtype", dtype)
+    k, v = (jnp.zeros((batch_size, max_length, num_kv_heads, D), dtype) for D in (Dk, Dv))
     return DenseCache(k, v, jnp.zeros((batch_size,), jnp.int32))
 
 
@@ -176,6 +185,7 @@ def cache_bytes(caches: Any) -> int:
     return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(caches))
 
 
+@on_auto_axes(lambda given: split_like(given["cache"]))
 def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: NSAConfig) -> NSACache:
     """Takes back the last tokens of each row, for example drafts that speculative decoding rejected.
 
@@ -196,6 +206,9 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     Raises:
       ValueError: `num_rejected` has another shape or, where it is known, is out of range.
     """
+    check_config(config)
+    if not isinstance(cache, NSACache):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
     counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
     most = step_tokens(cache, config)
     if not isinstance(counts, jax.core.Tracer) and not (0 <= counts.min() <= counts.max() <= most):
@@ -203,21 +216,42 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     return cache._replace(lengths=cache.lengths - counts)
 
 
+def _row_split(given: Mapping[str, Any]) -> Any:
+    """One row is on every device. Pools stay where they are."""
+    cache = given["cache"]
+    rows = {
+        name: PartitionSpec(None, *split_of(x, *range(1, np.ndim(x))))
+        for name, x in cache._asdict().items()
+        if name not in POOLS
+    }
+    return split_like(cache)._replace(**rows)
+
+
+@on_auto_axes(_row_split)
 def take_row(cache: Cache, row: int | Int[Array, ""]) -> Cache:
     """One row as a cache of its own that still contains the whole pool. `put_row` puts it back."""
+    row = _checked_row(row, cache)
     rows = {name: jax.lax.dynamic_slice_in_dim(x, row, 1) for name, x in cache._asdict().items() if name not in POOLS}
     return cache._replace(**rows)
 
 
+@on_auto_axes(lambda given: split_like(given["cache"]))
 def put_row(cache: Cache, row: int | Int[Array, ""], one: Cache) -> Cache:
     """The cache with one row, and the pool, replaced by those of `one`, which came from `take_row`."""
-    new = one._asdict()
+    row, new = _checked_row(row, cache), one._asdict()
     return cache._replace(
         **{
             name: new[name] if name in POOLS else jax.lax.dynamic_update_slice_in_dim(x, new[name], row, axis=0)
             for name, x in cache._asdict().items()
         }
     )
+
+
+def _checked_row(row: int | Int[Array, ""], cache: Cache) -> int | Int[Array, ""]:
+    row, B = arguments.offset("row", row), cache.lengths.shape[0]
+    if not isinstance(row, jax.core.Tracer) and not 0 <= row < B:
+        raise ValueError(f"row = {row}: expected 0 to {B - 1}")
+    return row
 
 
 def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
@@ -234,7 +268,7 @@ def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int
 def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
     """Everything in the pages of each row, in order."""
     pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
-    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    return pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
 
 
 def write_nsa_tokens(
@@ -297,8 +331,23 @@ def write_dense_tokens(
     return DenseCache(k, v, cache.lengths + num_tokens)
 
 
-def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int) -> Int[Array, " B"]:
-    """`num_tokens` as an array, after checking that the T new tokens of `x` fit the cache of a layer.
+def with_int32(cache: Any) -> Any:
+    """The cache with lengths and block tables, which the caller may have put there, as int32 arrays."""
+    if not isinstance(cache, NSACache | DenseCache):
+        raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache or an nsa_jax.DenseCache")
+    lengths = arguments.array("cache.lengths", cache.lengths)
+    cache = cache._replace(lengths=arguments.integers("cache.lengths", lengths, lengths.shape[:1], "(B,)"))
+    if isinstance(cache, DenseCache):
+        return cache
+    tables = arguments.array("cache.block_tables", cache.block_tables)
+    shape = (*cache.lengths.shape, *tables.shape[1:2])
+    return cache._replace(block_tables=arguments.integers("cache.block_tables", tables, shape, "(B, N)"))
+
+
+def checked_cache(
+    cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, Dk: int, Dv: int
+) -> tuple[Any, Int[Array, " B"]]:
+    """The cache and `num_tokens` with int32 arrays, after checking that the T new tokens of `x` fit it and the layer.
 
     Raises:
       ValueError: the cache has another type, batch, dtype or head shape; `num_tokens` does not fit; or, if the lengths
@@ -306,6 +355,7 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
     """
     if not isinstance(cache, kind):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.{kind.__name__}")
+    cache = with_int32(cache)
     B, T = x.shape[:2]
     k, v = (cache.win_k, cache.win_v) if isinstance(cache, NSACache) else (cache.k, cache.v)
     if cache.lengths.shape != (B,):
@@ -325,7 +375,7 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
                 f"cache: row {row} holds {int(cache.lengths[row])} tokens and gets {int(counts[row])} more: expected "
                 f"at most {max_length(cache)}, the length it was made for"
             )
-    return counts
+    return cache, counts
 
 
 def _write_ring(
@@ -342,15 +392,11 @@ def _write_ring(
 
 
 def _counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
-    if jnp.ndim(value) == 0:
-        value = jnp.full((B,), value)
-    value = jnp.asarray(value)
-    if value.shape != (B,) or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name}: {value.dtype} {value.shape}: expected int32 of shape {(B,)}")
-    return value.astype(jnp.int32)
+    counts = arguments.array(name, value)
+    return arguments.integers(name, jnp.broadcast_to(counts, (B,)) if counts.ndim == 0 else counts, (B,))
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r}: expected a positive integer")
+def _head_sizes(num_kv_heads: int, head_dim: int, v_head_dim: int | None) -> tuple[int, int, int]:
+    """K, Dk and Dv."""
+    Dk, Dv = arguments.size("head_dim", head_dim), arguments.optional_size("v_head_dim", v_head_dim)
+    return arguments.size("num_kv_heads", num_kv_heads), Dk, Dk if Dv is None else Dv

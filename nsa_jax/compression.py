@@ -3,18 +3,25 @@
 import functools
 import operator
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax import arguments
+from nsa_jax.arguments import describe
+from nsa_jax.config import NSAConfig, check_config, num_compressed
+from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.precision import wide_dtype
 
 Compression = Literal["mlp", "linear", "mean"]
 COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean")
 
 
+@on_auto_axes(lambda arguments: PartitionSpec(*split_of(arguments["x"], 0), None, *split_of(arguments["x"], 2)))
 def compress(
     x: Float[Array, "B T K D"],
     parameters: Mapping[str, Array],
@@ -42,10 +49,18 @@ def compress(
 
     Returns:
       [B, Nc, K, D] with Nc = `num_compressed(T, config)`.
+
+    Raises:
+      ValueError: an argument does not fit, named with what was expected.
     """
+    check_config(config)
     if method not in COMPRESSIONS:
         raise ValueError(f"method = {method!r}: expected one of {', '.join(COMPRESSIONS)}")
+    x = arguments.array("x", x)
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {describe(x)}: expected a float array [batch, tokens, heads, head size]")
     B, T, K, D = x.shape
+    parameters = _checked_parameters(parameters, D, config, method)
     Nc = num_compressed(T, config)
     d, parts = config.compress_stride, config.compress_block // config.compress_stride
     if Nc == 0:
@@ -54,7 +69,7 @@ def compress(
     position = parameters["position"].astype(x.dtype)
 
     if method == "mean":
-        sums = chunks.sum(axis=2, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        sums = chunks.sum(axis=2, dtype=wide_dtype(x.dtype))
         total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
         return add_bias((total / config.compress_block).astype(x.dtype), position.mean(axis=0))
 
@@ -69,8 +84,39 @@ def compress(
     return add_bias(out, parameters["out_bias"])
 
 
+def phi_shapes(method: Compression, size: int, hidden: int, config: NSAConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of phi, for heads of a size and, for an mlp, a hidden width F."""
+    l = config.compress_block  # noqa: E741
+    shapes: dict[str, tuple[int, ...]] = {"position": (l, size)}
+    if method == "linear":
+        shapes["in_kernel"] = (l, size, size)
+    if method == "mlp":
+        shapes |= {
+            "in_kernel": (l, size, hidden),
+            "in_bias": (hidden,),
+            "out_kernel": (hidden, size),
+            "out_bias": (size,),
+        }
+    return shapes
+
+
+def _checked_parameters(parameters: Any, size: int, config: NSAConfig, method: Compression) -> dict[str, Array]:
+    """The parameters that a method has, as JAX arrays."""
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"parameters = {type(parameters).__name__}: expected arrays by name")
+    (hidden, *_) = np.shape(parameters.get("in_bias", 0)) or (1,)
+    shapes = phi_shapes(method, size, hidden, config)
+    if missing := [name for name in shapes if name not in parameters]:
+        raise ValueError(f"parameters: {', '.join(missing)} missing: expected {', '.join(shapes)}")
+    arrays = {name: arguments.array(f"parameters[{name!r}]", parameters[name]) for name in shapes}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"parameters[{name!r}]: {describe(arrays[name])}: expected shape {shape}")
+    return arrays
+
+
 def add_bias(x: Float[Array, "*N F"], bias: Float[Array, "*F"]) -> Float[Array, "*N F"]:
     """x + bias in the dtype of x. The gradient of the bias, a sum over all of N, is taken in float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     bias = bias.astype(x.dtype).astype(wide)
     return (x.astype(wide) + bias.reshape(*(1,) * (x.ndim - bias.ndim), *bias.shape)).astype(x.dtype)

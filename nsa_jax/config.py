@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from nsa_jax import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class NSAConfig:
@@ -17,8 +19,8 @@ class NSAConfig:
       ValueError: NSAConfig.compress_block = 40: expected a multiple of compress_stride = 16
 
     Raises:
-      ValueError: a size is not a positive integer, `compress_stride` does not divide `compress_block` or
-        `select_block`, `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
+      ValueError: a size is no integer or too small; `compress_stride` does not divide `compress_block` or
+        `select_block`; `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
     """
 
     compress_block: int = 32  # l: tokens that one compressed token stands for
@@ -31,10 +33,9 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
             least = 0 if field.name in ("num_init", "num_local") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"NSAConfig.{field.name} = {value!r}: expected an integer of at least {least}")
+            value = arguments.size(f"NSAConfig.{field.name}", getattr(self, field.name), least=least)
+            object.__setattr__(self, field.name, value)  # a Python int, so that equal configs have equal hashes
         for name in ("compress_block", "select_block"):
             if getattr(self, name) % self.compress_stride:
                 raise ValueError(
@@ -52,6 +53,12 @@ class NSAConfig:
             )
 
 
+def check_config(config: object) -> None:
+    """Raises ValueError for anything that is not an `NSAConfig`."""
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
+
+
 def num_compressed(T: int, config: NSAConfig) -> int:
     """Number of compressed tokens of a sequence of `T` tokens: max(0, (T - l) // d + 1).
 
@@ -59,6 +66,8 @@ def num_compressed(T: int, config: NSAConfig) -> int:
       >>> num_compressed(100, NSAConfig()), num_compressed(31, NSAConfig())
       (5, 0)
     """
+    check_config(config)
+    T = arguments.size("T", T, least=0)
     return max(0, (T - config.compress_block) // config.compress_stride + 1)
 
 
@@ -69,4 +78,6 @@ def num_blocks(T: int, config: NSAConfig) -> int:
       >>> num_blocks(100, NSAConfig())
       2
     """
+    check_config(config)
+    T = arguments.size("T", T, least=0)
     return -(-T // config.select_block)

@@ -36,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nsa_jax import attention, compression, dense, visibility
+from nsa_jax import arguments, attention, compression, dense, visibility
 from nsa_jax.attention import BranchKV, Implementation
 from nsa_jax.backends import choice, whole
 from nsa_jax.compression import Compression
-from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.config import NSAConfig, check_config, num_compressed
+from nsa_jax.precision import wide_dtype
 from nsa_jax.remat import save_attention
 from pallas_kernels.differentiable import Positions
 
@@ -58,7 +59,8 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
     Raises:
       ValueError: T is not a multiple of 2 * `devices`.
     """
-    if devices < 1 or T % (2 * devices):
+    T, devices = arguments.size("T", T, least=0), arguments.size("devices", devices)
+    if T % (2 * devices):
         raise ValueError(f"T = {T}: expected a multiple of 2 * devices = {2 * devices}, two chunks for each device")
     chunks = np.arange(T, dtype=np.int32).reshape(2 * devices, -1)
     return np.stack([chunks[:devices], chunks[devices:][::-1]], axis=1).reshape(T)
@@ -66,11 +68,13 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
 
 def to_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
     """A NumPy or JAX array whose tokens along `axis` are brought from the order of positions into zigzag order."""
+    x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
     return x.take(zigzag_order(x.shape[axis], devices), axis=axis)
 
 
 def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
     """The inverse of `to_zigzag`."""
+    x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
     return x.take(np.argsort(zigzag_order(x.shape[axis], devices)), axis=axis)
 
 
@@ -97,6 +101,10 @@ def received_bytes(
       head_dim, v_head_dim: Dk and Dv.
       itemsize: bytes of a number.
     """
+    if kind not in ("nsa", "full", "window"):
+        raise ValueError(f"kind = {kind!r}: expected one of nsa, full, window")
+    check_config(config)
+    T, devices = arguments.size("T", T), arguments.size("devices", devices)
     if devices == 1:
         return 0
     others = (devices - 1) * (T // devices)  # tokens on other devices
@@ -126,7 +134,7 @@ def nsa_attention(
     devices, S = jax.lax.axis_size(axes), q.shape[1]
     Nc = num_compressed(S * devices, config)
     kv = kv._replace(cmp_k=_whole(kv.cmp_k, axes)[:, :Nc], cmp_v=_whole(kv.cmp_v, axes)[:, :Nc])
-    attention.check_branches(q, kv, gates, config, parts=devices)
+    attention.checked_branches(q, kv, gates, config, parts=devices)
     places = _places(segment_ids, S, axes)
     w = _window_reach(config, S * devices, devices)
     near = [_with_tokens_before(x, w, axes) for x in (kv.win_k, kv.win_v)]
@@ -158,7 +166,7 @@ def window_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S H Dv"]:
     """`nsa_jax.window_attention` of a device's S = T / C tokens, with the w tokens before each of its chunks."""
-    attention.check_attention(q, k, v, config)
+    attention.checked_attention(q, k, v, config)
     S, devices, scale = q.shape[1], jax.lax.axis_size(axes), attention.score_scale(q, scale)
     w = _window_reach(config, S * devices, devices)
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
@@ -188,19 +196,19 @@ def causal_attention(
     """
     if window is not None:
         return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
-    attention.check_attention(q, k, v, NSAConfig())
+    attention.checked_attention(q, k, v, NSAConfig())
     (B, S, H, Dk), K, devices = q.shape, k.shape[2], jax.lax.axis_size(axes)
     repeats, group = head_exchange(H, K, devices)
     q = q.reshape(B, S, K, H // K, Dk)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, repeats * group - H // K), (0, 0)))
     q = _heads_to_tokens(q.reshape(B, S, K * repeats * group, Dk), axes)
-    wide = jnp.promote_types(q.dtype, jnp.float32)  # the gradients of the copies are summed in this dtype
+    wide = wide_dtype(q.dtype)  # the gradients of the copies are summed in this dtype
     copies = (jnp.repeat(x.astype(wide), repeats, axis=2).astype(x.dtype) for x in (k, v))
     k, v = (_heads_to_tokens(x, axes) for x in copies)
     whole = None if segment_ids is None else _whole(segment_ids, axes)
     o = _tokens_to_heads(dense.causal_attention(q, k, v, segment_ids=whole), axes)
     o = o.reshape(B, S, K, repeats * group, o.shape[-1])[:, :, :, : H // K]
-    return o.reshape(B, S, H, -1)
+    return o.reshape(B, S, H, v.shape[-1])
 
 
 def head_exchange(num_heads: int, num_kv_heads: int, devices: int) -> tuple[int, int]:

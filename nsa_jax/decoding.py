@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax import arguments
 from nsa_jax.attention import (
     BranchKV,
     compressed_attention,
@@ -28,20 +30,23 @@ from nsa_jax.attention import (
     window_attention,
 )
 from nsa_jax.cache import (
+    POOLS,
     DenseCache,
     NSACache,
-    check_cache,
+    checked_cache,
     init_dense_cache,
     init_nsa_cache,
     next_compressed,
     read_pages,
     read_ring,
     step_tokens,
+    with_int32,
     write_dense_tokens,
     write_nsa_tokens,
 )
 from nsa_jax.config import num_blocks
 from nsa_jax.dense import causal_attention, dense_attention
+from nsa_jax.explicit import in_explicit_mesh, split_like
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
@@ -49,10 +54,11 @@ from nsa_jax.layer import (
     gates,
     join_heads,
     layer_inputs,
+    layer_on_mesh,
     project_branches,
     project_dense,
 )
-from nsa_jax.sharding import devices_along
+from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
 
 NumTokens = int | Int[Array, " B"] | None
@@ -61,20 +67,29 @@ NumTokens = int | Int[Array, " B"] | None
 def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
     """An empty cache for a layer.
 
+    On a mesh with Explicit axes, rows are split over the layer's `batch_axes` and heads over its `head_axes`, where
+    these divide them. Every device then has all pages, of its heads. Prefill and steps keep the split of a cache.
+
     Args:
       config: of the layer.
       dtype: of the computation, for a layer that takes it from its input. None: the layer's dtype, or float32 if it has
         none.
       sizes: `batch_size`, `max_length` and the other arguments of `nsa_jax.init_nsa_cache`.
     """
-    return init_nsa_cache(config.config, **_heads(config, dtype), **sizes)
+    return _placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
 
 
 def full_layer_cache(config: HeadConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
     """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
-    return init_dense_cache(**_heads(config, dtype), **sizes)
+    return _placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
 
 
+def _split(arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The output is split as x is, and the new cache as the old one, so that steps can be the body of a loop."""
+    return split_like((arguments["x"], arguments["cache"]))
+
+
+@layer_on_mesh(_split)
 def nsa_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -103,15 +118,16 @@ def nsa_layer_prefill(
     """
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, NSACache, x, num_tokens, config)
+    before, counts = _checked(before, NSACache, x, num_tokens, config)
     q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
     if continuing:
         o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
     else:
         o = nsa_attention(q, new, gates(x, weights), config=config.config, implementation=config.implementation)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def nsa_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
@@ -126,7 +142,7 @@ def nsa_layer_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
     """
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, NSACache, x, num_tokens, config)
+    cache, counts = _checked(cache, NSACache, x, num_tokens, config)
     if x.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
             f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
@@ -137,9 +153,10 @@ def nsa_layer_decode_step(
     o, _ = decode_attention(
         q, cache, gates(x, weights), offsets, config=config.config, implementation=config.implementation
     )
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def full_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -151,15 +168,17 @@ def full_layer_prefill(
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], DenseCache]:
     """`nsa_layer_prefill` for `full_layer`."""
+    window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, DenseCache, x, num_tokens, config)
+    before, counts = _checked(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
+@layer_on_mesh(_split)
 def full_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
@@ -170,16 +189,16 @@ def full_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
+    window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, DenseCache, x, num_tokens, config)
-    before = cache
+    before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
         o = dense_attention(q, cache.k, cache.v, lengths=jnp.maximum(cache.lengths, 1))
     else:
         o = _attend_to_dense(q, before, cache, window)
-    return join_heads(o, weights["o_kernel"], x), cache
+    return join_heads(o, weights["o_kernel"]), cache
 
 
 def _take_in(
@@ -282,7 +301,21 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
     }
 
 
+def _placed(cache: Any, config: HeadConfig) -> Any:
+    """The cache, split over the Explicit axes of the mesh in context."""
+    if not in_explicit_mesh():
+        return cache
+
+    def put(name: str, x: Array) -> Array:
+        over = (None, config.head_axes) if name in POOLS else (config.batch_axes, None, config.head_axes)
+        fitting = (axes if size % devices_along(axes) == 0 else None for axes, size in zip(over, x.shape, strict=False))
+        return place(x, PartitionSpec(*fitting))
+
+    return cache._replace(**{name: put(name, x) for name, x in cache._asdict().items()})
+
+
 def _emptied(cache: Any) -> Any:
+    cache = with_int32(cache)
     return cache._replace(lengths=jnp.zeros_like(cache.lengths))
 
 
@@ -290,11 +323,13 @@ def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
     return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
 
-def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+def _checked(
+    cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig
+) -> tuple[Any, Int[Array, " B"]]:
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
-    counts = check_cache(cache, kind, x, num_tokens, **sizes)
+    cache, counts = checked_cache(cache, kind, x, num_tokens, **sizes)
     if isinstance(config, NSALayerConfig):
         s, d = config.config.select_block, config.config.compress_stride
         if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
@@ -307,4 +342,4 @@ def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: Head
                 f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
                 f"{config.config.window}"
             )
-    return counts
+    return cache, counts

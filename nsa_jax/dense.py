@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.attention import check_attention, window_attention
+from nsa_jax import arguments
+from nsa_jax.arguments import describe
+from nsa_jax.attention import checked_attention, checked_segment_ids, window_attention
 from nsa_jax.config import NSAConfig
+from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.visibility import segment_starts
 from pallas_kernels.devices import current_device
 
 
+@on_auto_axes(lambda arguments: split_of(arguments["q"], 0, 1, 2))
 def causal_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B T K Dk"],
@@ -32,7 +37,7 @@ def causal_attention(
       q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype. H is a multiple of
         K. Scores are divided by the square root of Dk.
       window: positions that a query sees, its own included. None: all.
-      segment_ids: int32 [B, T], non-decreasing along T.
+      segment_ids: integers [B, T]; a run of equal ids is a segment.
 
     Returns:
       [B, T, H, Dv] in the dtype of `q`.
@@ -40,12 +45,20 @@ def causal_attention(
     Raises:
       ValueError: the shapes or dtypes of `q`, `k` and `v` do not fit together, or `window` is not positive.
     """
-    check_attention(q, k, v, NSAConfig())
+    q, k, v = checked_attention(q, k, v, NSAConfig())
+    window = arguments.optional_size("window", window)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: {describe(k)}: expected as many tokens as q: {describe(q)}")
+    if segment_ids is not None:
+        segment_ids = checked_segment_ids(segment_ids, *q.shape[:2])
     on_cudnn = segment_ids is None and _cudnn_applies(q, v)
     if window is not None or (_on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
         return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    mask = None
+    if segment_ids is not None:
+        starts = segment_starts(segment_ids)  # segments are runs: an id may come back
+        mask = (starts[:, :, None] == starts[:, None, :])[:, None]
     return dense_attention(q, k, v, mask=mask, is_causal=True)
 
 
@@ -62,16 +75,18 @@ def dense_attention(
     Dk, Dv = q.shape[-1], v.shape[-1]
     # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
-    o = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=Dk**-0.5,
-        is_causal=is_causal,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn" if mask is None and _cudnn_applies(q, v) else "xla",
-    )
+    # JAX's function relies on implicit promotion inside, which the caller may have forbidden.
+    with jax.numpy_dtype_promotion("standard"):
+        o = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=Dk**-0.5,
+            is_causal=is_causal,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn" if mask is None and _cudnn_applies(q, v) else "xla",
+        )
     return o[..., :Dv]
 
 

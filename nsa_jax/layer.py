@@ -5,21 +5,27 @@ initialiser and logical axes. `*_layer(parameters, x, ...)` computes it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, nsa_attention
-from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress
-from nsa_jax.config import NSAConfig
+from nsa_jax import arguments
+from nsa_jax.arguments import describe
+from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, checked_segment_ids, nsa_attention
+from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress, phi_shapes
+from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.dense import causal_attention
+from nsa_jax.explicit import on_auto_axes, split_like, split_of
+from nsa_jax.precision import wide_dtype
 from nsa_jax.rope import RopeScaling, apply_rope
-from nsa_jax.sharding import MeshAxes, devices_along, place, sharded, token_positions
+from nsa_jax.sharding import MeshAxes, check_mesh_axes, devices_along, place, sharded, token_positions
 
 BRANCHES = ("cmp", "slc", "win")
 NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
@@ -56,14 +62,25 @@ class HeadConfig:
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: expected a positive integer")
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            self._set(name, arguments.size(name, getattr(self, name)))
+        self._set("v_head_dim", arguments.optional_size("v_head_dim", self.v_head_dim))
+        self._set("output_init_scale", arguments.real("output_init_scale", self.output_init_scale))
+        if self.rope_theta is not None:
+            self._set("rope_theta", arguments.real("rope_theta", self.rope_theta))
+        if self.dtype is not None:
+            self._set("dtype", arguments.float_dtype("dtype", self.dtype))
+        if not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling = {self.rope_scaling!r}: expected an nsa_jax.RopeScaling")
+        for name, axes in self.mesh_axes.items():
+            check_mesh_axes(name, axes)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads = {self.num_kv_heads}: expected a divisor of num_heads = {self.num_heads}")
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def mesh_axes(self) -> dict[str, Any]:
@@ -90,6 +107,9 @@ class NSALayerConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_config(self.config)
+        for name in ("compression_hidden_dim", "gate_hidden_dim"):
+            self._set(name, arguments.optional_size(name, getattr(self, name)))
         if self.tie_keys and self.share_kv:
             raise ValueError("tie_keys = True: expected share_kv = False, which shares keys and values already")
         if self.compression not in COMPRESSIONS:
@@ -160,6 +180,52 @@ def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Paramete
     return parameters
 
 
+def layer_parameters(config: HeadConfig, embed_dim: int) -> dict[str, Parameter]:
+    """Every parameter of a layer of either kind, by name."""
+    if isinstance(config, NSALayerConfig):
+        return nsa_parameters(config, embed_dim)
+    return projection_parameters(config, embed_dim, ("",))
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def layer_on_mesh(results: Callable[[Mapping[str, Any]], Any]) -> Callable[[Function], Function]:
+    """A decorator for a layer f(parameters, x, ..., config=...) that makes it run on meshes with Explicit axes.
+
+    If the config names no mesh axes there, they are read from the types of the arrays: those that split the rows of x
+    are `batch_axes`, and those that split the heads of the key projections are `head_axes`. For `results`, see
+    `on_auto_axes`.
+    """
+
+    def decorate(layer: Function) -> Function:
+        on_mesh = on_auto_axes(results)(layer)
+
+        @functools.wraps(layer)
+        def call(parameters: Mapping[str, Array], x: Array, *rest: Any, config: HeadConfig, **options: Any) -> Any:
+            if not any(config.mesh_axes.values()):
+                (batch,) = split_of(x, 0)
+                heads = {split_of(value, 1)[0] for name, value in parameters.items() if name.endswith("k_kernel")}
+                (head,) = heads if len(heads) == 1 else (None,)
+                config = dataclasses.replace(config, batch_axes=batch or (), head_axes=head or ())
+            return on_mesh(parameters, x, *rest, config=config, **options)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def layer_inputs_split(arguments: Mapping[str, Any]) -> Any:
+    """How `nsa_layer_inputs` splits its results: rows as those of x, heads as `head_axes` say."""
+    (batch,), heads = split_of(arguments["x"], 0), arguments["config"].head_axes or None
+    per_head: Any = PartitionSpec(batch, None, heads)
+    segment_ids = arguments.get("segment_ids")
+    return AttentionInputs(
+        per_head, BranchKV(*[per_head] * 6), per_head, None if segment_ids is None else split_like(segment_ids)
+    )
+
+
+@layer_on_mesh(lambda arguments: split_like(arguments["x"]))
 def nsa_layer(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -173,12 +239,13 @@ def nsa_layer(
     Positions count from the start of each segment.
     """
     x, weights = layer_inputs(x, parameters, config)
-    q, kv, g, *_ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
+    q, kv, g, segment_ids, _ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
     attention = sharded(nsa_attention, **config.mesh_axes)
     o = attention(q, kv, g, config=config.config, segment_ids=segment_ids, implementation=config.implementation)
-    return join_heads(o, weights["o_kernel"], x)
+    return join_heads(o, weights["o_kernel"])
 
 
+@layer_on_mesh(layer_inputs_split)
 def nsa_layer_inputs(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -188,7 +255,7 @@ def nsa_layer_inputs(
 ) -> AttentionInputs:
     """The arguments that a layer gives to `nsa_attention`. For its own arguments, see `nsa_layer`."""
     x, weights = layer_inputs(x, parameters, config)
-    positions = _positions(x, segment_ids, config)
+    segment_ids, positions = _segments_and_positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
     (B, T, _), d = x.shape, config.config.compress_stride
     # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
@@ -229,12 +296,13 @@ def compressed_tokens(
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
     for name, array in (("k", k), ("v", v)):
         method = compression_of(config, f"phi_{name}")
-        phi = {key: weights[f"phi_{name}_{key}"] for key in _phi_names(method)}
+        phi = {key: weights[f"phi_{name}_{key}"] for key in phi_shapes(method, 1, 1, config.config)}
         compressed.append(phi_of(array, phi, config=config.config, method=method))
     cmp_k, cmp_v = compressed
     return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
 
 
+@layer_on_mesh(lambda arguments: split_like(arguments["x"]))
 def full_layer(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -248,9 +316,10 @@ def full_layer(
     With `window`, a query sees the last `window` positions, its own included.
     """
     x, weights = layer_inputs(x, parameters, config)
-    q, k, v = project_dense(weights, x, _positions(x, segment_ids, config), config)
+    segment_ids, positions = _segments_and_positions(x, segment_ids, config)
+    q, k, v = project_dense(weights, x, positions, config)
     o = sharded(causal_attention, **config.mesh_axes)(q, k, v, window=window, segment_ids=segment_ids)
-    return join_heads(o, weights["o_kernel"], x)
+    return join_heads(o, weights["o_kernel"])
 
 
 def project_dense(
@@ -266,36 +335,43 @@ def compression_of(config: NSALayerConfig, name: str) -> Compression:
     return "mean" if config.tie_keys and name == "phi_k" else config.compression
 
 
-def _phi_names(compression: Compression) -> tuple[str, ...]:
-    return {
-        "mlp": ("position", "in_kernel", "in_bias", "out_kernel", "out_bias"),
-        "linear": ("position", "in_kernel"),
-        "mean": ("position",),
-    }[compression]
-
-
 def rotate(array: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: HeadConfig) -> Array:
     """Rotary embedding, if the layer has one."""
     return array if config.rope_theta is None else apply_rope(array, positions, config.rope_theta, config.rope_scaling)
 
 
+def checked_input(x: Any) -> Float[Array, "B T E"]:
+    """The input of a layer as a JAX array; ValueError for what is none."""
+    x = arguments.array("x", x)
+    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {describe(x)}: expected a float array [batch, tokens, embedding]")
+    if any(map(is_symbolic_dim, x.shape[1:])):
+        raise ValueError(f"x: {describe(x)}: expected tokens and an embedding that are known; only B may be symbolic")
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f"x: {describe(x)}: expected at least one token and an embedding")
+    return x
+
+
 def layer_inputs(
     x: Float[Array, "B T E"], parameters: Mapping[str, Array], config: HeadConfig
 ) -> tuple[Array, dict[str, Array]]:
-    """Input and parameters in the dtype of the computation, after checking the input.
+    """Input and declared parameters in the dtype of the computation, after checking both.
 
     On a mesh whose axes the layer knows, parameters stay split only along the heads that `head_axes` split. Along other
     axes, such as the embedding in fully sharded data parallelism, they are gathered.
     """
-    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: {x.dtype} {x.shape}: expected a float array [batch, tokens, embedding]")
+    x = checked_input(x)
     dtype = x.dtype if config.dtype is None else config.dtype
-    weights = {name: value.astype(dtype) for name, value in parameters.items()}
+    declared = layer_parameters(config, x.shape[2])
+    for name, expected in declared.items():
+        if name not in parameters:
+            raise ValueError(f"parameters: {name} is missing: expected {', '.join(declared)}")
+        if parameters[name].shape != expected.shape:
+            shape = parameters[name].shape
+            raise ValueError(f"{name}: shape {shape}: expected {expected.shape} for x: {describe(x)} and {config}")
+    # Others may be there, too: of low-rank adapters, for example.
+    weights = {name: parameters[name].astype(dtype) for name in declared}
     if any(config.mesh_axes.values()):
-        if isinstance(config, NSALayerConfig):
-            declared = nsa_parameters(config, x.shape[-1])
-        else:
-            declared = projection_parameters(config, x.shape[-1], ("",))
         split = {"heads": config.head_axes or None, "kv_heads": config.head_axes or None}
         weights = {
             name: place(value, PartitionSpec(*(split.get(axis) for axis in declared[name].axes)))
@@ -304,11 +380,14 @@ def layer_inputs(
     return x.astype(dtype), weights
 
 
-def _positions(x: Array, segment_ids: Array | None, config: HeadConfig) -> Int[Array, "B T"]:
+def _segments_and_positions(
+    x: Array, segment_ids: Array | None, config: HeadConfig
+) -> tuple[Int[Array, "B T"] | None, Int[Array, "B T"]]:
+    """The segment ids, checked, and the position of each token in its segment."""
     B, T, _ = x.shape
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids: {segment_ids.dtype} {segment_ids.shape}: expected int32 of shape {(B, T)}")
-    return token_positions((B, T), segment_ids, batch_axes=config.batch_axes, context_axes=config.context_axes)
+    segment_ids = None if segment_ids is None else checked_segment_ids(segment_ids, B, T)
+    axes = {"batch_axes": config.batch_axes, "context_axes": config.context_axes}
+    return segment_ids, token_positions((B, T), segment_ids, **axes)
 
 
 def _project_normed(
@@ -318,7 +397,7 @@ def _project_normed(
     heads = _project(x, weights[f"{name}_kernel"])
     if not config.qk_norm:
         return heads
-    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    wide = heads.astype(wide_dtype(heads.dtype))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     scale = weights[f"{name}_norm_scale"].astype(wide.dtype)[None, None, None, :]
     return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(heads.dtype)
@@ -328,12 +407,9 @@ def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[A
     return jnp.einsum("bte,ehd->bthd", x, kernel)
 
 
-def join_heads(
-    o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"], x: Float[Array, "B T E"]
-) -> Float[Array, "B T E"]:
-    """The output projection of a layer whose input is `x`."""
-    # If heads are split over Explicit axes, JAX must be told how the sum over them is split: as the layer's input.
-    return jnp.einsum("bthd,hde->bte", o, kernel, out_sharding=jax.typeof(x).sharding)
+def join_heads(o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"]) -> Float[Array, "B T E"]:
+    """The output projection of a layer."""
+    return jnp.einsum("bthd,hde->bte", o, kernel)
 
 
 def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array, "B T H 3"]:
@@ -341,4 +417,4 @@ def gates(x: Float[Array, "B T E"], weights: Mapping[str, Array]) -> Float[Array
     hidden = add_bias(jnp.einsum("bte,ef->btf", x, weights["gate_in_kernel"]), weights["gate_in_bias"])
     hidden = jax.nn.silu(hidden)
     logits = add_bias(jnp.einsum("btf,fhc->bthc", hidden, weights["gate_out_kernel"]), weights["gate_out_bias"])
-    return jax.nn.sigmoid(logits.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jax.nn.sigmoid(logits.astype(wide_dtype(x.dtype)))

@@ -1,6 +1,7 @@
 """Flax Linen modules. Every parameter carries logical axis names."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,11 +25,11 @@ from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
     Parameter,
+    checked_input,
     full_layer,
+    layer_parameters,
     nsa_layer,
     nsa_layer_inputs,
-    nsa_parameters,
-    projection_parameters,
 )
 from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
@@ -37,10 +38,10 @@ from nsa_jax.sharding import MeshAxes
 class NSAttention(nn.Module):
     """Native Sparse Attention layer (arXiv 2502.11089): projections, phi, gates, rotary embedding, attention.
 
-    Call it with x [B, T, E] and, for packed sequences, segment_ids int32 [B, T], non-decreasing along T. It returns
-    [B, T, E] in the compute dtype. `nsa_jax.nnx.NSAttention` is the same layer for NNX, with the same parameters and
-    the same numbers. If the collection "intermediates" is mutable, the layer sows its `AttentionInputs` there, which
-    `nsa_jax.visualize` draws.
+    Call it with x [B, T, E] and, for packed sequences, segment_ids [B, T], integers. A run of equal ones is a
+    segment. It returns [B, T, E] in the compute dtype. `nsa_jax.nnx.NSAttention` is the same layer for NNX, with the
+    same parameters and the same numbers. If the collection "intermediates" is mutable, the layer sows its
+    `AttentionInputs` there, which `nsa_jax.visualize` draws.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -85,17 +86,21 @@ class NSAttention(nn.Module):
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         config = _layer_config(self, NSALayerConfig)
-        parameters = _declare(self, nsa_parameters(config, x.shape[-1]))
+        parameters = self.declared_parameters(x)
         if self.is_mutable_collection("intermediates"):
             inputs = nsa_layer_inputs(parameters, x, config=config, segment_ids=segment_ids)
             self.sow("intermediates", "attention_inputs", inputs)
         return nsa_layer(parameters, x, config=config, segment_ids=segment_ids)
+
+    @nn.compact
+    def declared_parameters(self, x: Float[Array, "B T E"]) -> dict[str, Array]:
+        """The layer's parameters by name, whichever method is called first."""
+        return _declare(self, x)
 
     def init_cache(self, **sizes: Any) -> NSACache:
         """An empty cache. For `batch_size`, `max_length` and more, see `nsa_jax.decoding.nsa_layer_cache`."""
@@ -106,14 +111,14 @@ class NSAttention(nn.Module):
     ) -> tuple[Float[Array, "B T E"], NSACache]:
         """Output and new cache after a prompt or its next chunk; see `nsa_jax.decoding.nsa_layer_prefill`."""
         options = {"config": _layer_config(self, NSALayerConfig), "num_tokens": num_tokens, "continuing": continuing}
-        return nsa_layer_prefill(_stored(self), x, cache, **options)
+        return nsa_layer_prefill(self.declared_parameters(x), x, cache, **options)
 
     def decode_step(
         self, x: Float[Array, "B m E"], cache: NSACache, *, num_tokens: NumTokens = None
     ) -> tuple[Float[Array, "B m E"], NSACache]:
         """Output and new cache after one token or a few; see `nsa_jax.decoding.nsa_layer_decode_step`."""
         config = _layer_config(self, NSALayerConfig)
-        return nsa_layer_decode_step(_stored(self), x, cache, config=config, num_tokens=num_tokens)
+        return nsa_layer_decode_step(self.declared_parameters(x), x, cache, config=config, num_tokens=num_tokens)
 
 
 class FullAttention(nn.Module):
@@ -145,14 +150,17 @@ class FullAttention(nn.Module):
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T E"]:
         """Attention output [B, T, E]."""
         config = _layer_config(self, HeadConfig)
-        parameters = _declare(self, projection_parameters(config, x.shape[-1], ("",)))
-        return full_layer(parameters, x, config=config, window=self.window, segment_ids=segment_ids)
+        return full_layer(self.declared_parameters(x), x, config=config, window=self.window, segment_ids=segment_ids)
+
+    @nn.compact
+    def declared_parameters(self, x: Float[Array, "B T E"]) -> dict[str, Array]:
+        """The layer's parameters by name, whichever method is called first."""
+        return _declare(self, x)
 
     def init_cache(self, **sizes: Any) -> DenseCache:
         """An empty cache of `batch_size` rows of `max_length` tokens, optionally with a `dtype`."""
@@ -164,27 +172,41 @@ class FullAttention(nn.Module):
         """As `NSAttention.prefill`."""
         config = _layer_config(self, HeadConfig)
         options = {"config": config, "window": self.window, "num_tokens": num_tokens, "continuing": continuing}
-        return full_layer_prefill(_stored(self), x, cache, **options)
+        return full_layer_prefill(self.declared_parameters(x), x, cache, **options)
 
     def decode_step(
         self, x: Float[Array, "B m E"], cache: DenseCache, *, num_tokens: NumTokens = None
     ) -> tuple[Float[Array, "B m E"], DenseCache]:
         """As `NSAttention.decode_step`."""
         config = _layer_config(self, HeadConfig)
-        return full_layer_decode_step(_stored(self), x, cache, config=config, window=self.window, num_tokens=num_tokens)
+        return full_layer_decode_step(
+            self.declared_parameters(x), x, cache, config=config, window=self.window, num_tokens=num_tokens
+        )
 
 
 def _layer_config(module: nn.Module, kind: type) -> Any:
     return kind(**{field.name: getattr(module, field.name) for field in dataclasses.fields(kind)})
 
 
-def _declare(module: nn.Module, parameters: dict[str, Parameter]) -> dict[str, Any]:
+class LogicalNames(nn.LogicallyPartitioned):
+    """Logical axis names of a parameter, which stay names when `nnx.bridge` takes the module.
+
+    A plain `nn.LogicallyPartitioned` becomes an NNX variable that is split when it is made, which needs a mesh.
+    """
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """What `nnx.bridge.ToNNX` makes a variable of."""
+        names = {"out_sharding": self.names, "sharding_rules": self.rules}
+        return {"value": self.value, "mesh": self.mesh, **names, "eager_sharding": False}
+
+
+def _named(parameter: Parameter, *arguments: Any) -> LogicalNames:
+    return LogicalNames(parameter.init(*arguments), parameter.axes)
+
+
+def _declare(module: nn.Module, x: Any) -> dict[str, Any]:
+    config = _layer_config(module, NSALayerConfig if isinstance(module, NSAttention) else HeadConfig)
     return {
-        name: module.param(name, nn.with_logical_partitioning(p.init, p.axes), p.shape, module.param_dtype)
-        for name, p in parameters.items()
+        name: module.param(name, functools.partial(_named, p), p.shape, module.param_dtype)
+        for name, p in layer_parameters(config, checked_input(x).shape[2]).items()
     }
-
-
-def _stored(module: nn.Module) -> dict[str, Any]:
-    """The parameters that `__call__` declared."""
-    return nn.meta.unbox(dict(module.variables["params"]))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax import arguments
 from nsa_jax.attention import AttentionInputs
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.decoding import (
@@ -20,12 +21,10 @@ from nsa_jax.decoding import (
 from nsa_jax.layer import (
     HeadConfig,
     NSALayerConfig,
-    Parameter,
     full_layer,
+    layer_parameters,
     nsa_layer,
     nsa_layer_inputs,
-    nsa_parameters,
-    projection_parameters,
 )
 
 
@@ -47,7 +46,8 @@ class NSAttention(nnx.Module):
 
     def __init__(self, embed_dim: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **fields: Any) -> None:
         self.layer_config = NSALayerConfig(**fields)
-        _declare(self, nsa_parameters(self.layer_config, embed_dim), rngs, param_dtype)
+        self.embed_dim = arguments.size("embed_dim", embed_dim)
+        _declare(self, rngs, param_dtype)
 
     def __call__(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
@@ -97,8 +97,9 @@ class FullAttention(nnx.Module):
         **fields: Any,
     ) -> None:
         self.layer_config = HeadConfig(**fields)
-        self.window = window
-        _declare(self, projection_parameters(self.layer_config, embed_dim, ("",)), rngs, param_dtype)
+        self.window = arguments.optional_size("window", window)
+        self.embed_dim = arguments.size("embed_dim", embed_dim)
+        _declare(self, rngs, param_dtype)
 
     def __call__(
         self, x: Float[Array, "B T E"], *, segment_ids: Int[Array, "B T"] | None = None
@@ -126,12 +127,14 @@ class FullAttention(nnx.Module):
         )
 
 
-def _declare(module: nnx.Module, parameters: dict[str, Parameter], rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+def _declare(module: Any, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
     # The logical names are metadata for the user's own axis rules. Creating sharded arrays would need a mesh and rules.
-    for name, p in parameters.items():
+    for name, p in layer_parameters(module.layer_config, module.embed_dim).items():
         value = p.init(rngs.params(), p.shape, dtype)
         setattr(module, name, nnx.Param(value, out_sharding=p.axes, eager_sharding=False))
 
 
-def _values(module: nnx.Module) -> dict[str, Array]:
-    return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+def _values(module: Any) -> dict[str, Array]:
+    """The parameters that were declared. Other libraries may have added some of their own."""
+    names = layer_parameters(module.layer_config, module.embed_dim)
+    return {name: getattr(module, name)[...] for name in names}

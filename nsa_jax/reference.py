@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig
+from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import (
     QueryOffset,
     blocks_scored,
@@ -179,7 +180,7 @@ def _logits(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], scale: float
     """Scaled scores, at least in float32."""
     B, T, H, D = q.shape
     K = k.shape[2]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = wide_dtype(q.dtype)
     q = q.astype(dtype).reshape(B, T, K, H // K, D)
     return jnp.einsum("btkgd,bskd->bkgts", q, k.astype(dtype), precision=HIGHEST) * scale
 

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from nsa_jax import arguments
+from nsa_jax.explicit import on_auto_axes, split_like
+from nsa_jax.precision import wide_dtype
+
 ScalingKind = Literal["none", "linear", "ntk", "yarn"]
 
 
@@ -42,16 +46,17 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScalingKind):
             raise ValueError(f"RopeScaling.kind = {self.kind!r}: expected one of {', '.join(get_args(ScalingKind))}")
-        if not 1 <= self.factor < math.inf:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            object.__setattr__(self, name, arguments.real(f"RopeScaling.{name}", getattr(self, name)))
+        length = arguments.optional_size("RopeScaling.original_length", self.original_length)
+        object.__setattr__(self, "original_length", length)
+        if self.factor < 1:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected a number of at least 1")
         if self.kind == "none" and self.factor != 1:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected 1 with kind = none")
         if self.original_length is None and self.kind == "yarn":
             raise ValueError("RopeScaling.original_length = None: expected the tokens trained on, with kind = yarn")
-        length = self.original_length
-        if length is not None and (not isinstance(length, int) or length < 1):
-            raise ValueError(f"RopeScaling.original_length = {length!r}: expected a positive integer")
-        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+        if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 f"RopeScaling.beta_slow = {self.beta_slow}: expected above 0 and below beta_fast = {self.beta_fast}"
             )
@@ -68,6 +73,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     Raises:
       ValueError: `head_dim` is odd, or it is 2 with kind = ntk, which needs a highest and a lowest frequency.
     """
+    head_dim, theta = arguments.size("head_dim", head_dim), arguments.real("theta", theta)
+    if not isinstance(scaling, RopeScaling):
+        raise ValueError(f"scaling = {scaling!r}: expected an nsa_jax.RopeScaling")
+    if theta <= 0:
+        raise ValueError(f"theta = {theta}: expected a positive number")
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}: rotary position embedding needs an even head size")
     if scaling.kind == "ntk":
@@ -86,6 +96,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     return frequencies
 
 
+@on_auto_axes(lambda given: split_like(given["x"]))
 def apply_rope(
     x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float, scaling: RopeScaling = RopeScaling()
 ) -> Float[Array, "B T H D"]:
@@ -97,7 +108,13 @@ def apply_rope(
     Raises:
       ValueError: D does not fit; see `rope_frequencies`.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    x = arguments.array("x", x)
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {arguments.describe(x)}: expected a float array [batch, tokens, heads, head size]")
+    positions = arguments.array("positions", positions)
+    rows = 1 if positions.shape[:1] == (1,) else x.shape[0]  # one row of positions serves every row
+    positions = arguments.integers("positions", positions, (rows, x.shape[1]), "(B, T)")
+    dtype = wide_dtype(x.dtype)
     frequencies = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), dtype)
     angle = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = scaling.magnitude * jnp.cos(angle), scaling.magnitude * jnp.sin(angle)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nsa_jax.attention import AttentionInputs
-from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax import arguments
+from nsa_jax.attention import AttentionInputs, score_scale
+from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.visibility import (
     blocks_scored,
     choose_blocks,
@@ -67,10 +68,15 @@ def selection_recall(
     Returns:
       Float32 arrays [K]; NaN where no query of the sample has anything beyond its window.
     """
+    check_config(config)
+    if not isinstance(inputs, AttentionInputs):
+        raise ValueError(f"inputs = {type(inputs).__name__}: expected nsa_jax.AttentionInputs")
+    positions = arguments.array("positions", positions)
+    positions = arguments.integers("positions", positions, positions.shape[:1], "(S,)")
     q, kv = inputs.q[:, positions], inputs.kv
-    B, S, H, Dk = q.shape
+    B, S, H, _ = q.shape
     T, K = kv.slc_k.shape[1:3]
-    scale = Dk**-0.5 if scale is None else scale
+    scale = score_scale(inputs.q, scale)
     starts = jnp.zeros((B, S), jnp.int32)
     if inputs.segment_ids is not None:
         starts = segment_starts(inputs.segment_ids)[:, positions]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from nsa_jax import context
+from nsa_jax import arguments, context
 from nsa_jax.attention import compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention
 from nsa_jax.compression import compress
 from nsa_jax.dense import causal_attention
@@ -117,6 +117,8 @@ def sharded(
     """
     if op not in RESULTS:
         raise ValueError(f"op = {op!r}: expected one of {', '.join(known.__name__ for known in RESULTS)}")
+    for name, given in (("batch_axes", batch_axes), ("head_axes", head_axes), ("context_axes", context_axes)):
+        check_mesh_axes(name, given)
     axes = {"batch": _as_tuple(batch_axes), "heads": _as_tuple(head_axes), "context": _as_tuple(context_axes)}
     named = sum(axes.values(), ())
     if len(set(named)) < len(named):
@@ -154,6 +156,12 @@ def sharded(
         return jax.jit(split_op)(arrays)  # outside jit, `shard_map` does not support Auto axes
 
     return call
+
+
+def check_mesh_axes(name: str, axes: Any) -> None:
+    """Raises ValueError for what is neither the name of a mesh axis nor a tuple of names."""
+    if not isinstance(axes, str) and not (isinstance(axes, tuple | list) and all(isinstance(a, str) for a in axes)):
+        raise ValueError(f"{name} = {axes!r}: expected the name of a mesh axis, or a tuple of names")
 
 
 def token_positions(
@@ -251,15 +259,17 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def _separate(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _separate(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays, and everything else. A query offset whose value is known is not an array, so that `op` checks it."""
     arrays, options = {}, {}
-    for name, value in arguments.items():
+    for name, value in given.items():
         known = name == "query_offset" and not isinstance(value, jax.core.Tracer)
         if name not in ARGUMENTS or value is None or known:
             options[name] = jax.device_get(value) if known else value
         else:
-            arrays[name] = value
+            arrays[name] = jax.tree.map(
+                functools.partial(arguments.array, name), value, is_leaf=lambda x: isinstance(x, list)
+            )
     return arrays, options
 
 

@@ -30,6 +30,7 @@ from nsa_jax.attention import (
     window_attention,
 )
 from nsa_jax.config import NSAConfig, num_compressed
+from nsa_jax.precision import widened
 from nsa_jax.reference import block_importance
 from nsa_jax.visibility import segment_starts
 
@@ -173,9 +174,7 @@ def assert_matches_reference(
     """
     tolerance = tolerance_of(inputs.q.dtype) if tolerance is None else tolerance
     key = jax.random.key(0) if key is None else key
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), (inputs.q, inputs.kv, inputs.gates)
-    )
+    wide = widened((inputs.q, inputs.kv, inputs.gates))
     common: dict[str, Any] = {
         "config": config,
         "scale": scale,
@@ -208,11 +207,11 @@ def assert_matches_reference(
     for name, op, pick in cases:
         expected, expected_vjp = _run_vjp(functools.partial(op, "reference"), pick(*wide))
         actual, actual_vjp = _run_vjp(functools.partial(op, implementation), pick(*narrow))
-        assert_trees_close(_widen(actual), expected, tolerance, name)
+        assert_trees_close(widened(actual), expected, tolerance, name)
         if gradients:
             cotangent = _random_like(key, actual)
             assert_trees_close(
-                _widen(actual_vjp(cotangent)), expected_vjp(_widen(cotangent)), tolerance, f"gradient of {name}"
+                widened(actual_vjp(cotangent)), expected_vjp(widened(cotangent)), tolerance, f"gradient of {name}"
             )
     own = jax.jit(lambda *a: select_blocks(*a, implementation=implementation, **common))(inputs.q, inputs.kv.cmp_k, lse)
     assert_same_blocks(own, blocks, importance)
@@ -244,10 +243,6 @@ def _run_vjp(op: Callable, arguments: tuple) -> tuple[Any, Callable]:
     """The op's result and its vector-Jacobian product, each compiled as one program."""
     vjp = jax.jit(lambda arguments, cotangent: jax.vjp(op, *arguments)[1](cotangent))
     return jax.jit(op)(*arguments), lambda cotangent: vjp(arguments, cotangent)
-
-
-def _widen(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _random_like(key: PRNGKeyArray, tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """Which query sees which keys: the index arithmetic that the implementations share. All indices are 0-based.
 
-Segments never decrease along the sequence. One number therefore says what a query at position t may see: `starts`, the
+Segments are runs of equal ids. One number therefore says what a query at position t may see: `starts`, the
 position of the first token of its segment. The query sees keys at positions starts .. t, and the compressed tokens and
 blocks that follow from these.
 """
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.config import NSAConfig
+from nsa_jax.precision import wide_dtype
 
 QueryOffset = int | Int[Array, ""]  # position of the first query
 
@@ -102,5 +103,5 @@ def gated_sum(
     o_win: Float[Array, "B T H Dv"],
 ) -> Float[Array, "B T H Dv"]:
     """The sum of the branches' outputs, each times its gate (equation 5). It is summed in float32 at least."""
-    g = gates.astype(jnp.promote_types(o_cmp.dtype, jnp.float32))
-    return (g[..., 0:1] * o_cmp + g[..., 1:2] * o_slc + g[..., 2:3] * o_win).astype(o_cmp.dtype)
+    g, cmp, slc, win = (x.astype(wide_dtype(o_cmp.dtype)) for x in (gates, o_cmp, o_slc, o_win))
+    return (g[..., 0:1] * cmp + g[..., 1:2] * slc + g[..., 2:3] * win).astype(o_cmp.dtype)

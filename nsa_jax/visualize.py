@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("nsa_jax.visualize needs matplotlib: pip install 'nsa-jax[plot]'") from error
 
+from nsa_jax import arguments
 from nsa_jax.attention import (
     AttentionInputs,
     compressed_attention,
@@ -39,6 +40,7 @@ from nsa_jax.attention import (
     window_attention,
 )
 from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.precision import widened
 from nsa_jax.selection import selection_recall
 from nsa_jax.testing import reference_selection
 from nsa_jax.tracing import trace_attention as trace_attention
@@ -310,15 +312,13 @@ def _check_inputs(inputs: Any) -> None:
 def _one_row(inputs: AttentionInputs, row: int) -> AttentionInputs:
     """One row of the batch, in float32 at least."""
     _check_index("row", row, inputs.q.shape[0])
-    q, kv, gates = jax.tree.map(
-        lambda x: x[row : row + 1].astype(jnp.promote_types(x.dtype, jnp.float32)), (inputs.q, inputs.kv, inputs.gates)
-    )
+    q, kv, gates = widened(jax.tree.map(lambda x: x[row : row + 1], (inputs.q, inputs.kv, inputs.gates)))
     segment_ids = None if inputs.segment_ids is None else inputs.segment_ids[row : row + 1]
     return AttentionInputs(q, kv, gates, segment_ids, inputs.query_offset)
 
 
 def _check_index(name: str, value: int, size: int) -> None:
-    if not 0 <= value < size:
+    if not arguments.size(name, value, least=0) < size:
         raise ValueError(f"{name} = {value}: expected 0 to {size - 1}")
 
 

@@ -5,15 +5,18 @@ values are held in float32 at least, so that their gradients are summed in float
 in the dtype of the queries.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.cache import read_pages
 from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import (
     QueryOffset,
     blocks_scored,
@@ -45,7 +48,7 @@ def compressed_attention(
     def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
         return _attend(q, k, v, compressed_visible(positions, starts, Nc, config)[:, None], scale)
 
-    o, lse = _map_query_chunks(attend, query_offset, q.shape[0] * q.shape[2] * Nc, q, starts)
+    o, lse = _map_query_chunks(attend, query_offset, _elements(q.shape[0], q.shape[2], Nc), q, starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
 
@@ -66,12 +69,12 @@ def select_blocks(
 
     def choose(positions: Array, q: Array, lse: Array, starts: Array) -> Array:
         visible = compressed_visible(positions, starts, Nc, config)[:, None, None]
-        lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, -1, 1)
+        lse = jnp.moveaxis(lse, 1, 2).reshape(B, K, H // K, lse.shape[1], 1)
         p = jnp.exp(jnp.where(visible, _logits(q, k, scale) - jnp.where(visible, lse, 0), -jnp.inf))
         importance = pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
         return jnp.moveaxis(choose_blocks(importance, positions, starts, config), 2, 1)
 
-    chosen = _map_query_chunks(choose, query_offset, B * H * max(Nc, 1), q, jnp.moveaxis(lse, 2, 1), starts)
+    chosen = _map_query_chunks(choose, query_offset, _elements(B, H, Nc), q, jnp.moveaxis(lse, 2, 1), starts)
     return jnp.moveaxis(chosen, 1, 2)
 
 
@@ -106,10 +109,13 @@ def selected_attention(
         visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
         rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
         o, lse = _attend(rows, keys, values, visible, scale)
-        o, lse = (jnp.moveaxis(x.reshape(B, K, C, H // K, -1), 1, 2).reshape(B, C, H, -1) for x in (o, lse))
-        return o, lse[..., 0]
+        o, lse = (
+            jnp.moveaxis(x.reshape(B, K, C, H // K, *x.shape[3:]), 1, 2).reshape(B, C, H, *x.shape[3:])
+            for x in (o, lse)
+        )
+        return o, lse
 
-    elements = k.shape[0] * k.shape[1] * n * length * (k.shape[-1] + v.shape[-1])
+    elements = _elements(*k.shape[:2], n, length, k.shape[-1] + v.shape[-1])
     o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
@@ -237,6 +243,11 @@ def _map_query_chunks(
     return jax.tree.map(join, out)
 
 
+def _elements(*sizes: int) -> int:
+    """The product of sizes. A symbolic one, of `jax.export`, counts as 1: chunks are then as large for every batch."""
+    return math.prod(size for size in sizes if not is_symbolic_dim(size))
+
+
 def _attend(
     q: Float[Array, "B C H Dk"],
     k: Float[Array, "B S K Dk"],
@@ -254,7 +265,7 @@ def _attend(
     safe = jnp.where(total == 0, 1, total)
     o = _product("bkgcs,bskd->bkgcd", p.astype(q.dtype), v.astype(q.dtype)) / safe
     lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)[..., 0]
-    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, -1).astype(q.dtype)
+    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, v.shape[-1]).astype(q.dtype)
     return o, jnp.moveaxis(lse, 3, 1).reshape(B, C, H)
 
 
@@ -265,11 +276,11 @@ def _logits(q: Float[Array, "B C H D"], k: Float[Array, "B S K D"], scale: float
 
 
 def _accumulable(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
     """An einsum accumulated in float32 at least; float32 inputs are not rounded to TF32."""
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    dtype = wide_dtype(a.dtype)
     precision = jax.lax.Precision.HIGHEST if a.dtype == dtype else None
     return jnp.einsum(equation, a, b, preferred_element_type=dtype, precision=precision)

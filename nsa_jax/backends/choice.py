@@ -15,6 +15,7 @@ from jaxtyping import Array
 from nsa_jax.backends import registry
 from nsa_jax.backends.protocol import BRANCHES, Backend
 from nsa_jax.config import NSAConfig
+from nsa_jax.precision import wide_dtype
 from pallas_kernels.contract import Gradients
 from pallas_kernels.devices import current_device
 from pallas_kernels.differentiable import Op
@@ -207,7 +208,7 @@ def _by_differentiation(
     sizes = {name: options[name] for name in ("config", "scale")}
     gate, dlse, dq_before = (options.get(name) for name in ("gate", "dlse", "dq"))
     q, k, v, *block_indices = inputs
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q.dtype)
     delta = jnp.swapaxes(jnp.sum(o.astype(wide) * do.astype(wide), axis=-1), 1, 2)
     if dlse is not None:
         delta = delta - dlse
@@ -235,7 +236,7 @@ def run_forward(
     _check_returned(backend, op, "o", o, (*q.shape[:3], v.shape[3]), q.dtype)
     if lse is not None:
         shape = (q.shape[0], q.shape[2], q.shape[1])
-        _check_returned(backend, op, "lse", lse, shape, jnp.promote_types(q.dtype, jnp.float32))
+        _check_returned(backend, op, "lse", lse, shape, wide_dtype(q.dtype))
     elif op == "compressed_attention":
         raise ValueError(f"backend {backend.name!r}: {op} returned no lse: expected (o, lse)")
     return o, lse

@@ -66,7 +66,8 @@ def _forward(
         block_indices = named(parts.select_blocks(q, keys.cmp_k, compressed[1], *positions, **options))
     selected = named(parts.selected_attention(q, keys.slc_k, keys.slc_v, block_indices, *positions, **options))
     window = named(parts.window_attention(q, keys.win_k, keys.win_v, *window_positions, **options))
-    o = gates[..., 0:1] * compressed[0] + gates[..., 1:2] * selected[0] + gates[..., 2:3] * window[0]
+    o_cmp, o_slc, o_win = (branch[0].astype(gates.dtype) for branch in (compressed, selected, window))
+    o = gates[..., 0:1] * o_cmp + gates[..., 1:2] * o_slc + gates[..., 2:3] * o_win
     return o.astype(q.dtype), (q, keys, gates, places, block_indices, (compressed, selected, window))
 
 

@@ -77,7 +77,9 @@ def launch(
     def call(*arguments: Any) -> Any:
         def body(*refs: Any) -> None:
             rest = iter(refs)
-            kernel(*[None if argument is None else next(rest) for argument in arguments], *rest)
+            # Kernels multiply 16-bit values by float32 ones, whatever promotion the caller allows.
+            with jax.numpy_dtype_promotion("standard"):
+                kernel(*[None if argument is None else next(rest) for argument in arguments], *rest)
 
         arrays = [argument for argument in arguments if argument is not None]
         run = _poisoning_call(body, options) if _poisoned and not interpret else _call(body, options)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes
@@ -47,6 +48,8 @@ def check_supported(q: jax.Array, k: jax.Array, v: jax.Array | None, *, scale: f
     Shapes are those of the contracts: q [..., H, Dk], k [..., K, Dk], v [..., K, Dv] or None, batch first.
     """
     arrays = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    if is_symbolic_dim(q.shape[0]) or q.shape[0] == 0:
+        raise NotImplementedError(f"q.shape = {q.shape}: expected a batch that is known when tracing, and not 0")
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"q.dtype = {q.dtype}: expected bfloat16, float16 or float32")
     for name, array in arrays.items():

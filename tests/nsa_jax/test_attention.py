@@ -63,7 +63,8 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
             gates=inputs.gates[..., :2])  # fmt: skip
     refused(inputs, "kv.cmp_k has 8 compressed tokens: expected num_compressed(20, config) = 9",
             kv=kv._replace(cmp_k=kv.cmp_k[:, 1:], cmp_v=kv.cmp_v[:, 1:]))  # fmt: skip
-    refused(inputs, "kv.win_k has 19 tokens and kv.slc_k 20", kv=kv._replace(win_k=kv.win_k[:, 1:]))
+    refused(inputs, "kv.win_k has 19 tokens and kv.slc_k 20",
+            kv=kv._replace(win_k=kv.win_k[:, 1:], win_v=kv.win_v[:, 1:]))  # fmt: skip
     refused(inputs, "k: bfloat16 (1, 9, 2, 8): expected a float dtype, the same as q's float32",
             kv=kv._replace(cmp_k=kv.cmp_k.astype(jnp.bfloat16)))  # fmt: skip
     refused(inputs, "k: float32 (1, 9, 2, 8): expected batch 1 and head size 6", q=q[..., :6])
@@ -71,7 +72,7 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
             q=q[:, :, :3], gates=inputs.gates[:, :, :3])  # fmt: skip
     refused(inputs, "v: float32 (1, 19, 2, 8): expected batch, tokens and heads (1, 20, 2)",
             kv=kv._replace(slc_v=kv.slc_v[:, 1:]))  # fmt: skip
-    refused(inputs, "segment_ids: float32 (1, 20): expected int32", segment_ids=jnp.ones((1, T)))
+    refused(inputs, "segment_ids: float32 (1, 20): expected integers", segment_ids=jnp.ones((1, T)))
     refused(inputs, "segment_ids: int32 (1, 19): expected one id for each of the T = 20 keys",
             segment_ids=jnp.ones((1, T - 1), jnp.int32), q=q[:, 2:], gates=inputs.gates[:, 2:])  # fmt: skip
     refused(inputs, "query_offset = 2 with 20 queries", query_offset=2)
@@ -86,7 +87,7 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
 
 
 def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
-    with pytest.raises(ValueError, match=re.escape("block_indices: int32 (1, 2, 20, 3): expected int32 of shape")):
+    with pytest.raises(ValueError, match=re.escape("block_indices: int32 (1, 2, 20, 3): expected integers of shape")):
         nsa_jax.selected_attention(
             inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, jnp.zeros((1, 2, T, 3), jnp.int32), config=CONFIG
         )

@@ -281,7 +281,7 @@ def bad_table(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size = 0: expected a positive integer"),
+        ({"batch_size": 0}, "batch_size = 0: expected an integer of at least 1"),
         ({"step_tokens": -1}, "step_tokens = -1"),
         ({"num_pages": 5}, "num_pages = 5: expected at least batch_size"),
         ({"block_tables": jnp.zeros((2, 3), jnp.int32)}, r"block_tables: int32 \(2, 3\)"),
@@ -298,7 +298,7 @@ def test_impossible_caches_are_refused_by_name(change, message):
     [
         (5, {}, "step_tokens; prefill takes more"),
         (1, {"num_tokens": jnp.array([1, 2])}, r"num_tokens = \[1, 2\]: expected 0 to 1"),
-        (1, {"num_tokens": jnp.array([1, 1, 1])}, r"num_tokens: int32 \(3,\): expected int32 of shape \(2,\)"),
+        (1, {"num_tokens": jnp.array([1, 1, 1])}, r"num_tokens: int32 \(3,\): expected integers of shape \(2,\)"),
         (1, {"rows": 3}, "cache has 2 rows: expected 3, the batch of x"),
         (1, {"dtype": jnp.bfloat16}, "cache holds float32 keys"),
         (1, {"layer": "full"}, "cache = NSACache: expected an nsa_jax.DenseCache"),

@@ -7,11 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nsa_jax
-import nsa_jax.nnx
 import nsa_jax.sharding
 from nsa_jax import NSAConfig
 from nsa_jax.sharding import ARGUMENTS, sharded
@@ -264,8 +262,8 @@ def test_explicit_axes_refuse_arrays_that_would_have_to_move():
 LAYER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "config": CONFIG}
 
 
-@pytest.mark.parametrize(("kind", "flavour"), [(AxisType.Auto, "linen"), (AxisType.Explicit, "nnx")])
-def test_layers_on_a_mesh_equal_those_of_one_device_with_all_gradients(kind, flavour):
+def test_layers_on_auto_axes_equal_those_of_one_device_with_all_gradients():
+    """For Explicit axes, see test_explicit.py."""
     x = jax.random.normal(jax.random.key(2), (4, 64, 24))
     segment_ids = problem()[1]
     cotangent = jax.random.normal(jax.random.key(3), x.shape)
@@ -282,18 +280,12 @@ def test_layers_on_a_mesh_equal_those_of_one_device_with_all_gradients(kind, fla
     def linen(**axes):
         return lambda params, x, **options: nsa_jax.NSAttention(**LAYER, **axes).apply({"params": params}, x, **options)
 
-    def twin(params, x, **options):
-        module = nsa_jax.nnx.NSAttention(24, rngs=nnx.Rngs(0), **LAYER, **BOTH)
-        for name, value in params.items():
-            getattr(module, name)[...] = value
-        return module(x, **options)
-
     alone = run(linen())(params, x, segment_ids, cotangent)
-    mesh = make_mesh(kind, data=2, tensor=2)
+    mesh = make_mesh(AxisType.Auto, data=2, tensor=2)
     shardings = nn.logical_to_mesh_sharding(
         nn.get_partition_spec(boxed)["params"], mesh, (("heads", "tensor"), ("kv_heads", "tensor"))
     )
     with jax.set_mesh(mesh):
         placed = (jax.device_put(params, shardings), *put((x, segment_ids, cotangent), mesh, "data", None))
-        actual = run(linen(**BOTH) if flavour == "linen" else twin)(*placed)
+        actual = run(linen(**BOTH))(*placed)
     assert_trees_close(actual, alone, 1e-5)
