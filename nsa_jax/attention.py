@@ -310,8 +310,9 @@ def decode_attention(
     Args:
       q: queries [B, m, H, Dk] in the dtype of the cache, m at most the cache's `step_tokens`. Those of row b stand at
         positions query_offsets[b] .. query_offsets[b] + m - 1.
-      cache: with the keys and values at these positions written. Where a row got fewer than m tokens, the results of
-        its other queries are finite and mean nothing.
+      cache: with the keys and values at these positions written, and with the lengths after that. What its places
+        from these lengths on hold does not matter. Where a row got fewer than m tokens, the results of its other
+        queries are finite and mean nothing.
       gates: [B, m, H, 3] in the order compressed, selected, window; any float dtype.
       query_offsets: int32 [B].
       config, scale, implementation: see `nsa_attention`.
@@ -341,7 +342,7 @@ def decode_attention(
     if query_offsets.shape != (B,) or query_offsets.dtype != jnp.int32:
         raise ValueError(f"query_offsets: {_describe(query_offsets)}: expected int32 of shape {(B,)}")
     arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
-    arguments = (q, *arrays, gates, query_offsets, cache.block_tables)
+    arguments = (q, *arrays, gates, query_offsets, cache.lengths, cache.block_tables)
     return choice.run("decode_attention", implementation, arguments, config=config, scale=score_scale(q, scale))
 
 

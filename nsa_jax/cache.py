@@ -226,15 +226,19 @@ def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, 
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:
-    """Positions first .. first + count - 1 of each row. Entries for negative positions are arbitrary."""
-    slots = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]) % ring.shape[1]
-    return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
+    """Positions first .. first + count - 1 of each row; zeros for negative positions."""
+    positions = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :])[:, :, None, None]
+    return jnp.where(positions >= 0, jnp.take_along_axis(ring, positions % ring.shape[1], axis=1), 0)
 
 
-def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
-    """Everything in the pages of each row, in order."""
+def read_pages(
+    pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"], held: Int[Array, " B"]
+) -> Float[Array, "B N*slots K D"]:
+    """What the pages of each row hold, in order: `held` entries, and zeros in all other places."""
     pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
-    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    entries = pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    exists = jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :] < held[:, None]
+    return jnp.where(exists[:, :, None, None], entries, 0)
 
 
 def write_nsa_tokens(

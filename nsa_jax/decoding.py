@@ -103,7 +103,7 @@ def nsa_layer_prefill(
     """
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, NSACache, x, num_tokens, config)
+    x, counts = _checked(before, NSACache, x, num_tokens, config)
     q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
     if continuing:
         o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
@@ -126,7 +126,7 @@ def nsa_layer_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
     """
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, NSACache, x, num_tokens, config)
+    x, counts = _checked(cache, NSACache, x, num_tokens, config)
     if x.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
             f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
@@ -153,7 +153,7 @@ def full_layer_prefill(
     """`nsa_layer_prefill` for `full_layer`."""
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    counts = _check(before, DenseCache, x, num_tokens, config)
+    x, counts = _checked(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
@@ -171,12 +171,12 @@ def full_layer_decode_step(
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     x, weights = layer_inputs(x, parameters, config)
-    counts = _check(cache, DenseCache, x, num_tokens, config)
+    x, counts = _checked(cache, DenseCache, x, num_tokens, config)
     before = cache
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, lengths=jnp.maximum(cache.lengths, 1))
+        o = dense_attention(q, cache.k, _held(cache), lengths=jnp.maximum(cache.lengths, 1))
     else:
         o = _attend_to_dense(q, before, cache, window)
     return join_heads(o, weights["o_kernel"], x), cache
@@ -247,17 +247,18 @@ def _attend_continuing(
     # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
     tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
 
-    def one_row(row: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        q, offset, table = row
-        k, v, keys, values = (
-            read_pages(pool, table[None]) for pool in (after.cmp_k, after.cmp_v, after.slc_k, after.slc_v)
-        )
+    compressed = next_compressed(after.lengths, config.config)
+
+    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, offset, length, finished, table = row
+        k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
+        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
         o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
         block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
         o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
         return o_cmp[0], o_slc[0], block_indices[0]
 
-    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, tables))
+    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, after.lengths, compressed, tables))
     return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
 
 
@@ -267,10 +268,16 @@ def _attend_to_dense(
     """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
     position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
     key = jnp.arange(after.k.shape[1], dtype=jnp.int32)[None, None, None, :]
-    mask = key <= position
+    mask = (key <= position) & (key < after.lengths[:, None, None, None])
     if window is not None:
         mask &= key > position - window
-    return dense_attention(q, after.k, after.v, mask=mask)
+    return dense_attention(q, after.k, _held(after), mask=mask)
+
+
+def _held(cache: DenseCache) -> Float[Array, "B T K Dv"]:
+    """The values in the cache, and zeros in the places that hold no token: 0 times NaN would be NaN."""
+    place = jnp.arange(cache.v.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where((place < cache.lengths[:, None])[:, :, None, None], cache.v, 0)
 
 
 def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
@@ -290,7 +297,10 @@ def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
     return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
 
-def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig) -> Int[Array, " B"]:
+def _checked(
+    cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig
+) -> tuple[Float[Array, "B T E"], Int[Array, " B"]]:
+    """`x` with zeros in place of tokens that do not count, and how many of each row count."""
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
@@ -307,4 +317,7 @@ def _check(cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: Head
                 f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
                 f"{config.config.window}"
             )
-    return counts
+    if num_tokens is None:
+        return x, counts
+    counted = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+    return jnp.where(counted[:, :, None], x, 0), counts

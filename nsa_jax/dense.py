@@ -1,9 +1,10 @@
-"""Dense attention through `jax.nn.dot_product_attention`: the baseline that sparse attention is measured against."""
+"""Dense attention, on cuDNN where it can be: the baseline that sparse attention is measured against."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nsa_jax import xla
 from nsa_jax.attention import check_attention, window_attention
 from nsa_jax.config import NSAConfig
 from pallas_kernels.devices import current_device
@@ -19,9 +20,9 @@ def causal_attention(
 ) -> Float[Array, "B T H Dv"]:
     """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1), or over the last `window` positions.
 
-    This runs `dense_attention`, with two exceptions. A `window` runs our own `window_attention`. On a GPU, so does
-    everything that JAX's cuDNN attention does not take (segments, 32-bit inputs, large heads), with a window as long as
-    the sequence, because XLA would write T x T scores for it.
+    This runs JAX's cuDNN attention on a GPU, and plain XLA elsewhere, with two exceptions. A `window` runs our own
+    `window_attention`. On a GPU, so does everything that cuDNN does not take (segments, 32-bit inputs, large heads),
+    with a window as long as the sequence, because XLA would write T x T scores for it.
 
     Example:
       >>> q, k = jnp.ones((1, 100, 4, 16)), jnp.ones((1, 100, 2, 16))
@@ -45,8 +46,13 @@ def causal_attention(
     if window is not None or (_on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
         return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return dense_attention(q, k, v, mask=mask, is_causal=True)
+    if on_cudnn:
+        return dense_attention(q, k, v, is_causal=True)
+    mask = jnp.tri(q.shape[1], dtype=bool)[None, None]
+    if segment_ids is not None:
+        mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    o, _ = xla.masked_attention(q, k, v, mask, q.shape[-1] ** -0.5)
+    return o
 
 
 def dense_attention(
