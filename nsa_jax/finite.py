@@ -1,8 +1,8 @@
 """NaN and infinity, kept from every query that does not see them.
 
 A mask gives an unseen key the weight 0, but 0 times NaN is NaN, in products forward and backward. So `reference` and
-`xla` multiply with `finite_part` alone. A key that `is_finite` does not hold for, in itself or in its value, gets a score
-of NaN instead, before the mask: a query that sees it has an output of NaN. Such a query sends no gradient.
+`xla` multiply finite parts alone. Before the mask, a key that is not finite, in itself or in its value, gets a score of
+NaN instead: the output of a query that sees it is NaN. Such a query sends no gradient.
 """
 
 import jax.numpy as jnp

@@ -179,10 +179,10 @@ def masked_attention(
     q, k, v = finite_part(q), finite_part(k), finite_part(v)
     logits = jnp.where(finite_key & finite_query, _logits(q, k, scale), jnp.nan)
     logits = jnp.where(mask, logits, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
-    lost = jnp.isnan(highest) | (highest == jnp.inf)
+    lost = ~jnp.all(logits < jnp.inf, axis=-1, keepdims=True)  # the maximum of numbers and NaN may be a number
     logits = jnp.where(lost, -jnp.inf, logits)
-    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     p = jnp.where(mask, jnp.exp(logits - highest), 0)
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0

@@ -286,10 +286,10 @@ def _attend(
     finite_key = jnp.moveaxis(keys.finite, 2, 1)[:, :, None, None, :]
     logits = jnp.where(finite_query & finite_key, _logits(finite_part(q), keys.k, scale), jnp.nan)
     logits = jnp.where(mask, logits, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
-    lost = jnp.isnan(highest) | (highest == jnp.inf)
+    lost = ~jnp.all(logits < jnp.inf, axis=-1, keepdims=True)  # the maximum of numbers and NaN may be a number
     logits = jnp.where(lost, -jnp.inf, logits)
-    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     p = jnp.where(mask, jnp.exp(logits - highest), 0)
     total = p.sum(axis=-1, keepdims=True)
     safe = jnp.where(total == 0, 1, total)

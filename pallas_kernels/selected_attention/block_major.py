@@ -94,7 +94,7 @@ def _partial_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, problem)
+    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
     rows, key_position = item.rows, item.key_position
 
     @pl.when(item.count > 0)
