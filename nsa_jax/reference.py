@@ -183,11 +183,12 @@ def masked_attention(
     logits = jnp.where(lost, -jnp.inf, logits)
     highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
-    p = jnp.where(mask, jnp.exp(logits - highest), 0)
+    p = jnp.exp(logits - highest)
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0
     safe = jnp.where(empty, 1, total)
-    o = jnp.einsum("bkgts,bskd->bkgtd", p / safe, v.astype(p.dtype), precision=HIGHEST)
+    weights = jnp.where(mask, p / safe, 0)  # the gradient of what is masked may be infinite
+    o = jnp.einsum("bkgts,bskd->bkgtd", weights, v.astype(p.dtype), precision=HIGHEST)
     o = jnp.moveaxis(jnp.where(lost, jnp.nan, o), 3, 1)
     lse = jnp.where(lost, jnp.nan, jnp.where(empty, -jnp.inf, jnp.log(safe) + highest))
     return o.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse.reshape(B, H, T)

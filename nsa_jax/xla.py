@@ -290,10 +290,11 @@ def _attend(
     logits = jnp.where(lost, -jnp.inf, logits)
     highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
-    p = jnp.where(mask, jnp.exp(logits - highest), 0)
+    p = jnp.exp(logits - highest)
     total = p.sum(axis=-1, keepdims=True)
     safe = jnp.where(total == 0, 1, total)
-    o = _product("bkgcs,bskd->bkgcd", p.astype(q.dtype), keys.v.astype(q.dtype)) / safe
+    weights = jnp.where(mask, p / safe, 0)  # the gradient of what is masked may be infinite
+    o = _product("bkgcs,bskd->bkgcd", weights.astype(q.dtype), keys.v.astype(q.dtype))
     o = jnp.where(lost, jnp.nan, o)
     lse = jnp.where(lost, jnp.nan, jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest))[..., 0]
     o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, -1).astype(q.dtype)
