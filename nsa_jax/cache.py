@@ -198,8 +198,10 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     """
     counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
     most = step_tokens(cache, config)
-    if not isinstance(counts, jax.core.Tracer) and not (0 <= counts.min() <= counts.max() <= most):
-        raise ValueError(f"num_rejected = {counts.tolist()}: expected 0 to {most}, the cache's step_tokens")
+    if not isinstance(counts, jax.core.Tracer):
+        known = np.asarray(counts)
+        if not 0 <= known.min() <= known.max() <= most:
+            raise ValueError(f"num_rejected = {known.tolist()}: expected 0 to {most}, the cache's step_tokens")
     return cache._replace(lengths=cache.lengths - counts)
 
 
@@ -321,14 +323,17 @@ def check_cache(cache: Cache, kind: type, x: Array, num_tokens: Any, *, K: int, 
         )
     counts = _counts("num_tokens", T if num_tokens is None else num_tokens, B)
     if not isinstance(counts, jax.core.Tracer):
-        if not 0 <= counts.min() <= counts.max() <= T:
-            raise ValueError(f"num_tokens = {counts.tolist()}: expected 0 to {T}, the tokens of x")
-        if not isinstance(cache.lengths, jax.core.Tracer) and (cache.lengths + counts).max() > max_length(cache):
-            row = int(jnp.argmax(cache.lengths + counts))
-            raise ValueError(
-                f"cache: row {row} holds {int(cache.lengths[row])} tokens and gets {int(counts[row])} more: expected "
-                f"at most {max_length(cache)}, the length it was made for"
-            )
+        known = np.asarray(counts)  # under `jit`, JAX would trace what follows
+        if not 0 <= known.min() <= known.max() <= T:
+            raise ValueError(f"num_tokens = {known.tolist()}: expected 0 to {T}, the tokens of x")
+        if not isinstance(cache.lengths, jax.core.Tracer):
+            lengths = np.asarray(cache.lengths)
+            row = int(np.argmax(lengths + known))
+            if lengths[row] + known[row] > max_length(cache):
+                raise ValueError(
+                    f"cache: row {row} holds {lengths[row]} tokens and gets {known[row]} more: expected at most "
+                    f"{max_length(cache)}, the length it was made for"
+                )
     return counts
 
 
