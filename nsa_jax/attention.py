@@ -333,6 +333,13 @@ def decode_attention(
             f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
             f"batch of q, and config.select_block = {config.select_block}"
         )
+    for name, pool in cache._asdict().items():
+        ring = cache.win_k if name.endswith("_k") else cache.win_v
+        if name[:4] in ("cmp_", "slc_") and (pool.shape[1], pool.shape[3]) != ring.shape[2:]:
+            raise ValueError(
+                f"cache.{name}: {_describe(pool)} (pages, heads, tokens, head size): expected {ring.shape[2]} heads of "
+                f"size {ring.shape[3]}, as in the window's ring"
+            )
     if m > step_tokens(cache, config):
         raise ValueError(
             f"q: {_describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"

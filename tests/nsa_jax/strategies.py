@@ -84,6 +84,23 @@ def cases(draw, max_tokens=90):
     )
 
 
+@st.composite
+def kernel_cases(draw):
+    """Any `Case` with heads and blocks as large as kernels take them, in float32."""
+    d = draw(st.sampled_from([4, 8, 16]))
+    per_block = draw(st.integers(-(-16 // d), max(2, 48 // d)))
+    config = draw(configs())
+    config = dataclasses.replace(
+        config,
+        compress_block=d * draw(st.integers(1, min(3, per_block))),
+        compress_stride=d,
+        select_block=d * per_block,
+        window=draw(st.integers(1, 120)),
+    )
+    sizes = st.sampled_from([16, 24, 32, 48])
+    return dataclasses.replace(draw(cases(max_tokens=120)), config=config, key_size=draw(sizes), value_size=draw(sizes))
+
+
 def random_segment_ids(rng, batch, tokens):
     """Segments that start anywhere, with ids that neither start at 0 nor rise by 1; some rows are one segment."""
     starts = rng.random((batch, tokens)) < rng.choice([0.0, 0.05, 0.2], size=(batch, 1))
