@@ -235,9 +235,10 @@ def _key_gradient_kernel(
                 p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
             seen: list[Any] = []
             if edge:
-                seen.append(key_position[:, None] <= (offset_ref[0] + query)[None, :])
+                seen.append(key_position[:, None] <= jnp.where(valid, offset_ref[0] + query, -1)[None, :])
             if starts_ref is not None:
-                seen.append(key_position[:, None] >= load_starts(starts_ref, pair.batch, query, listed)[None, :])
+                start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), k_ref.shape[1])
+                seen.append(key_position[:, None] >= start[None, :])
             p = where_all(seen, p)
             dv = accumulate(dv, p, do)
             return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv

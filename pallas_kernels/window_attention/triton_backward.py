@@ -177,10 +177,11 @@ def _key_gradient_kernel(
             p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
         seen: list[Any] = []
         if edge:
-            position = (offset + query)[None, :]
+            position = jnp.where(valid, offset + query, -1)[None, :]
             seen += [key[:, None] <= position, key[:, None] > position - window]
         if starts_ref is not None:
-            seen.append(key[:, None] >= load_starts(starts_ref, pair.batch, query, query < end)[None, :])
+            start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), T)
+            seen.append(key[:, None] >= start[None, :])
         p = where_all(seen, p)
         dv = accumulate(dv, p, do)
         return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv

@@ -145,8 +145,8 @@ def check_poison(case: LayerCase):
     begin = int(rng.integers(case.tokens))
     end = case.tokens if rng.random() < 0.5 else begin + 1
     value = case.poison
-    if case.fields.get("implementation") == "triton":  # its tiles keep apart what is finite
-        value = 1e3 if case.dtype == "float16" else 1e15
+    if case.fields.get("implementation") == "triton":  # its tiles keep apart what is finite, and whose products are
+        value = 1e3
     poisoned = x.at[:, begin:end].set(jnp.asarray(value, x.dtype))
     segments = np.zeros(x.shape[:2]) if ids is None else np.asarray(ids)
     hit = np.array([np.isin(row, row[begin:end]) for row in segments])
