@@ -176,7 +176,7 @@ def full_layer_decode_step(
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, _held(cache), lengths=jnp.maximum(cache.lengths, 1))
+        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths)
     else:
         o = _attend_to_dense(q, before, cache, window)
     return join_heads(o, weights["o_kernel"], x), cache
@@ -268,16 +268,10 @@ def _attend_to_dense(
     """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
     position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
     key = jnp.arange(after.k.shape[1], dtype=jnp.int32)[None, None, None, :]
-    mask = (key <= position) & (key < after.lengths[:, None, None, None])
+    mask = key <= position
     if window is not None:
         mask &= key > position - window
-    return dense_attention(q, after.k, _held(after), mask=mask)
-
-
-def _held(cache: DenseCache) -> Float[Array, "B T K Dv"]:
-    """The values in the cache, and zeros in the places that hold no token: 0 times NaN would be NaN."""
-    place = jnp.arange(cache.v.shape[1], dtype=jnp.int32)[None, :]
-    return jnp.where((place < cache.lengths[:, None])[:, :, None, None], cache.v, 0)
+    return dense_attention(q, after.k, after.v, mask=mask, lengths=after.lengths)
 
 
 def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
@@ -290,7 +284,11 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
 
 
 def _emptied(cache: Any) -> Any:
-    return cache._replace(lengths=jnp.zeros_like(cache.lengths))
+    """A cache of the same shapes that holds nothing. A dense one is cleared, because cuDNN may read past a length."""
+    cache = cache._replace(lengths=jnp.zeros_like(cache.lengths))
+    if isinstance(cache, DenseCache):
+        cache = cache._replace(k=jnp.zeros_like(cache.k), v=jnp.zeros_like(cache.v))
+    return cache
 
 
 def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:

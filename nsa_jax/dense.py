@@ -64,8 +64,17 @@ def dense_attention(
     is_causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
-    """`jax.nn.dot_product_attention`, on cuDNN if it can. `lengths` says how many keys of each row count."""
+    """`jax.nn.dot_product_attention`, on cuDNN if it can.
+
+    `lengths` says how many keys of each row count. The others may hold anything that is finite; on XLA, NaN too.
+    """
     Dk, Dv = q.shape[-1], v.shape[-1]
+    on_cudnn = mask is None and _cudnn_applies(q, v)
+    if lengths is not None and on_cudnn:
+        lengths = jnp.maximum(lengths, 1)
+    elif lengths is not None:
+        counts = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+        v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN
     # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
     o = jax.nn.dot_product_attention(
@@ -76,7 +85,7 @@ def dense_attention(
         scale=Dk**-0.5,
         is_causal=is_causal,
         key_value_seq_lengths=lengths,
-        implementation="cudnn" if mask is None and _cudnn_applies(q, v) else "xla",
+        implementation="cudnn" if on_cudnn else "xla",
     )
     return o[..., :Dv]
 

@@ -239,9 +239,9 @@ def test_a_row_without_a_page_leaves_the_pages_of_other_rows_alone():
     inputs = random_inputs(jax.random.key(4), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
     N = num_blocks(T, CONFIG)
     tables = np.full((2, N), -1, np.int32)
-    tables[1] = np.arange(N)[::-1]  # row 1 has all pages, row 0 has none
+    tables[0] = np.arange(N)[::-1]  # row 0 has all pages; row 1, which is written after it, has none
     both = filled(inputs.kv, inputs.kv[2:4], [T, T], num_pages=N, tables=jnp.asarray(tables))
-    one = filled(inputs.kv, inputs.kv[2:4], [0, T], num_pages=N, tables=jnp.asarray(tables))
+    one = filled(inputs.kv, inputs.kv[2:4], [T, 0], num_pages=N, tables=jnp.asarray(tables))
     for name in POOLS:
         np.testing.assert_array_equal(getattr(both, name), getattr(one, name), name)
 
@@ -260,6 +260,14 @@ def test_no_slot_of_a_ring_is_written_twice(count):
         at = positions[:, order]
         written = _write_ring(ring, at[:, :, None, None].astype(jnp.float32), at, new[:, order], lengths + count)
         np.testing.assert_array_equal(written[:, :, 0, 0], wanted)
+
+
+def test_a_prefill_clears_the_rows_of_a_dense_cache():
+    """CuDNN may read past a row's length."""
+    layer, variables, x, _ = case("full")
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=T))
+    _, cache = _jitted("full", "prefill")(variables, x[:2, :5], cache)
+    assert all(jnp.isfinite(a).all() for a in cache)
 
 
 def test_a_row_without_tokens_stays_as_it_is_and_a_freed_row_takes_a_new_prompt():

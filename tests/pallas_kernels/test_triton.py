@@ -51,6 +51,8 @@ def test_cuts_and_chunks_change_nothing(monkeypatch):
     program = str(jax.make_jaxpr(cut)(*arrays))
     assert program.count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
     assert "scan" in program  # over chunks
+    ranges = block_selection.query_ranges(400, k.shape[1], 8, first, problem_of(SELECTION.config, 1.0, True))
+    assert [(part.begin + first, part.end + first) for part in ranges] == [(100, 128), (128, 256), (256, 500)]
 
 
 def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):
