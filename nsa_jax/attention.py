@@ -327,8 +327,9 @@ def decode_attention(
     Args:
       q: queries [B, m, H, Dk] in the dtype of the cache, m at most the cache's `step_tokens`. Those of row b stand at
         positions query_offsets[b] .. query_offsets[b] + m - 1.
-      cache: with the keys and values at these positions written. Where a row got fewer than m tokens, the results of
-        its other queries are finite and mean nothing.
+      cache: with the keys and values at these positions written, and with the lengths after that. What its places
+        from these lengths on hold does not matter. Where a row got fewer than m tokens, the results of its other
+        queries are finite and mean nothing.
       gates: [B, m, H, 3] in the order compressed, selected, window; any float dtype.
       query_offsets: int32 [B].
       config, scale, implementation: see `nsa_attention`.
@@ -350,6 +351,13 @@ def decode_attention(
             f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
             f"batch of q, and config.select_block = {config.select_block}"
         )
+    for name, pool in cache._asdict().items():
+        ring = cache.win_k if name.endswith("_k") else cache.win_v
+        if name[:4] in ("cmp_", "slc_") and (pool.shape[1], pool.shape[3]) != ring.shape[2:]:
+            raise ValueError(
+                f"cache.{name}: {describe(pool)} (pages, heads, tokens, head size): expected {ring.shape[2]} heads of "
+                f"size {ring.shape[3]}, as in the window's ring"
+            )
     if m > step_tokens(cache, config):
         raise ValueError(
             f"q: {describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"
@@ -358,7 +366,8 @@ def decode_attention(
         raise ValueError(f"gates: {describe(gates)}: expected a float array of shape {(B, m, H, 3)}")
     query_offsets = arguments.integers("query_offsets", query_offsets, (B,), "(B,)")
     arrays = (cache.cmp_k, cache.cmp_v, cache.slc_k, cache.slc_v, cache.win_k, cache.win_v)
-    inputs = (q, *arrays, gates, query_offsets, with_int32(cache).block_tables)
+    cache = with_int32(cache)
+    inputs = (q, *arrays, gates, query_offsets, cache.lengths, cache.block_tables)
     return choice.run("decode_attention", implementation, inputs, config=config, scale=score_scale(q, scale))
 
 

@@ -211,8 +211,10 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
     counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
     most = step_tokens(cache, config)
-    if not isinstance(counts, jax.core.Tracer) and not (0 <= counts.min() <= counts.max() <= most):
-        raise ValueError(f"num_rejected = {counts.tolist()}: expected 0 to {most}, the cache's step_tokens")
+    if not isinstance(counts, jax.core.Tracer):
+        known = np.asarray(counts)
+        if not 0 <= known.min() <= known.max() <= most:
+            raise ValueError(f"num_rejected = {known.tolist()}: expected 0 to {most}, the cache's step_tokens")
     return cache._replace(lengths=cache.lengths - counts)
 
 
@@ -260,15 +262,19 @@ def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, 
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:
-    """Positions first .. first + count - 1 of each row. Entries for negative positions are arbitrary."""
-    slots = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]) % ring.shape[1]
-    return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
+    """Positions first .. first + count - 1 of each row; zeros for negative positions."""
+    positions = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :])[:, :, None, None]
+    return jnp.where(positions >= 0, jnp.take_along_axis(ring, positions % ring.shape[1], axis=1), 0)
 
 
-def read_pages(pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"]) -> Float[Array, "B N*slots K D"]:
-    """Everything in the pages of each row, in order."""
+def read_pages(
+    pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"], held: Int[Array, " B"]
+) -> Float[Array, "B N*slots K D"]:
+    """What the pages of each row hold, in order: `held` entries, and zeros in all other places."""
     pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
-    return pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
+    entries = pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
+    exists = jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :] < held[:, None]
+    return jnp.where(exists[:, :, None, None], entries, 0)
 
 
 def write_nsa_tokens(
@@ -367,14 +373,17 @@ def checked_cache(
         )
     counts = _counts("num_tokens", T if num_tokens is None else num_tokens, B)
     if not isinstance(counts, jax.core.Tracer):
-        if not 0 <= counts.min() <= counts.max() <= T:
-            raise ValueError(f"num_tokens = {counts.tolist()}: expected 0 to {T}, the tokens of x")
-        if not isinstance(cache.lengths, jax.core.Tracer) and (cache.lengths + counts).max() > max_length(cache):
-            row = int(jnp.argmax(cache.lengths + counts))
-            raise ValueError(
-                f"cache: row {row} holds {int(cache.lengths[row])} tokens and gets {int(counts[row])} more: expected "
-                f"at most {max_length(cache)}, the length it was made for"
-            )
+        known = np.asarray(counts)  # under `jit`, JAX would trace what follows
+        if not 0 <= known.min() <= known.max() <= T:
+            raise ValueError(f"num_tokens = {known.tolist()}: expected 0 to {T}, the tokens of x")
+        if not isinstance(cache.lengths, jax.core.Tracer):
+            lengths = np.asarray(cache.lengths)
+            row = int(np.argmax(lengths + known))
+            if lengths[row] + known[row] > max_length(cache):
+                raise ValueError(
+                    f"cache: row {row} holds {lengths[row]} tokens and gets {known[row]} more: expected at most "
+                    f"{max_length(cache)}, the length it was made for"
+                )
     return cache, counts
 
 

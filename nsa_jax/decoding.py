@@ -118,7 +118,7 @@ def nsa_layer_prefill(
     """
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    before, counts = _checked(before, NSACache, x, num_tokens, config)
+    before, x, counts = _checked(before, NSACache, x, num_tokens, config)
     q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
     if continuing:
         o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
@@ -142,7 +142,7 @@ def nsa_layer_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
     """
     x, weights = layer_inputs(x, parameters, config)
-    cache, counts = _checked(cache, NSACache, x, num_tokens, config)
+    cache, x, counts = _checked(cache, NSACache, x, num_tokens, config)
     if x.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
             f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
@@ -171,7 +171,7 @@ def full_layer_prefill(
     window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
     before = cache if continuing else _emptied(cache)
-    before, counts = _checked(before, DenseCache, x, num_tokens, config)
+    before, x, counts = _checked(before, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
@@ -191,11 +191,11 @@ def full_layer_decode_step(
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
-    before, counts = _checked(cache, DenseCache, x, num_tokens, config)
+    before, x, counts = _checked(cache, DenseCache, x, num_tokens, config)
     q, k, v = project_dense(weights, x, _positions(before, x), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, lengths=jnp.maximum(cache.lengths, 1))
+        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths)
     else:
         o = _attend_to_dense(q, before, cache, window)
     return join_heads(o, weights["o_kernel"]), cache
@@ -266,17 +266,18 @@ def _attend_continuing(
     # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
     tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
 
-    def one_row(row: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        q, offset, table = row
-        k, v, keys, values = (
-            read_pages(pool, table[None]) for pool in (after.cmp_k, after.cmp_v, after.slc_k, after.slc_v)
-        )
+    compressed = next_compressed(after.lengths, config.config)
+
+    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, offset, length, finished, table = row
+        k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
+        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
         o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
         block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
         o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
         return o_cmp[0], o_slc[0], block_indices[0]
 
-    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, tables))
+    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, after.lengths, compressed, tables))
     return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
 
 
@@ -289,7 +290,7 @@ def _attend_to_dense(
     mask = key <= position
     if window is not None:
         mask &= key > position - window
-    return dense_attention(q, after.k, after.v, mask=mask)
+    return dense_attention(q, after.k, after.v, mask=mask, lengths=after.lengths)
 
 
 def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
@@ -315,8 +316,12 @@ def _placed(cache: Any, config: HeadConfig) -> Any:
 
 
 def _emptied(cache: Any) -> Any:
+    """A cache of the same shapes that holds nothing. A dense one is cleared, because cuDNN may read past a length."""
     cache = with_int32(cache)
-    return cache._replace(lengths=jnp.zeros_like(cache.lengths))
+    cache = cache._replace(lengths=jnp.zeros_like(cache.lengths))
+    if isinstance(cache, DenseCache):
+        cache = cache._replace(k=jnp.zeros_like(cache.k), v=jnp.zeros_like(cache.v))
+    return cache
 
 
 def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
@@ -325,7 +330,8 @@ def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
 
 def _checked(
     cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig
-) -> tuple[Any, Int[Array, " B"]]:
+) -> tuple[Any, Float[Array, "B T E"], Int[Array, " B"]]:
+    """The cache, `x` with zeros in place of tokens that do not count, and how many of each row count."""
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
@@ -342,4 +348,7 @@ def _checked(
                 f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
                 f"{config.config.window}"
             )
-    return cache, counts
+    if num_tokens is None:
+        return cache, x, counts
+    counted = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+    return cache, jnp.where(counted[:, :, None], x, 0), counts

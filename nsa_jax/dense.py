@@ -1,10 +1,10 @@
-"""Dense attention through `jax.nn.dot_product_attention`: the baseline that sparse attention is measured against."""
+"""Dense attention, on cuDNN where it can be: the baseline that sparse attention is measured against."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax import arguments
+from nsa_jax import arguments, xla
 from nsa_jax.arguments import describe
 from nsa_jax.attention import checked_attention, checked_segment_ids, window_attention
 from nsa_jax.config import NSAConfig
@@ -24,9 +24,9 @@ def causal_attention(
 ) -> Float[Array, "B T H Dv"]:
     """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1), or over the last `window` positions.
 
-    This runs `dense_attention`, with two exceptions. A `window` runs our own `window_attention`. On a GPU, so does
-    everything that JAX's cuDNN attention does not take (segments, 32-bit inputs, large heads), with a window as long as
-    the sequence, because XLA would write T x T scores for it.
+    This runs JAX's cuDNN attention on a GPU, and plain XLA elsewhere, with two exceptions. A `window` runs our own
+    `window_attention`. On a GPU, so does everything that cuDNN does not take (segments, 32-bit inputs, large heads),
+    with a window as long as the sequence, because XLA would write T x T scores for it.
 
     Example:
       >>> q, k = jnp.ones((1, 100, 4, 16)), jnp.ones((1, 100, 2, 16))
@@ -55,11 +55,14 @@ def causal_attention(
     if window is not None or (_on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
         return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
-    mask = None
+    if on_cudnn:
+        return dense_attention(q, k, v, is_causal=True)
+    mask = jnp.tri(q.shape[1], dtype=bool)[None, None]
     if segment_ids is not None:
         starts = segment_starts(segment_ids)  # segments are runs: an id may come back
-        mask = (starts[:, :, None] == starts[:, None, :])[:, None]
-    return dense_attention(q, k, v, mask=mask, is_causal=True)
+        mask &= (starts[:, :, None] == starts[:, None, :])[:, None]
+    o, _ = xla.masked_attention(q, k, v, mask, q.shape[-1] ** -0.5)
+    return o
 
 
 def dense_attention(
@@ -71,8 +74,17 @@ def dense_attention(
     is_causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
-    """`jax.nn.dot_product_attention`, on cuDNN if it can. `lengths` says how many keys of each row count."""
+    """`jax.nn.dot_product_attention`, on cuDNN if it can.
+
+    `lengths` says how many keys of each row count. The others may hold anything that is finite; on XLA, NaN too.
+    """
     Dk, Dv = q.shape[-1], v.shape[-1]
+    on_cudnn = mask is None and _cudnn_applies(q, v)
+    if lengths is not None and on_cudnn:
+        lengths = jnp.maximum(lengths, 1)
+    elif lengths is not None:
+        counts = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+        v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN
     # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
     # JAX's function relies on implicit promotion inside, which the caller may have forbidden.
@@ -85,7 +97,7 @@ def dense_attention(
             scale=Dk**-0.5,
             is_causal=is_causal,
             key_value_seq_lengths=lengths,
-            implementation="cudnn" if mask is None and _cudnn_applies(q, v) else "xla",
+            implementation="cudnn" if on_cudnn else "xla",
         )
     return o[..., :Dv]
 

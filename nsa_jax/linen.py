@@ -124,8 +124,8 @@ class NSAttention(nn.Module):
 class FullAttention(nn.Module):
     """The dense baseline: causal grouped-query attention with the interface of `NSAttention`.
 
-    It calls `jax.nn.dot_product_attention`, on cuDNN if it can. On a GPU, our own kernels compute what cuDNN does not
-    take. With `window` it is sliding-window attention, which always runs our own implementation.
+    It runs on cuDNN if it can, and otherwise in plain XLA. On a GPU, our own kernels compute what cuDNN does not take.
+    With `window` it is sliding-window attention, which always runs our own implementation.
 
     Example:
       >>> import jax, jax.numpy as jnp

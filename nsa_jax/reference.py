@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import read_pages
+from nsa_jax.cache import next_compressed, read_pages
 from nsa_jax.config import NSAConfig
+from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import (
     QueryOffset,
@@ -126,6 +127,7 @@ def decode_attention(
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
     query_offsets: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
     config: NSAConfig,
@@ -135,12 +137,19 @@ def decode_attention(
 
     This copies everything that a row has into one sequence and calls the functions above.
     """
-    positions = jnp.arange(block_tables.shape[1] * config.select_block)
+    positions = jnp.arange(block_tables.shape[1] * config.select_block, dtype=jnp.int32)
 
-    def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
-        k, v, keys, values = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v, slc_k, slc_v))
-        # Positions that the ring no longer holds, or does not hold yet, are outside the window.
-        recent_keys, recent_values = (ring[None, positions % ring.shape[0]] for ring in (win_k, win_v))
+    def one_row(
+        q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, length: Array, table: Array
+    ) -> tuple[Array, Array]:
+        compressed, held = next_compressed(length[None], config), length[None]
+        k, v = (read_pages(pool, table[None], compressed) for pool in (cmp_k, cmp_v))
+        keys, values = (read_pages(pool, table[None], held) for pool in (slc_k, slc_v))
+        # Positions that the ring no longer holds are outside the window.
+        recent_keys, recent_values = (
+            jnp.where((positions < length)[None, :, None, None], ring[None, positions % ring.shape[0]], 0)
+            for ring in (win_k, win_v)
+        )
         sizes: dict[str, Any] = {"config": config, "scale": scale}
         o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
         indices = select_blocks(q[None], k, lse, None, offset, **sizes)
@@ -148,7 +157,7 @@ def decode_attention(
         o_win, _ = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
-    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)
+    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
 
 
 def masked_attention(
@@ -160,19 +169,29 @@ def masked_attention(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention under a mask, and the natural logarithm of the softmax's sum.
 
-    A row with an empty mask gives output 0 and lse = -inf, with zero gradients.
+    A row with an empty mask gives output 0 and lse = -inf, with zero gradients. A row that sees a number that is not
+    finite gives NaN, with zero gradients; to the others it is as if the number were not there (`nsa_jax.finite`).
     """
     B, T, H, _ = q.shape
+    K = k.shape[2]
     mask = mask[:, :, None]
-    logits = jnp.where(mask, _logits(q, k, scale), -jnp.inf)
+    finite_key = jnp.moveaxis(is_finite(k) & is_finite(v), 2, 1)[:, :, None, None, :]
+    finite_query = jnp.moveaxis(is_finite(q), 2, 1).reshape(B, K, H // K, T, 1)
+    q, k, v = finite_part(q), finite_part(k), finite_part(v)
+    logits = jnp.where(finite_key & finite_query, _logits(q, k, scale), jnp.nan)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    lost = ~jnp.all(logits < jnp.inf, axis=-1, keepdims=True)  # the maximum of numbers and NaN may be a number
+    logits = jnp.where(lost, -jnp.inf, logits)
     highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     p = jnp.exp(logits - highest)
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0
     safe = jnp.where(empty, 1, total)
-    o = jnp.einsum("bkgts,bskd->btkgd", p / safe, v.astype(p.dtype), precision=HIGHEST)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(safe) + highest)
+    weights = jnp.where(mask, p / safe, 0)  # the gradient of what is masked may be infinite
+    o = jnp.einsum("bkgts,bskd->bkgtd", weights, v.astype(p.dtype), precision=HIGHEST)
+    o = jnp.moveaxis(jnp.where(lost, jnp.nan, o), 3, 1)
+    lse = jnp.where(lost, jnp.nan, jnp.where(empty, -jnp.inf, jnp.log(safe) + highest))
     return o.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse.reshape(B, H, T)
 
 

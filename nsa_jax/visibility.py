@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.config import NSAConfig
+from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 
 QueryOffset = int | Int[Array, ""]  # position of the first query
@@ -102,6 +103,12 @@ def gated_sum(
     o_slc: Float[Array, "B T H Dv"],
     o_win: Float[Array, "B T H Dv"],
 ) -> Float[Array, "B T H Dv"]:
-    """The sum of the branches' outputs, each times its gate (equation 5). It is summed in float32 at least."""
-    g, cmp, slc, win = (x.astype(wide_dtype(o_cmp.dtype)) for x in (gates, o_cmp, o_slc, o_win))
-    return (g[..., 0:1] * cmp + g[..., 1:2] * slc + g[..., 2:3] * win).astype(o_cmp.dtype)
+    """The sum of the branches' outputs, each times its gate (equation 5). It is summed in float32 at least.
+
+    What is not finite makes the sum NaN and sends no gradient (`nsa_jax.finite`).
+    """
+    branches = (o_cmp, o_slc, o_win)
+    g = gates.astype(wide_dtype(o_cmp.dtype))
+    finite = is_finite(g)[..., None] & jnp.isfinite(o_cmp) & jnp.isfinite(o_slc) & jnp.isfinite(o_win)
+    first, second, third = (finite_part(g[..., i : i + 1]) * finite_part(o) for i, o in enumerate(branches))
+    return jnp.where(finite, first + second + third, jnp.nan).astype(o_cmp.dtype)

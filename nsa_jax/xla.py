@@ -2,20 +2,21 @@
 
 The backward pass rematerialises each chunk of queries, so that the scores of only one chunk exist at a time. Keys and
 values are held in float32 at least, so that their gradients are summed in float32 over the chunks. They are multiplied
-in the dtype of the queries.
+in the dtype of the queries. What is not finite reaches only who sees it, see `nsa_jax.finite`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import read_pages
+from nsa_jax.cache import next_compressed, read_pages
 from nsa_jax.config import NSAConfig, num_blocks
+from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import (
     QueryOffset,
@@ -43,10 +44,10 @@ def compressed_attention(
     """Attention to the compressed tokens: (o [B, T, H, Dv], lse [B, H, T])."""
     starts = starts_or_zeros(starts, q)
     Nc = k.shape[1]
-    k, v = _accumulable(k), _accumulable(v)
+    keys = _keys(k, v)
 
     def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
-        return _attend(q, k, v, compressed_visible(positions, starts, Nc, config)[:, None], scale)
+        return _attend(q, keys, compressed_visible(positions, starts, Nc, config)[:, None], scale)
 
     o, lse = _map_query_chunks(attend, query_offset, _elements(q.shape[0], q.shape[2], Nc), q, starts)
     return o, jnp.moveaxis(lse, 1, 2)
@@ -94,28 +95,32 @@ def selected_attention(
     n, length = block_indices.shape[3], config.select_block
     blocks = num_blocks(k.shape[1], config)
     tail = blocks * length - k.shape[1]
-    k, v = (jnp.pad(_accumulable(x), ((0, 0), (0, tail), (0, 0), (0, 0))) for x in (k, v))
-    k, v = (jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], blocks, length, x.shape[3]) for x in (k, v))
+    (B, _, K, Dk), Dv = k.shape, v.shape[-1]
+
+    def in_blocks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, tail), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x, 2, 1).reshape(B, K, blocks, length, *x.shape[3:])
+
+    blocked = Keys(*map(in_blocks, _keys(k, v)))
     gather = jax.vmap(jax.vmap(lambda x, index: x[index]))
 
     def attend(positions: Array, q: Array, indices: Array, starts: Array) -> tuple[Array, Array]:
-        B, C, H, D = q.shape
-        K = k.shape[1]
+        _, C, H, D = q.shape
         indices = jnp.moveaxis(indices, 1, 2)
         chosen = jnp.maximum(indices, 0)
-        keys, values = (gather(x, chosen).reshape(B * K * C, n * length, 1, x.shape[-1]) for x in (k, v))
+        keys = Keys(*(gather(x, chosen).reshape(B * K * C, n * length, 1, *x.shape[4:]) for x in blocked))
         key = chosen[..., None] * length + jnp.arange(length, dtype=jnp.int32)[None, None, None, None, :]
         visible = (key <= positions[None, None, :, None, None]) & (key >= starts[:, None, :, None, None])
         visible = (visible & (indices >= 0)[..., None]).reshape(B * K * C, 1, 1, n * length)
         rows = jnp.moveaxis(q.reshape(B, C, K, H // K, D), 1, 2).reshape(B * K * C, 1, H // K, D)
-        o, lse = _attend(rows, keys, values, visible, scale)
+        o, lse = _attend(rows, keys, visible, scale)
         o, lse = (
             jnp.moveaxis(x.reshape(B, K, C, H // K, *x.shape[3:]), 1, 2).reshape(B, C, H, *x.shape[3:])
             for x in (o, lse)
         )
         return o, lse
 
-    elements = _elements(*k.shape[:2], n, length, k.shape[-1] + v.shape[-1])
+    elements = _elements(B, K, n, length, Dk + Dv)
     o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
@@ -136,14 +141,14 @@ def window_attention(
     # With as many queries as the window is wide, half of the scores that a chunk computes are used.
     chunk = min(q.shape[1], max(window, 64))
     before, after = window - 1, chunk  # the last chunk's padding rows may look past the end
-    k, v = (jnp.pad(_accumulable(x), ((0, 0), (before, after), (0, 0), (0, 0))) for x in (k, v))
+    padded = [jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))) for x in _keys(k, v)]
 
     def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
         span = positions.shape[0] + before
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, positions[0], span, axis=1) for x in (k, v))
+        keys = Keys(*(jax.lax.dynamic_slice_in_dim(x, positions[0], span, axis=1) for x in padded))
         key = positions[0] - before + jnp.arange(span, dtype=jnp.int32)
         near = (key[None, :] > positions[:, None] - window) & (key[None, :] <= positions[:, None])
-        return _attend(q, keys, values, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)
+        return _attend(q, keys, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)
 
     o, lse = _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
     return o, jnp.moveaxis(lse, 1, 2)
@@ -159,6 +164,7 @@ def decode_attention(
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
     query_offsets: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
     config: NSAConfig,
@@ -169,20 +175,23 @@ def decode_attention(
     This copies each row's compressed tokens and selected blocks out of the pool, and no other page.
     """
 
-    def one_row(q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, table: Array) -> tuple[Array, Array]:
+    def one_row(
+        q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, length: Array, table: Array
+    ) -> tuple[Array, Array]:
         q, positions = q[None], offset + jnp.arange(q.shape[0], dtype=jnp.int32)
-        k, v = (read_pages(pool, table[None]) for pool in (cmp_k, cmp_v))
+        k, v = (read_pages(pool, table[None], next_compressed(length[None], config)) for pool in (cmp_k, cmp_v))
         o_cmp, lse = compressed_attention(q, k, v, None, offset, config=config, scale=scale)
         indices = select_blocks(q, k, lse, None, offset, config=config, scale=scale)
-        o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, table, scale)
-        # The last query's position is the last one written. The ring's slots hold the positions that lead up to it.
+        o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, length, table, scale)
+        # The ring's slots hold the positions that lead up to the last query's.
         ring, slot = win_k.shape[0], jnp.arange(win_k.shape[0], dtype=jnp.int32)
         key = positions[-1] - (positions[-1] - slot) % ring
         near = (key[None, :] > positions[:, None] - config.window) & (key[None, :] <= positions[:, None])
-        o_win = _attend(q, win_k[None], win_v[None], (near & (key >= 0)[None, :])[None, None], scale)[0]
+        near &= ((key >= 0) & (key < length))[None, :]
+        o_win, _ = masked_attention(q, win_k[None], win_v[None], near[None, None], scale)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
-    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, block_tables)
+    return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
 
 
 def _attend_to_pages(
@@ -191,6 +200,7 @@ def _attend_to_pages(
     v: Float[Array, "P K s Dv"],
     indices: Int[Array, "K m n"],
     positions: Int[Array, " m"],
+    length: Int[Array, ""],
     table: Int[Array, " N"],
     scale: float,
 ) -> Float[Array, "1 m H Dv"]:
@@ -201,10 +211,23 @@ def _attend_to_pages(
     pages, heads = jnp.maximum(table[chosen], 0), jnp.arange(K)[:, None, None]
     keys, values = (pool[pages, heads].reshape(K * m, n * s, 1, -1) for pool in (k, v))
     key = chosen[..., None] * s + jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
-    visible = (key <= positions[None, :, None, None]) & (indices >= 0)[..., None]
+    last = jnp.minimum(positions, length - 1)
+    visible = (key <= last[None, :, None, None]) & (indices >= 0)[..., None]
     rows = jnp.moveaxis(q.reshape(m, K, -1, q.shape[-1]), 0, 1).reshape(K * m, 1, -1, q.shape[-1])
-    o = _attend(rows, keys, values, visible.reshape(K * m, 1, 1, n * s), scale)[0].reshape(K, m, -1, v.shape[-1])
+    o, _ = masked_attention(rows, keys, values, visible.reshape(K * m, 1, 1, n * s), scale)
+    o = o.reshape(K, m, -1, v.shape[-1])
     return jnp.moveaxis(o, 0, 1).reshape(1, m, -1, v.shape[-1])
+
+
+def masked_attention(
+    q: Float[Array, "B C H Dk"],
+    k: Float[Array, "B S K Dk"],
+    v: Float[Array, "B S K Dv"],
+    mask: Bool[Array, " B #K C S"],
+    scale: float,
+) -> tuple[Float[Array, "B C H Dv"], Float[Array, "B C H"]]:
+    """Softmax attention under a mask, all queries at once, and its lse."""
+    return _attend(q, _keys(k, v), mask, scale)
 
 
 def _map_query_chunks(
@@ -248,24 +271,44 @@ def _elements(*sizes: int) -> int:
     return math.prod(size for size in sizes if not is_symbolic_dim(size))
 
 
+class Keys(NamedTuple):
+    """Keys and values of which all numbers are finite, and which of the keys were so, in key and value."""
+
+    k: Float[Array, "B S K Dk"]
+    v: Float[Array, "B S K Dv"]
+    finite: Bool[Array, "B S K"]
+
+
+def _keys(k: Float[Array, "B S K Dk"], v: Float[Array, "B S K Dv"]) -> Keys:
+    """Keys and values to be multiplied and accumulated, in float32 at least."""
+    return Keys(_accumulable(finite_part(k)), _accumulable(finite_part(v)), is_finite(k) & is_finite(v))
+
+
 def _attend(
-    q: Float[Array, "B C H Dk"],
-    k: Float[Array, "B S K Dk"],
-    v: Float[Array, "B S K Dv"],
-    mask: Bool[Array, " B #K C S"],
-    scale: float,
+    q: Float[Array, "B C H Dk"], keys: Keys, mask: Bool[Array, " B #K C S"], scale: float
 ) -> tuple[Float[Array, "B C H Dv"], Float[Array, "B C H"]]:
-    """Masked softmax attention and its lse. An empty row gives 0 and -inf, with zero gradients."""
-    B, C, H, _ = q.shape
-    logits = jnp.where(mask[:, :, None], _logits(q, k, scale), -jnp.inf)
+    """Masked softmax attention and its lse. An empty row gives 0 and -inf, with zero gradients.
+
+    A row that sees a number that is not finite gives NaN, with zero gradients.
+    """
+    (B, C, H, _), K = q.shape, keys.k.shape[2]
+    mask = mask[:, :, None]
+    finite_query = jnp.moveaxis(is_finite(q).reshape(B, C, K, H // K, 1), 1, 3)
+    finite_key = jnp.moveaxis(keys.finite, 2, 1)[:, :, None, None, :]
+    logits = jnp.where(finite_query & finite_key, _logits(finite_part(q), keys.k, scale), jnp.nan)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    lost = ~jnp.all(logits < jnp.inf, axis=-1, keepdims=True)  # the maximum of numbers and NaN may be a number
+    logits = jnp.where(lost, -jnp.inf, logits)
     highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     p = jnp.exp(logits - highest)
     total = p.sum(axis=-1, keepdims=True)
     safe = jnp.where(total == 0, 1, total)
-    o = _product("bkgcs,bskd->bkgcd", p.astype(q.dtype), v.astype(q.dtype)) / safe
-    lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest)[..., 0]
-    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, v.shape[-1]).astype(q.dtype)
+    weights = jnp.where(mask, p / safe, 0)  # the gradient of what is masked may be infinite
+    o = _product("bkgcs,bskd->bkgcd", weights.astype(q.dtype), keys.v.astype(q.dtype))
+    o = jnp.where(lost, jnp.nan, o)
+    lse = jnp.where(lost, jnp.nan, jnp.where(total == 0, -jnp.inf, jnp.log(safe) + highest))[..., 0]
+    o = jnp.moveaxis(o, 3, 1).reshape(B, C, H, keys.v.shape[-1]).astype(q.dtype)
     return o, jnp.moveaxis(lse, 3, 1).reshape(B, C, H)
 
 

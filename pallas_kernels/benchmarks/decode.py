@@ -38,8 +38,8 @@ def inputs(shape: Shape, batch: int, seed: int) -> tuple[Array, ...]:
     rings = [normal(batch, shape.window, K, D) for D in (Dk, Dv)]
     gates = jax.nn.sigmoid(jax.random.normal(next(keys), (batch, 1, H, 3)))
     tables = jax.random.permutation(next(keys), batch * N).astype(jnp.int32).reshape(batch, N)
-    offsets = jnp.full((batch,), T - 1, jnp.int32)
-    return (normal(batch, 1, H, Dk), *pools, *rings, gates, offsets, tables)
+    lengths = jnp.full((batch,), T, jnp.int32)
+    return (normal(batch, 1, H, Dk), *pools, *rings, gates, lengths - 1, lengths, tables)
 
 
 def sparse_step(shape: Shape) -> Callable[..., Array]:

@@ -95,7 +95,7 @@ def _forward_kernel(
     def step(i: Any, carry: Any, edge: bool) -> Any:
         m, total, acc = carry
         key = i * tile.keys + iota(tile.keys)
-        at, there = (pair.batch, key, pair.kv_head), key < Nc if edge else None
+        at, there = (pair.batch, key, pair.kv_head), sight.seen_by_any(key, ends) if edge else None
         s = dot_pieces(q, load_rows(k_ref, at, key_pieces, there))
         if edge:
             s = jnp.where(sight.mask(key, rows.query, 0), s, -jnp.inf)

@@ -145,13 +145,14 @@ def _query_gradient_kernel(
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = i * tile.keys + iota(tile.keys)
-        at, there = (pair.batch, key, pair.kv_head), key < Nc if edge else None
+        at, there = (pair.batch, key, pair.kv_head), sight.seen_by_any(key, ends) if edge else None
         k = load_rows(k_ref, at, key_pieces, there)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - lse_log2[:, None], problem.interpret)
-        if edge:
-            p = jnp.where(sight.mask(key, rows.query, 0), p, 0.0)
         v = load_rows(v_ref, at, value_pieces, there)
-        return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
+        ds = p * (dot_pieces(do, v) - delta[:, None])
+        if edge:
+            ds = jnp.where(sight.mask(key, rows.query, 0), ds, 0.0)
+        return accumulate(dq, ds, k)
 
     dq = walk(sight.key_ranges(ends, tile.keys), step, zeros(tile.rows, key_pieces))
     dq = finish_query_gradient(
@@ -284,7 +285,7 @@ def _key_gradient_kernel(
             dk, dv = carry
             first_row = i * tile.rows
             rows = packed_rows(first_row, tile.rows, group, pair, H, K)
-            inside = rows.query < Tq
+            inside = (rows.query >= lo) & (rows.query < hi)  # others see no key of the tile
             valid = inside if edge else None
             other = 0.0 if edge else None
             at = (pair.batch, rows.query, rows.head)
@@ -292,6 +293,7 @@ def _key_gradient_kernel(
             q = load_rows(q_ref, at, key_pieces, valid)
             lse_log2 = plgpu.load(lse_log2_ref.at[pair.index, row], mask=valid, other=other)
             p = exp2(dot_pieces(k, q) * problem.scale_log2 - lse_log2[None, :], problem.interpret)
+            seen = None
             if edge:
                 seen = sight.mask(key, rows.query, 1) & jnp.broadcast_to(inside[None, :], p.shape)
                 p = jnp.where(seen, p, 0.0)
@@ -300,7 +302,8 @@ def _key_gradient_kernel(
             do = load_rows(do_ref, at, value_pieces, valid)
             delta = plgpu.load(delta_ref.at[pair.index, row], mask=valid, other=other)
             dv = accumulate(dv, p, do)
-            return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
+            ds = p * (dot_pieces(v, do) - delta[None, :])
+            return accumulate(dk, ds if seen is None else jnp.where(seen, ds, 0.0), q), dv
 
         begin, end = div(lo * group, tile.rows), cdiv(hi * group, tile.rows)
         full_begin = jnp.clip(cdiv(full_lo * group, tile.rows), begin, end)

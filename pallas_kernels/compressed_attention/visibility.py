@@ -52,6 +52,14 @@ class Visibility:
         full_end = jnp.clip(full_end, full_begin, end)
         return [(begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)]
 
+    def seen_by_any(self, key: Any, ends: tuple[Any, Any]) -> Any:
+        """Whether a query of a tile, of which `ends` are the first and the last, sees the key. Others are not read."""
+        first_query, last_query = ends
+        seen = key < visible_end(self.offset + last_query, self.problem, self.num_keys)
+        if self.starts_ref is not None:
+            seen &= key >= first_visible(self.starts_ref[self.batch, first_query], self.problem)
+        return seen
+
     def mask(self, key: Any, query: Any, axis: int) -> Any:
         """Mask of a tile of scores whose axis `axis` holds the queries and whose other axis holds the keys."""
         shape = (query.shape[0], key.shape[0]) if axis == 0 else (key.shape[0], query.shape[0])

@@ -6,8 +6,10 @@ p mod W of the ring, W >= window + m - 1. The query sees compressed tokens i wit
 the num_selected blocks of highest importance, and positions t - window + 1 .. t. Gates are of any float dtype, in the
 order compressed, selected, window.
 
-What lies beyond t may hold anything finite, and block_tables[b, j] is read only for j <= t // s. Softmax statistics are
-float32, block_indices ascend and end in -1 where there are fewer candidates. Not differentiable.
+Row b holds lengths[b] tokens, those of its queries included. Places from there on and pages of other rows may hold
+anything, NaN included, and block_tables[b, j] matters only for j < ceil(lengths[b] / s). Where lengths[b] <
+query_offsets[b] + m, the results of the queries from lengths[b] on are finite and mean nothing.
+Softmax statistics are float32, block_indices ascend and end in -1 where there are fewer candidates. Not differentiable.
 
 Sizes read: all.
 """
@@ -33,6 +35,7 @@ class Decode(Protocol):
         win_v: Float[Array, "B W K Dv"],
         gates: Float[Array, "B m H 3"],
         query_offsets: Int[Array, " B"],
+        lengths: Int[Array, " B"],
         block_tables: Int[Array, "B N"],
         *,
         config: Sizes,

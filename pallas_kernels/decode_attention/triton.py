@@ -45,6 +45,7 @@ def decode_attention(
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
     query_offsets: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
     config: Sizes,
@@ -80,10 +81,11 @@ def decode_attention(
     )
     q = q.reshape(B * m * H, Dk)
     cmp_k, cmp_v, slc_k, slc_v = (x.reshape(-1, x.shape[3]) for x in (cmp_k, cmp_v, slc_k, slc_v))
-    first, scores = _first_partials(q, cmp_k, cmp_v, win_k, win_v, query_offsets, block_tables, step)
-    indices = _choose(first, scores, query_offsets, step)
-    second = _selected_partials(q, slc_k, slc_v, indices, query_offsets, block_tables, step)
-    o = _join(first, second, gates.reshape(B * m * H, 3), query_offsets, q.dtype, step)
+    places = (query_offsets, lengths)
+    first, scores = _first_partials(q, cmp_k, cmp_v, win_k, win_v, places, block_tables, step)
+    indices = _choose(first, scores, places, step)
+    second = _selected_partials(q, slc_k, slc_v, indices, places, block_tables, step)
+    o = _join(first, second, gates.reshape(B * m * H, 3), places, q.dtype, step)
     return o.reshape(B, m, H, Dv), indices.reshape(B, K, m, config.num_selected)
 
 
@@ -115,6 +117,11 @@ def _rows(pair: Pair, query: Any, group_head: Any, step: Step) -> tuple[Any, Any
     return jnp.where(valid, row, step.batch * step.num_queries * step.num_heads), valid
 
 
+def _position(offset_ref: Any, length_ref: Any, batch: Any, query: Any) -> Any:
+    """Where a query stands. One beyond what its row holds is taken for the last, so that nothing beyond is read."""
+    return jnp.minimum(offset_ref[batch] + query, length_ref[batch] - 1)
+
+
 def _first_kernel(
     q_ref: Any,
     cmp_k_ref: Any,
@@ -122,6 +129,7 @@ def _first_kernel(
     win_k_ref: Any,
     win_v_ref: Any,
     offset_ref: Any,
+    length_ref: Any,
     table_ref: Any,
     m_ref: Any,
     total_ref: Any,
@@ -139,9 +147,9 @@ def _first_kernel(
     tile_row = iota(num_rows)
     query = first_query + div(tile_row, step.padded_group)
     row, valid = _rows(pair, query, rem(tile_row, step.padded_group), step)
-    offset = offset_ref[pair.batch]
-    position = offset + query
-    last = offset + jnp.minimum(first_query + step.tile_queries, step.num_queries) - 1
+    position = _position(offset_ref, length_ref, pair.batch, query)
+    last_query = jnp.minimum(first_query + step.tile_queries, step.num_queries) - 1
+    last = _position(offset_ref, length_ref, pair.batch, last_query)
     key = iota(num_keys)
     refs = (m_ref, total_ref, acc_ref)
     begin = split * step.chunk
@@ -173,7 +181,7 @@ def _first_kernel(
     @pl.when(split >= step.compressed_splits)
     def _window() -> None:
         q = load_rows(q_ref, (row,), key_pieces, valid)
-        lowest = offset + first_query - window + 1
+        lowest = _position(offset_ref, length_ref, pair.batch, first_query) - window + 1
         at = lowest + (split - step.compressed_splits) * num_keys + key
         exists = (at >= 0) & (at <= last)
         slot = rem(jnp.maximum(at, 0), step.ring)
@@ -191,7 +199,7 @@ def _first_partials(
     cmp_v: jax.Array,
     win_k: jax.Array,
     win_v: jax.Array,
-    offsets: jax.Array,
+    places: tuple[jax.Array, jax.Array],
     tables: jax.Array,
     step: Step,
 ) -> tuple[Any, jax.Array]:
@@ -212,17 +220,17 @@ def _first_partials(
         num_stages=2,
         interpret=step.problem.interpret,
         name="decode_attention_first",
-    )(q, cmp_k, cmp_v, win_k, win_v, offsets, tables)
+    )(q, cmp_k, cmp_v, win_k, win_v, *places, tables)
     return tuple(partials), scores
 
 
 def _importance_kernel(
-    m_ref: Any, total_ref: Any, score_ref: Any, offset_ref: Any, importance_ref: Any, *, step: Step
+    m_ref: Any, total_ref: Any, score_ref: Any, offset_ref: Any, length_ref: Any, importance_ref: Any, *, step: Step
 ) -> None:
     first_block, query = pl.program_id(0) * IMPORTANCE_BLOCKS, pl.program_id(2)
     problem = step.problem
     pair = program_pair(step.num_kv_heads)
-    position = offset_ref[pair.batch] + query
+    position = _position(offset_ref, length_ref, pair.batch, query)
     seen = step.visible(position)
 
     @pl.when(first_block <= div(position, problem.select_block))
@@ -253,12 +261,12 @@ def _importance_kernel(
         plgpu.store(importance_ref.at[at, block], importance)
 
 
-def _choose_kernel(importance_ref: Any, offset_ref: Any, indices_ref: Any, *, step: Step) -> None:
+def _choose_kernel(importance_ref: Any, offset_ref: Any, length_ref: Any, indices_ref: Any, *, step: Step) -> None:
     problem = step.problem
     pair, query = program_pair(step.num_kv_heads), pl.program_id(0)
     row = pair.index * step.num_queries + query
     block = iota(importance_ref.shape[1])
-    position = offset_ref[pair.batch] + query
+    position = _position(offset_ref, length_ref, pair.batch, query)
     last = jnp.minimum(div(position, problem.select_block), step.num_blocks - 1)
     forced = (block < problem.num_init) | (block > last - problem.num_local)
     at = importance_ref.at[jnp.full(block.shape, row), block]
@@ -270,7 +278,7 @@ def _choose_kernel(importance_ref: Any, offset_ref: Any, indices_ref: Any, *, st
     plgpu.store(at, chosen, mask=slot < problem.num_selected)
 
 
-def _choose(partials: Any, scores: jax.Array, offsets: jax.Array, step: Step) -> jax.Array:
+def _choose(partials: Any, scores: jax.Array, places: tuple[jax.Array, jax.Array], step: Step) -> jax.Array:
     """The selected blocks, int32 [B K m, n]."""
     m, total, _ = partials
     pairs = step.batch * step.num_kv_heads
@@ -283,7 +291,7 @@ def _choose(partials: Any, scores: jax.Array, offsets: jax.Array, step: Step) ->
         num_stages=1,
         interpret=step.problem.interpret,
         name="decode_attention_importance",
-    )(m, total, scores, offsets)
+    )(m, total, scores, *places)
     return launch(
         functools.partial(_choose_kernel, step=step),
         out_shape=jax.ShapeDtypeStruct((pairs * step.num_queries, step.problem.num_selected), jnp.int32),
@@ -292,7 +300,7 @@ def _choose(partials: Any, scores: jax.Array, offsets: jax.Array, step: Step) ->
         num_stages=1,
         interpret=step.problem.interpret,
         name="decode_attention_choose",
-    )(importance, offsets)
+    )(importance, *places)
 
 
 def _selected_kernel(
@@ -301,6 +309,7 @@ def _selected_kernel(
     v_ref: Any,
     indices_ref: Any,
     offset_ref: Any,
+    length_ref: Any,
     table_ref: Any,
     m_ref: Any,
     total_ref: Any,
@@ -314,7 +323,7 @@ def _selected_kernel(
     pair = program_pair(step.num_kv_heads)
     group_head = iota(max(SMALLEST_SIDE, step.padded_group))
     row, valid = _rows(pair, query, group_head, step)
-    position = offset_ref[pair.batch] + query
+    position = _position(offset_ref, length_ref, pair.batch, query)
     padded_block = next_power_of_two(s)
     key = split * num_keys + iota(num_keys)
     slot, inner = div(key, padded_block), rem(key, padded_block)
@@ -332,7 +341,13 @@ def _selected_kernel(
 
 
 def _selected_partials(
-    q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Array, offsets: jax.Array, tables: jax.Array, step: Step
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    indices: jax.Array,
+    places: tuple[jax.Array, jax.Array],
+    tables: jax.Array,
+    step: Step,
 ) -> Any:
     """Partial sums of the selected blocks."""
     return launch(
@@ -343,7 +358,7 @@ def _selected_partials(
         num_stages=1,
         interpret=step.problem.interpret,
         name="decode_attention_selected",
-    )(q, k, v, indices, offsets, tables)
+    )(q, k, v, indices, *places, tables)
 
 
 def _join_kernel(
@@ -355,13 +370,14 @@ def _join_kernel(
     slc_acc_ref: Any,
     gate_ref: Any,
     offset_ref: Any,
+    length_ref: Any,
     o_ref: Any,
     *,
     step: Step,
 ) -> None:
     row = pl.program_id(0)
     batch = div(row, step.num_queries * step.num_heads)
-    position = offset_ref[batch] + rem(div(row, step.num_heads), step.num_queries)
+    position = _position(offset_ref, length_ref, batch, rem(div(row, step.num_heads), step.num_queries))
     pieces = head_pieces(o_ref.shape[-1])
 
     def joined(refs: Any, first: int, count: int, written: Any, gate: int) -> Any:
@@ -389,7 +405,9 @@ def _join_kernel(
     store_rows(o_ref, (row + one,), pieces, o)
 
 
-def _join(first: Any, second: Any, gates: jax.Array, offsets: jax.Array, dtype: Any, step: Step) -> jax.Array:
+def _join(
+    first: Any, second: Any, gates: jax.Array, places: tuple[jax.Array, jax.Array], dtype: Any, step: Step
+) -> jax.Array:
     """The gated sum of the branches, [rows, Dv]."""
     rows, Dv = first[2].shape[1:]
     return launch(
@@ -400,4 +418,4 @@ def _join(first: Any, second: Any, gates: jax.Array, offsets: jax.Array, dtype: 
         num_stages=1,
         interpret=step.problem.interpret,
         name="decode_attention_join",
-    )(*first, *second, gates, offsets)
+    )(*first, *second, gates, *places)

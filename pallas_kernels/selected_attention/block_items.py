@@ -21,7 +21,7 @@ class Item(NamedTuple):
     rows: Rows
     key: Any  # number within the block, of a power of two
     key_position: Any
-    there: Any  # whether there is such a key
+    there: Any  # whether there is such a key, at or before the last query's position; others are not read
     first: Any  # the item's first entry in the list of choices
     count: Any
     steps: Any
@@ -49,17 +49,20 @@ def item_of(
     num_rows: int,
     stride: int,
     refs: Any,
+    offset: Any,
     problem: Problem,
 ) -> Item:
     """The item of this program; `refs` are those of the inverse index."""
-    (_, _, H, _), (_, T, K, _) = q_shape, v_shape
+    (_, Tq, H, _), (_, T, K, _) = q_shape, v_shape
     choices_ref, *fields = refs
     block, first, count, rank = (ref[pair.index, pl.program_id(0)] for ref in fields)
     rows = packed_rows(0, num_rows, stride, pair, H, K)
     queries = num_rows // stride
     key, inside = block_keys(problem)
     key_position = block * problem.select_block + key
-    there = key_position < T if inside is None else inside & (key_position < T)
+    there = key_position < jnp.minimum(offset + Tq, T)
+    if inside is not None:
+        there &= inside
     steps = cdiv(count, queries)
     own = jnp.minimum(cdiv(jnp.maximum(problem.select_block - rank, 0), queries), steps)
     return Item(pair, rows, key, key_position, there, first, count, steps, own, queries, choices_ref)

@@ -94,7 +94,7 @@ def _partial_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, problem)
+    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
     rows, key_position = item.rows, item.key_position
 
     @pl.when(item.count > 0)
@@ -116,8 +116,9 @@ def _partial_kernel(
             m, total, acc = softmax_start(num_rows, value_pieces)
             p, m, total, _ = softmax_step(s, m, total, problem.scale_log2, problem.interpret)
             o, lse = softmax_finish(m, total, accumulate(acc, p, v), problem.scale)
-            store_rows(o_ref, (pair.index, choice, rows.group_head), value_pieces, o, valid)
-            plgpu.store(lse_ref.at[pair.index, choice, rows.group_head], lse, mask=valid)
+            place = jnp.where(listed, choice, o_ref.shape[1])
+            store_rows(o_ref, (pair.index, place, rows.group_head), value_pieces, o, valid)
+            plgpu.store(lse_ref.at[pair.index, place, rows.group_head], lse, mask=valid)
             return carry
 
         item.walk(step, jnp.int32(0))

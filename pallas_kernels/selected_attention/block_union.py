@@ -1,6 +1,7 @@
 """Which blocks a tile of adjacent queries reads: the union of their selections, and its members per block."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -111,6 +112,7 @@ class UnionRows(NamedTuple):
     valid: Any
     position: Any
     start: Any  # first token of each row's segment; None: 0
+    seen: tuple[Any, Any]  # the first position that a row sees (None: 0), and one past the last; others are not read
     num_past: Any  # entries, the first ones, whose blocks lie wholly before the tile, and need no causal mask
     num_entries: Any
     load_entry: Callable[[Any], Any]
@@ -125,6 +127,16 @@ class UnionRows(NamedTuple):
         members = jnp.broadcast_to(entry, self.rows.query.shape)
         return block, (lax.shift_right_logical(members, self.rows.query) & 1) == 1
 
+    def there(self, key_position: Any, inside: Any, edge: bool) -> Any:
+        """Which keys of a block are read: those `inside` it (None: all) that one of the rows sees; None: all."""
+        begin, end = self.seen
+        conditions = [] if inside is None else [inside]
+        if begin is not None:
+            conditions.append(key_position >= begin)
+        if edge:
+            conditions.append(key_position < end)
+        return functools.reduce(operator.and_, conditions) if conditions else None
+
     def walk(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `step(i, carry, edge)` over the entries."""
         carry = loop(0, self.num_past, functools.partial(step, edge=False), carry)
@@ -134,7 +146,7 @@ class UnionRows(NamedTuple):
 def union_rows(
     pair: Pair,
     q_shape: tuple[int, ...],
-    num_kv_heads: int,
+    k_shape: tuple[int, ...],
     num_queries: int,
     offset: Any,
     starts_ref: Any,
@@ -142,7 +154,7 @@ def union_rows(
     problem: Problem,
 ) -> UnionRows:
     """The rows of this program: program id 0 counts tiles of `num_queries` queries."""
-    _, Tq, H, _ = q_shape
+    (_, Tq, H, _), (_, num_keys, num_kv_heads, _) = q_shape, k_shape
     padded_group = max(next_power_of_two(H // num_kv_heads), 16 // num_queries)
     tile = pl.program_id(0)
     first_query = tile * num_queries
@@ -162,6 +174,10 @@ def union_rows(
         valid=rows.valid(query < Tq),
         position=offset + query,
         start=load_starts(starts_ref, pair.batch, query, query < Tq),
+        seen=(
+            None if starts_ref is None else starts_ref[pair.batch, first_query],
+            jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), num_keys),
+        ),
         num_past=count(past),
         num_entries=count(used),
         load_entry=lambda i: union_ref[pair.index, tile, i],

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+_MOST_KEYS = 2**31  # that int32 counts
+
 
 class InverseIndex(NamedTuple):
     """Where in the selection each block occurs. BK runs over batch x K/V head, L = Tq * n.
@@ -40,7 +42,7 @@ def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int
     block = jnp.where(block_indices < 0, num_blocks, block_indices).reshape(rows, L)
     place = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (rows, L))
     boundaries = jnp.arange(num_blocks + 1, dtype=jnp.int32)
-    if (num_blocks + 1) * L < 2**31:  # One key holds both, and a sort of keys alone is the fastest there is.
+    if (num_blocks + 1) * L < _MOST_KEYS:  # One key holds both, and a sort of keys alone is the fastest there is.
         keys = lax.sort(block * L + place, dimension=1, is_stable=False)
         choices, starts = keys % L, _search(keys, boundaries * L)
     else:

@@ -91,10 +91,10 @@ def _forward_kernel(
     problem: Problem,
     num_queries: int,
 ) -> None:
-    Dk, (_, T, K, Dv) = q_ref.shape[-1], v_ref.shape
+    Dk, (_, _, K, Dv) = q_ref.shape[-1], v_ref.shape
     key_pieces, value_pieces = head_pieces(Dk), head_pieces(Dv)
     pair = program_pair(K)
-    union = union_rows(pair, q_ref.shape, K, num_queries, offset_ref[0], starts_ref, union_ref, problem)
+    union = union_rows(pair, q_ref.shape, k_ref.shape, num_queries, offset_ref[0], starts_ref, union_ref, problem)
     rows, valid = union.rows, union.valid
     q = load_rows(q_ref, (pair.batch, union.query, rows.head), key_pieces, valid)
     key, inside = block_keys(problem)
@@ -103,9 +103,7 @@ def _forward_kernel(
         m, total, acc = carry
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        there = inside
-        if edge:
-            there = key_position < T if inside is None else inside & (key_position < T)
+        there = union.there(key_position, inside, edge)
         at = (pair.batch, key_position, pair.kv_head)
         s = dot_pieces(q, load_rows(k_ref, at, key_pieces, there))
         if edge:

@@ -30,7 +30,7 @@ from pallas_kernels.triton.problem import (
     offset_array,
     problem_of,
 )
-from pallas_kernels.triton.rows import load_rows, load_starts, program_pair, store_rows
+from pallas_kernels.triton.rows import load_rows, load_starts, program_pair, store_rows, where_all
 from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_lse_log2
 from pallas_kernels.triton.tiles import BlockTile, QueryTile, find_tile, key_of
 
@@ -107,10 +107,10 @@ def _query_gradient_kernel(
     problem: Problem,
     num_queries: int,
 ) -> None:
-    Dk, (_, T, K, Dv) = q_ref.shape[-1], v_ref.shape
+    Dk, (_, _, K, Dv) = q_ref.shape[-1], v_ref.shape
     key_pieces, value_pieces = head_pieces(Dk), head_pieces(Dv)
     pair = program_pair(K)
-    union = union_rows(pair, q_ref.shape, K, num_queries, offset_ref[0], starts_ref, union_ref, problem)
+    union = union_rows(pair, q_ref.shape, k_ref.shape, num_queries, offset_ref[0], starts_ref, union_ref, problem)
     rows, valid = union.rows, union.valid
     at, statistic_at = (pair.batch, union.query, rows.head), (pair.index, union.query, rows.group_head)
     q = load_rows(q_ref, at, key_pieces, valid)
@@ -123,19 +123,18 @@ def _query_gradient_kernel(
     def step(i: Any, dq: Any, *, edge: bool) -> Any:
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        there = inside
-        if edge:
-            there = key_position < T if inside is None else inside & (key_position < T)
+        there = union.there(key_position, inside, edge)
         k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, there)
         v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, there)
         reference = lse_log2 if member is None else jnp.where(member, lse_log2, NEVER)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - reference[:, None], problem.interpret)
+        seen: list[Any] = []
         if edge:
-            p = jnp.where(key_position[None, :] <= union.position[:, None], p, 0)
+            seen.append(key_position[None, :] <= union.position[:, None])
         if union.start is not None:
-            p = jnp.where(key_position[None, :] >= union.start[:, None], p, 0)
+            seen.append(key_position[None, :] >= union.start[:, None])
         # Rows of K past the block's end were loaded as zeros, so that their columns of ds add nothing.
-        return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
+        return accumulate(dq, where_all(seen, p * (dot_pieces(do, v) - delta[:, None])), k)
 
     dq = union.walk(step, zeros(rows.query.shape[0], key_pieces))
     dq = finish_query_gradient(
@@ -213,7 +212,7 @@ def _key_gradient_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, problem)
+    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
     rows, key, key_position = item.rows, item.key, item.key_position
     item_index = pl.program_id(0)
 
@@ -234,13 +233,15 @@ def _key_gradient_kernel(
             p = exp2(dot_pieces(k, q) * problem.scale_log2 - lse_log2[None, :], problem.interpret)
             if gate_ref is not None:
                 p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
+            seen: list[Any] = []
             if edge:
-                p = jnp.where(key_position[:, None] <= (offset_ref[0] + query)[None, :], p, 0)
+                seen.append(key_position[:, None] <= jnp.where(valid, offset_ref[0] + query, -1)[None, :])
             if starts_ref is not None:
-                start = load_starts(starts_ref, pair.batch, query, listed)
-                p = jnp.where(key_position[:, None] >= start[None, :], p, 0)
+                start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), k_ref.shape[1])
+                seen.append(key_position[:, None] >= start[None, :])
+            p = where_all(seen, p)
             dv = accumulate(dv, p, do)
-            return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
+            return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv
 
         dk, dv = item.walk(step, (zeros(key.shape[0], key_pieces), zeros(key.shape[0], value_pieces)))
         inside = key < problem.select_block

@@ -60,6 +60,13 @@ def load_starts(starts_ref: Any, batch: Any, query: Any, valid: Any) -> Any:
     return None if starts_ref is None else plgpu.load(starts_ref.at[batch, query], mask=valid, other=0)
 
 
+def where_all(conditions: Sequence[Any], x: Any) -> Any:
+    """`x`, and 0 where one of the conditions does not hold."""
+    for condition in conditions:
+        x = jnp.where(condition, x, 0)
+    return x
+
+
 def _at(ref: Any, index: tuple[Any, ...], piece: Piece, num_rows: int, valid: Any) -> tuple[Any, Any]:
     """The reference to one piece, and its mask.
 

@@ -24,6 +24,7 @@ class Band(NamedTuple):
     position: Any
     lowest: Any  # the lowest position that each row sees
     first: Any
+    end: Any  # one past the last position that a row sees; keys from there on are not read
     tiles: Any
     inner: Any
     outer: Any
@@ -64,10 +65,11 @@ def band_of(
         lowest = jnp.maximum(lowest, load_starts(starts_ref, pair.batch, query, query < Tq))
         first = jnp.maximum(first, starts_ref[pair.batch, first_query])
     last_position = first_position + num_queries - 1
+    end = jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), T)
     tiles = jnp.maximum(cdiv(jnp.minimum(last_position + 1, T) - first, num_keys), 0)
     inner = jnp.clip(cdiv(jnp.maximum(last_position - problem.window + 1 - first, 0), num_keys), 0, tiles)
     outer = jnp.clip(div(jnp.maximum(first_position + 1 - first, 0), num_keys), inner, tiles)
-    return Band(rows, query, rows.valid(query < Tq), position, lowest, first, tiles, inner, outer)
+    return Band(rows, query, rows.valid(query < Tq), position, lowest, first, end, tiles, inner, outer)
 
 
 def visible(band: Band, key_position: Any, edge: bool, segments: bool) -> Any:

@@ -77,7 +77,7 @@ def _forward_kernel(
     num_rows: int,
     padded_group: int,
 ) -> None:
-    Dk, (_, T, K, Dv) = q_ref.shape[-1], v_ref.shape
+    Dk, (_, _, K, Dv) = q_ref.shape[-1], v_ref.shape
     key_pieces, value_pieces = head_pieces(Dk, tile.widest), head_pieces(Dv, tile.widest)
     pair = program_pair(K)
     band = band_of(
@@ -89,7 +89,7 @@ def _forward_kernel(
     def step(i: Any, carry: Any, edge: bool) -> Any:
         m, total, acc = carry
         key = key_positions(band, i, tile.keys)
-        key_at, there = (pair.batch, key, pair.kv_head), key < T if edge else None
+        key_at, there = (pair.batch, key, pair.kv_head), key < band.end if edge else None
         s = dot_pieces(q, load_rows(k_ref, key_at, key_pieces, there))
         mask = visible(band, key, edge, starts_ref is not None)
         if mask is not None:

@@ -14,7 +14,7 @@ from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, row
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, group_last, heads_first, offset_array, problem_of
-from pallas_kernels.triton.rows import load_rows, load_starts, packed_rows, program_pair, store_rows
+from pallas_kernels.triton.rows import load_rows, load_starts, packed_rows, program_pair, store_rows, where_all
 from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_lse_log2
 from pallas_kernels.triton.tiles import Tile, find_tile, key_of
 from pallas_kernels.window_attention import tiles
@@ -94,7 +94,7 @@ def _query_gradient_kernel(
     num_rows: int,
     padded_group: int,
 ) -> None:
-    Dk, (_, T, K, Dv) = q_ref.shape[-1], v_ref.shape
+    Dk, (_, _, K, Dv) = q_ref.shape[-1], v_ref.shape
     key_pieces, value_pieces = head_pieces(Dk, tile.widest), head_pieces(Dv, tile.widest)
     pair = program_pair(K)
     band = band_of(
@@ -110,14 +110,13 @@ def _query_gradient_kernel(
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = key_positions(band, i, tile.keys)
-        key_at, there = (pair.batch, key, pair.kv_head), key < T if edge else None
+        key_at, there = (pair.batch, key, pair.kv_head), key < band.end if edge else None
         k = load_rows(k_ref, key_at, key_pieces, there)
         v = load_rows(v_ref, key_at, value_pieces, there)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - lse_log2[:, None], problem.interpret)
+        ds = p * (dot_pieces(do, v) - delta[:, None])
         mask = visible(band, key, edge, starts_ref is not None)
-        if mask is not None:
-            p = jnp.where(mask, p, 0)
-        return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
+        return accumulate(dq, ds if mask is None else jnp.where(mask, ds, 0), k)
 
     dq = band.walk(step, zeros(num_rows, key_pieces))
     dq = finish_query_gradient(
@@ -176,15 +175,16 @@ def _key_gradient_kernel(
         p = exp2(dot_pieces(k, q) * problem.scale_log2 - lse_log2[None, :], problem.interpret)
         if gate_ref is not None:
             p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
+        seen: list[Any] = []
         if edge:
-            position = (offset + query)[None, :]
-            p = jnp.where(key[:, None] <= position, p, 0)
-            p = jnp.where(key[:, None] > position - window, p, 0)
+            position = jnp.where(valid, offset + query, -1)[None, :]
+            seen += [key[:, None] <= position, key[:, None] > position - window]
         if starts_ref is not None:
-            start = load_starts(starts_ref, pair.batch, query, query < end)
-            p = jnp.where(key[:, None] >= start[None, :], p, 0)
+            start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), T)
+            seen.append(key[:, None] >= start[None, :])
+        p = where_all(seen, p)
         dv = accumulate(dv, p, do)
-        return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
+        return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv
 
     edge, middle = functools.partial(step, edge=True), functools.partial(step, edge=False)
     carry = loop(0, inner, edge, (zeros(tile.keys, key_pieces), zeros(tile.keys, value_pieces)))

@@ -5,14 +5,18 @@ import dataclasses
 
 import brute_force
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from strategies import Arrays, Case, cases, random_arrays
+from strategies import Arrays, Case, cases, kernel_cases, random_arrays
 
 import nsa_jax
 from nsa_jax import BranchKV, NSAConfig
+from nsa_jax.attention import AttentionInputs
 from nsa_jax.compression import compress
+from nsa_jax.testing import assert_matches_reference
+from pallas_kernels.block_selection import triton as block_selection
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 # A float32 ranking may differ from the float64 one where the importances at the cut are closer than this (relative).
@@ -130,6 +134,24 @@ def test_each_op_agrees_on_many_random_problems(implementation, dtype, case: Cas
     compare_each_op(implementation, dtype, case)
 
 
+@pytest.mark.exhaustive
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(case=kernel_cases())
+def test_each_op_of_triton_agrees_on_random_problems(case: Case):
+    compare_each_op("triton", "float32", case)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@given(case=kernel_cases())
+def test_gradients_of_triton_agree_on_random_problems(case: Case):
+    arrays = random_arrays(case, "float32")
+    ids = None if arrays.segment_ids is None else jnp.asarray(arrays.segment_ids)
+    offset = jnp.int32(case.offset) if case.traced_offset else case.offset
+    inputs = AttentionInputs(*jax.tree.map(jnp.asarray, arrays[:3]), ids, offset)
+    assert_matches_reference(inputs, case.config, implementation="triton", scale=case.scale)
+
+
 def compare_each_op(implementation, dtype, case: Case):
     arrays = random_arrays(case, dtype)
     options = dict(config=case.config, scale=case.scale, query_offset=case.offset)
@@ -233,6 +255,33 @@ def test_overlap_weights_are_1_2_2_2_1_at_the_paper_sizes(implementation):
             for j in range(t // 64 + 1)
         ]
         assert chosen[row].tolist() == sorted(np.argsort(scores)[-3:].tolist())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+@pytest.mark.parametrize("forced", [(0, 0), (0, 1), (1, 0), (2, 2)], ids="{0[0]} first, {0[1]} last".format)
+@pytest.mark.parametrize("sizes", [(16, 8, 16), (8, 8, 24), (24, 8, 32), (16, 4, 48)], ids=str)
+def test_selection_at_every_alignment_where_the_newest_token_decides(sizes, forced, implementation, monkeypatch):
+    """T - l is a multiple of d and not; Triton's kernels are cut at a quarter and a half of the blocks."""
+    monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
+    config = NSAConfig(*sizes, num_selected=sum(forced) + 1, num_init=forced[0], num_local=forced[1])
+    rng = np.random.default_rng(0)
+    for T in (128, 128 + config.compress_stride // 2, 129, 127):
+        Nc = nsa_jax.num_compressed(T, config)
+        scores = rng.normal(size=(T, Nc)) - 4
+        for t in range(config.compress_block - 1, T):
+            scores[t, nsa_jax.num_compressed(t + 1, config) - 1] = 0
+        q, k = (scores[None, :, None, :], np.eye(Nc)[None, :, None, :])
+        q, k = (np.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(0, 16 - Nc)))).astype(np.float32) for x in (q, k))
+        options = dict(config=config, scale=1.0)
+        lse = np.zeros((1, 1, T), np.float32)
+        expected, margin = brute_force.select_blocks_and_margin(q, k, lse, **options)
+        for offset in (0, 50):
+            call = dict(options, query_offset=offset, implementation=implementation)
+            run = jax.jit(lambda *a, call=call: nsa_jax.select_blocks(*a, **call), compiler_options=FAST_COMPILATION)
+            actual = np.asarray(run(q[:, offset:], k, lse[:, :, offset:]))
+            rows = margin[:, :, offset:] > SMALLEST_FLOAT32_MARGIN
+            np.testing.assert_array_equal(actual[rows], expected[:, :, offset:][rows], err_msg=f"{T}, {offset}")
 
 
 @each_implementation

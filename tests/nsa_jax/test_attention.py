@@ -1,6 +1,7 @@
 """The public ops refuse what does not fit, by name, and choose implementations as they say."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import BranchKV, NSAConfig, num_blocks, num_compressed
+from nsa_jax.dense import causal_attention
 from nsa_jax.testing import random_inputs
 
 CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
@@ -84,6 +86,40 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
         "implementation = 'cuda': expected one of mosaic, triton, xla, reference, or None",
         implementation="cuda",
     )
+
+
+def test_values_with_other_heads_than_their_keys_are_refused_by_every_op(inputs):
+    q, kv, gates = inputs[:3]
+    blocks = jnp.zeros((1, 2, T, CONFIG.num_selected), jnp.int32)
+    options = {"config": CONFIG}
+    calls = {
+        "v": [
+            lambda v: nsa_jax.compressed_attention(q, kv.cmp_k, v(kv.cmp_v), **options),
+            lambda v: nsa_jax.selected_attention(q, kv.slc_k, v(kv.slc_v), blocks, **options),
+            lambda v: nsa_jax.window_attention(q, kv.win_k, v(kv.win_v), **options),
+            lambda v: causal_attention(q, kv.win_k, v(kv.win_v)),
+            lambda v: causal_attention(q, kv.win_k, v(kv.win_v), window=3),
+        ]
+    }
+    for name in ("cmp_v", "slc_v", "win_v"):
+        changed = functools.partial(lambda v, name: kv._replace(**{name: v(getattr(kv, name))}), name=name)
+        whole = lambda v, changed=changed: nsa_jax.nsa_attention(q, changed(v), gates, **options)  # noqa: E731
+        calls[f"kv.{name}"] = [whole]
+    for name, refusing in calls.items():
+        for call in refusing:
+            for v in (lambda v: v[:, :, :1], lambda v: jnp.concatenate([v, v], axis=2)):
+                with pytest.raises(ValueError, match=re.escape(f"{name}: float32 ")):
+                    call(v)
+
+
+@pytest.mark.parametrize("name", ["cmp_v", "slc_v", "win_v"])
+def test_a_cache_of_values_with_other_heads_than_its_keys_is_refused(name):
+    cache = nsa_jax.init_nsa_cache(CONFIG, batch_size=1, max_length=T, num_kv_heads=2, head_dim=8)
+    heads = {"win_v": 2}.get(name, 1)
+    cache = cache._replace(**{name: jnp.take(getattr(cache, name), jnp.array([0]), axis=heads)})
+    arguments = (jnp.ones((1, 1, 4, 8)), cache, jnp.ones((1, 1, 4, 3)), cache.lengths)
+    with pytest.raises(ValueError, match="v: float32"):
+        nsa_jax.decode_attention(*arguments, config=CONFIG)
 
 
 def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
-from nsa_jax.cache import put_row, take_row, write_nsa_tokens
+from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
 from nsa_jax.testing import assert_trees_close, random_inputs
 
 CONFIG = NSAConfig(
@@ -53,6 +53,16 @@ def next_tokens(x, lengths, count):
     return jnp.take_along_axis(x, jnp.minimum(at, T - 1)[..., None], axis=1), jnp.clip(T - lengths, 0, count)
 
 
+def beside_nan(tokens, counts):
+    """The first tokens of each row, as many as count, and NaN in place of the others."""
+    return jnp.where((jnp.arange(tokens.shape[1])[None, :] < counts[:, None])[..., None], tokens, jnp.nan)
+
+
+def poisoned(cache):
+    """The cache with NaN in all of its places, as after a request that went wrong."""
+    return jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a, cache)
+
+
 def written(y, pieces, starts, counts):
     """Lays pieces [steps, B, m, E] out at the positions where they start; fails where one position has none."""
     out = np.full(y.shape, np.nan, np.float32)
@@ -65,14 +75,16 @@ def written(y, pieces, starts, counts):
 @pytest.mark.parametrize(("name", "dtype"), [*((name, jnp.float32) for name in LAYERS), ("nsa", jnp.bfloat16)])
 def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_position(name, dtype):
     layer, variables, x, y = case(name, dtype)
-    cache = layer.init_cache(batch_size=len(PROMPTS), max_length=T, dtype=dtype)
+    cache = poisoned(layer.init_cache(batch_size=len(PROMPTS), max_length=T, dtype=dtype))
 
     @jax.jit
     def generate(variables, x, cache):
-        first, cache = layer.apply(variables, x[:, :40], cache, num_tokens=jnp.asarray(PROMPTS), method="prefill")
+        prompts = beside_nan(x[:, :40], jnp.asarray(PROMPTS))
+        first, cache = layer.apply(variables, prompts, cache, num_tokens=jnp.asarray(PROMPTS), method="prefill")
 
         def step(cache, _):
             tokens, count = next_tokens(x, cache.lengths, 1)
+            tokens = beside_nan(tokens, count)
             piece, new = layer.apply(variables, tokens, cache, num_tokens=count, method="decode_step")
             return new, (piece, cache.lengths, count)
 
@@ -80,6 +92,8 @@ def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_posit
         return first, steps, cache
 
     first, (pieces, starts, counts), cache = generate(variables, x, cache)
+    assert jnp.isfinite(first).all()
+    assert jnp.isfinite(pieces).all()
     actual = written(y, pieces, starts, counts)
     for b, prompt in enumerate(PROMPTS):
         actual[b, :prompt] = np.asarray(first[b, :prompt].astype(jnp.float32))
@@ -92,7 +106,7 @@ def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_posit
 def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, chunk):
     layer, variables, x, y = case(name)
     x, y = x[:3], y[:3]
-    cache = layer.init_cache(batch_size=3, max_length=T)
+    cache = poisoned(layer.init_cache(batch_size=3, max_length=T))
 
     @jax.jit
     def run(variables, x, cache):
@@ -101,22 +115,25 @@ def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, ch
             count = jnp.minimum(count, chunk - jnp.arange(3))  # none at all for some rows of the smallest
             count = jnp.maximum(count, jnp.minimum(1, T - cache.lengths))
             options = {"num_tokens": count, "continuing": True, "method": "prefill"}
-            piece, new = layer.apply(variables, tokens, cache, **options)
+            piece, new = layer.apply(variables, beside_nan(tokens, count), cache, **options)
             return new, (piece, cache.lengths, count)
 
         return jax.lax.scan(step, cache, length=-(-T // max(1, chunk - 2)))
 
     cache, steps = run(variables, x, cache)
+    assert jnp.isfinite(steps[0]).all()
     assert (cache.lengths == T).all()
     assert_trees_close(jnp.asarray(written(y, *steps)), y, 1e-5)
 
 
 def filled(kv, raw, lengths, *, step_tokens=1, num_pages=None, tables=None):
-    """A cache of which row b holds the first lengths[b] tokens of the one sequence in kv."""
+    """A cache of which row b holds the first lengths[b] tokens of the one sequence in kv, and otherwise NaN."""
     B = len(lengths)
-    cache = init_nsa_cache(
-        CONFIG, batch_size=B, max_length=T, num_kv_heads=2, head_dim=8, step_tokens=step_tokens,
-        num_pages=num_pages, block_tables=tables,
+    cache = poisoned(
+        init_nsa_cache(
+            CONFIG, batch_size=B, max_length=T, num_kv_heads=2, head_dim=8, step_tokens=step_tokens,
+            num_pages=num_pages, block_tables=tables,
+        )
     )  # fmt: skip
     rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), (raw, kv[:2], kv[2:4], kv[4:]))
     return jax.jit(functools.partial(write_nsa_tokens, config=CONFIG))(cache, *rows, jnp.asarray(lengths, jnp.int32))
@@ -170,7 +187,7 @@ def test_drafts_that_are_taken_back_leave_no_trace(accepted, seed):
     x, y = x[:1], y[:1]
     step = _jitted("nsa", "decode_step")
     _, cache = _jitted("nsa", "prefill")(
-        variables, x[:, :5], layer.init_cache(batch_size=1, max_length=T, step_tokens=3)
+        variables, x[:, :5], poisoned(layer.init_cache(batch_size=1, max_length=T, step_tokens=3))
     )
     rng = np.random.default_rng(seed)
     for right in accepted:
@@ -178,6 +195,8 @@ def test_drafts_that_are_taken_back_leave_no_trace(accepted, seed):
         if begin + 3 > T:
             break
         drafts = np.array(rng.standard_normal((1, 3, E)), np.float32)
+        if seed % 2:
+            drafts[:] = np.nan
         drafts[:, :right] = x[:, begin : begin + right]
         out, cache = step(variables, jnp.asarray(drafts), cache)
         if right:
@@ -206,13 +225,49 @@ def test_pages_anywhere_equal_contiguous_ones_and_leave_other_pages_alone(seed, 
         tables[b, :used], order = order[:used], order[used:]
     paged = filled(inputs.kv, inputs.kv[2:4], lengths, num_pages=P, tables=jnp.asarray(tables))
     plain = filled(inputs.kv, inputs.kv[2:4], lengths)
-    for name in ("slc_k", "slc_v", "cmp_k", "cmp_v"):
-        assert not np.asarray(getattr(paged, name))[order].any(), name
+    for name in POOLS:
+        assert np.isnan(np.asarray(getattr(paged, name))[order]).all(), name
     offsets = jnp.asarray(lengths, jnp.int32) - 1
     q, gates = inputs.q[0, offsets][:, None], inputs.gates[0, offsets][:, None]
     run = jax.jit(functools.partial(decode_attention, config=CONFIG, implementation="xla"))
     for a, b in zip(run(q, paged, gates, offsets), run(q, plain, gates, offsets), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_without_a_page_leaves_the_pages_of_other_rows_alone():
+    """-1 would be the last page, counted from the end."""
+    inputs = random_inputs(jax.random.key(4), CONFIG, T=T, num_heads=4, num_kv_heads=2, head_dim=8)
+    N = num_blocks(T, CONFIG)
+    tables = np.full((2, N), -1, np.int32)
+    tables[0] = np.arange(N)[::-1]  # row 0 has all pages; row 1, which is written after it, has none
+    both = filled(inputs.kv, inputs.kv[2:4], [T, T], num_pages=N, tables=jnp.asarray(tables))
+    one = filled(inputs.kv, inputs.kv[2:4], [T, 0], num_pages=N, tables=jnp.asarray(tables))
+    for name in POOLS:
+        np.testing.assert_array_equal(getattr(both, name), getattr(one, name), name)
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 25])
+def test_no_slot_of_a_ring_is_written_twice(count):
+    """Which of two writes a scatter keeps is not said, so tokens in reverse order must leave the same ring."""
+    ring, lengths = jnp.zeros((2, 10, 1, 1)), jnp.array([3, 17], jnp.int32)
+    positions = lengths[:, None] + jnp.arange(25, dtype=jnp.int32)[None, :]
+    new = jnp.broadcast_to(jnp.arange(25)[None, :] < count, (2, 25))
+    wanted = np.zeros((2, 10))
+    for row, length in zip(wanted, np.asarray(lengths), strict=True):
+        for position in range(length, length + count):
+            row[position % 10] = position
+    for order in (slice(None), slice(None, None, -1)):
+        at = positions[:, order]
+        written = _write_ring(ring, at[:, :, None, None].astype(jnp.float32), at, new[:, order], lengths + count)
+        np.testing.assert_array_equal(written[:, :, 0, 0], wanted)
+
+
+def test_a_prefill_clears_the_rows_of_a_dense_cache():
+    """CuDNN may read past a row's length."""
+    layer, variables, x, _ = case("full")
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=T))
+    _, cache = _jitted("full", "prefill")(variables, x[:2, :5], cache)
+    assert all(jnp.isfinite(a).all() for a in cache)
 
 
 def test_a_row_without_tokens_stays_as_it_is_and_a_freed_row_takes_a_new_prompt():

@@ -75,6 +75,29 @@ def test_xla_matches_reference_in_float64():
         assert_matches_reference(inputs, CONFIG, implementation="xla")
 
 
+def test_reference_in_16_bits_is_the_float32_result_rounded_once():
+    """Outputs, lse and gradients of each branch, to the last bit."""
+    inputs = random_inputs(jax.random.key(3), CONFIG, dtype=jnp.bfloat16, **SHAPES["plain"])
+    options = {"config": CONFIG, "implementation": "reference"}
+
+    @jax.jit
+    def run(q, kv):
+        o, pull = jax.vjp(lambda *a: nsa_jax.compressed_attention(*a, **options), q, kv.cmp_k, kv.cmp_v)
+        results = [o, pull((q, jnp.where(o[1] > -jnp.inf, 1, jnp.zeros_like(o[1]))))]
+        blocks = nsa_jax.select_blocks(q, kv.cmp_k, o[1], **options)
+        selected = lambda *a: nsa_jax.selected_attention(*a, blocks, **options)  # noqa: E731
+        window = lambda *a: nsa_jax.window_attention(*a, **options)  # noqa: E731
+        for op, pair in ((selected, kv[2:4]), (window, kv[4:])):
+            o, pull = jax.vjp(op, q, *pair)
+            results += [o, pull(q)]
+        return results
+
+    narrow = run(inputs.q, inputs.kv)
+    wide = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.q, inputs.kv)))
+    for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+
+
 def test_default_implementation_matches_reference():
     inputs = random_inputs(jax.random.key(4), CONFIG, **SHAPES["plain"])
     assert_matches_reference(inputs, CONFIG, implementation=None, gradients=False)

@@ -125,13 +125,38 @@ def test_packed_documents_equal_the_documents_alone(attention):
     x = embeddings(B=1)
     segment_ids = jnp.asarray(np.repeat(np.arange(3), lengths)[None], jnp.int32)
     variables = jax.jit(module.init)(jax.random.key(5), x)
-    packed = jax.jit(lambda v, x: module.apply(v, x, segment_ids=segment_ids))(variables, x)
+    packed = jax.jit(lambda v, x: module.apply(v, x, segment_ids=segment_ids))
     apply = jax.jit(module.apply)
     begin = 0
     for length in lengths:
-        alone = apply(variables, x[:, begin : begin + length])
-        assert_trees_close(packed[:, begin : begin + length], alone, 1e-5)
+        here = slice(begin, begin + length)
+        alone = apply(variables, x[:, here])
+        for others in (x, jnp.full_like(x, jnp.nan)):
+            assert_trees_close(packed(variables, others.at[:, here].set(x[:, here]))[:, here], alone, 1e-5)
         begin += length
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_padding_of_a_prefill_reaches_no_gradient_whatever_it_holds(attention):
+    module = {"nsa": layer(), "full": nsa_jax.FullAttention(**HEADS)}[attention]
+    x, counts = embeddings()[:, :20], jnp.array([20, 13])
+    variables = nn.unbox(jax.jit(module.init)(jax.random.key(5), x))
+    cache = module.init_cache(batch_size=2, max_length=20)
+    padding = (jnp.arange(20)[None, :] >= counts[:, None])[..., None]
+
+    @jax.jit
+    def gradients(variables, x):
+        def loss(variables, x):
+            y, _ = module.apply(variables, x, cache, num_tokens=counts, method="prefill")
+            return jnp.where(padding, 0, jnp.sin(y)).sum()
+
+        return jax.grad(loss, (0, 1))(variables, x)
+
+    expected = gradients(variables, jnp.where(padding, 0, x))
+    for value in (jnp.nan, jnp.inf, 3e38):
+        actual = gradients(variables, jnp.where(padding, value, x))
+        np.testing.assert_array_equal(jnp.where(padding, actual[1], 0), 0)
+        assert_trees_close(actual, expected, 1e-6)
 
 
 def test_bfloat16_computation_is_close_to_float32():

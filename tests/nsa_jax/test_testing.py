@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig, xla
+from nsa_jax import BranchKV, NSAConfig, testing, xla
 from nsa_jax.testing import (
     assert_matches_reference,
     assert_same_blocks,
@@ -59,10 +59,43 @@ def test_assert_matches_reference_notices_a_wrong_op(op, monkeypatch):
         assert_matches_reference(inputs, CONFIG, implementation="xla", gradients=False)
 
 
-def test_assert_matches_reference_notices_a_wrong_gradient(monkeypatch):
-    inputs = random_inputs(jax.random.key(0), CONFIG, T=40, num_heads=2, num_kv_heads=1, head_dim=4)
-    right = xla.window_attention
-    detached = lambda q, k, v, *args, **kwargs: right(q, jax.lax.stop_gradient(k), v, *args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(xla, "window_attention", detached)
-    with pytest.raises(AssertionError, match="gradient of window_attention"):
+@pytest.mark.parametrize(
+    ("op", "argument"),
+    [
+        pytest.param(op, i, marks=[pytest.mark.exhaustive] * (op != "compressed_attention"), id=f"{op}, {name}")
+        for op in ("compressed_attention", "selected_attention", "window_attention")
+        for i, name in enumerate("qkv")
+    ],
+)
+def test_assert_matches_reference_notices_a_gradient_that_is_wrong_by_3e_4(op, argument, monkeypatch):
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=12, num_heads=2, num_kv_heads=1, head_dim=4)
+    right = getattr(xla, op)
+
+    def wrong(*arguments, **options):
+        return right(*_with_wrong_gradient(arguments, argument), **options)
+
+    monkeypatch.setattr(xla, op, wrong)
+    with pytest.raises(AssertionError, match=f"gradient of {op}"):
         assert_matches_reference(inputs, CONFIG, implementation="xla")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("argument", range(8))
+def test_assert_matches_reference_notices_a_gradient_of_the_whole_that_is_wrong_by_3e_4(argument, monkeypatch):
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=12, num_heads=2, num_kv_heads=1, head_dim=4)
+    right = testing.nsa_attention
+
+    def wrong(q, kv, gates, *, implementation, **options):
+        if implementation == "xla":
+            q, *kv, gates = _with_wrong_gradient((q, *kv, gates), argument)
+        return right(q, BranchKV(*kv), gates, implementation=implementation, **options)
+
+    monkeypatch.setattr(testing, "nsa_attention", wrong)
+    with pytest.raises(AssertionError, match="gradient of nsa_attention"):
+        assert_matches_reference(inputs, CONFIG, implementation="xla")
+
+
+def _with_wrong_gradient(arguments, index):
+    """The same values, but one of them has a gradient that is 3e-4 too large."""
+    x = arguments[index]
+    return *arguments[:index], x + 3e-4 * (x - jax.lax.stop_gradient(x)), *arguments[index + 1 :]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig, reference
+from nsa_jax import NSAConfig, num_compressed, reference
 from nsa_jax.testing import normwise_error, tolerance_of
 from nsa_jax.visibility import gated_sum
 from tests.pallas_kernels import cases
@@ -66,16 +66,17 @@ class Inputs(NamedTuple):
     whole: dict[str, np.ndarray]
     paged: dict[str, np.ndarray]
     offsets: np.ndarray
+    lengths: np.ndarray
     tables: np.ndarray
 
     def arguments(self, dtype: Any) -> tuple[Any, ...]:
         """What the op takes."""
         arrays = [jnp.asarray(x, dtype) for x in (self.q, *(self.paged[name] for name in NAMES))]
-        return *arrays, jnp.asarray(self.gates), jnp.asarray(self.offsets), jnp.asarray(self.tables)
+        return *arrays, *map(jnp.asarray, (self.gates, self.offsets, self.lengths, self.tables))
 
 
 def inputs(step: Step, dtype: Any) -> Inputs:
-    """What a query may not see is large, and pages that no row has hold NaN."""
+    """Places that no query may see, and pages that no row has, hold NaN."""
     B, s, d, m = len(step.lengths), step.config.select_block, step.config.compress_stride, step.m
     N = -(-max(step.lengths) // s)
     P, ring = B * N + 3, step.config.window + m + 1
@@ -91,7 +92,7 @@ def inputs(step: Step, dtype: Any) -> Inputs:
     tables = np.full((B, N), -1, np.int32)
     order = rng.permutation(P)
     paged = {
-        name: np.full((B, ring, *x.shape[2:]), 1e4, np.float32)
+        name: np.full((B, ring, *x.shape[2:]), np.nan, np.float32)
         if "win" in name
         else np.full((P, step.K, x.shape[1] // N, x.shape[3]), np.nan, np.float32)
         for name, x in whole.items()
@@ -102,16 +103,16 @@ def inputs(step: Step, dtype: Any) -> Inputs:
         for name in POOLS:
             size = whole[name].shape[1] // N
             row = whole[name][b].copy()
-            first_unseen = -(-max(length, m) // (d if name.startswith("cmp") else 1))
-            row[first_unseen:] = 1e4
+            tokens = max(length, m)
+            row[num_compressed(tokens, step.config) if name.startswith("cmp") else tokens :] = np.nan
             for j in range(used):
                 paged[name][tables[b, j]] = row[j * size : (j + 1) * size].swapaxes(0, 1)
         for p in range(max(0, length - ring), max(length, m)):
             for name in ("win_k", "win_v"):
                 paged[name][b, p % ring] = whole[name][b, p]
     q, gates = normal(B, m, step.H, step.Dk), rng.random((B, m, step.H, 3)).astype(np.float32)
-    offsets = np.maximum(np.array(step.lengths, np.int32) - m, 0)
-    return Inputs(q, gates, whole, paged, offsets, tables)
+    lengths = np.maximum(np.array(step.lengths, np.int32), m)
+    return Inputs(q, gates, whole, paged, lengths - m, lengths, tables)
 
 
 def expected(step: Step, given: Inputs) -> tuple[np.ndarray, np.ndarray]:

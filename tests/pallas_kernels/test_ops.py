@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import reference
+from nsa_jax import num_compressed, reference
 from nsa_jax.backends.choice import Backward, Forward
 from nsa_jax.testing import assert_same_blocks, normwise_error, tolerance_of
 from pallas_kernels.differentiable import Op
@@ -19,7 +19,7 @@ from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, Case, Inputs, Results
 
 INTERPRETED = 2e-6  # float32
-HUGE = 1e30
+HUGE = 3e38
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -82,15 +82,42 @@ def unseen(expected: Results, gradient: jax.Array) -> np.ndarray:
 def check_unseen_keys_change_nothing(
     op: str, case: Case, compiled: Any, inputs: Inputs, actual: Results, value: float
 ) -> None:
-    """Keys and values that no query sees may hold anything, and get no gradient."""
+    """Keys and values that no query sees may hold anything, and get no gradient.
+
+    Those between keys that queries of one tile see may hold any finite numbers.
+    """
     q, k, v, *_ = cases.arguments(op, inputs)
     expected = cases.expected_results(op, case, inputs)
-    huge = jnp.asarray(value, q.dtype)
     hidden_k, hidden_v = (unseen(expected, x) for x in (k, v))
-    changed = cases.with_keys(op, inputs, jnp.where(hidden_k, huge, k), jnp.where(hidden_v, -huge, v))
-    same_bits(compiled(changed), actual)
+    if op == "compressed_attention":  # where those that straddle two segments are seen by nobody
+        seen = ~hidden_v[..., :1]
+        between = (np.cumsum(seen, axis=1) > 0) & (np.cumsum(seen[:, ::-1], axis=1)[:, ::-1] > 0)
+        values = np.where(between, value, np.nan)
+    else:
+        values = np.full((*k.shape[:3], 1), np.nan)
+    for poison in (values, np.full_like(values, value)):
+        huge = jnp.asarray(poison, q.dtype)
+        changed = cases.with_keys(op, inputs, jnp.where(hidden_k, huge, k), jnp.where(hidden_v, -huge, v))
+        same_bits(compiled(changed), actual)
     assert not np.any(np.asarray(actual.gradients.dk)[hidden_k])
     assert not np.any(np.asarray(actual.gradients.dv)[hidden_v])
+
+
+def check_finite_keys_reach_only_who_sees_them(op: str, case: Case, compiled: Any, inputs: Inputs) -> None:
+    """Huge numbers in late keys change nothing for the queries before them, nor for what these send back."""
+    row = case.num_queries // 2
+    position = case.query_offset + row
+    first = num_compressed(position, case.config) if op == "compressed_attention" else position
+    _, k, v, *_ = cases.arguments(op, inputs)
+    if first >= k.shape[1]:
+        return
+    inputs = inputs._replace(do=inputs.do.at[:, row:].set(0), dlse=inputs.dlse.at[:, :, row:].set(0))
+    large = 1e30 if k.dtype == jnp.float32 else 1e3
+    changed = cases.with_keys(op, inputs, k.at[:, first:].set(large), v.at[:, first:].set(-large))
+    actual, expected = compiled(changed), compiled(inputs)
+    pairs = zip(actual.gradients[:3], expected.gradients[:3], (row, first, first), strict=True)
+    for a, b, end in ((actual.o, expected.o, row), *pairs):
+        same_bits(a[:, :end], b[:, :end])
 
 
 def check_blocks_that_no_query_selected_are_not_read(case: Case, compiled: Any, inputs: Inputs) -> None:
@@ -123,6 +150,7 @@ def test_values_and_gradients_equal_the_reference(backend, op, name):
     compiled, inputs, actual = check_branch(backend, op, case, jnp.float32, INTERPRETED)
     same_bits(compiled(inputs), actual)
     check_unseen_keys_change_nothing(op, case, compiled, inputs, actual, HUGE)
+    check_finite_keys_reach_only_who_sees_them(op, case, compiled, inputs)
     if op == "selected_attention":
         check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 
@@ -303,6 +331,7 @@ def test_gpu_values_and_gradients_equal_the_reference_twice(backend, op, name, d
         compiled, inputs, actual = check_branch(backend, op, case, dtype, tolerance_of(dtype))
     same_bits(compiled(inputs), actual)
     check_unseen_keys_change_nothing(op, case, compiled, inputs, actual, HUGE if dtype == jnp.float32 else 1e4)
+    check_finite_keys_reach_only_who_sees_them(op, case, compiled, inputs)
     if op == "selected_attention":
         check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 

@@ -47,7 +47,7 @@ def decode_shapes(case: Case, dtype: Any, num_blocks: int = 4) -> list[jax.Shape
         *(pool((8, case.K, length, D)) for length in (per_block, s) for D in (case.Dk, case.Dv)),
         *(pool((B, case.config.window + m, case.K, D)) for D in (case.Dk, case.Dv)),
         jax.ShapeDtypeStruct((B, m, case.H, 3), jnp.float32),
-        jax.ShapeDtypeStruct((B,), jnp.int32),
+        *(jax.ShapeDtypeStruct((B,), jnp.int32),) * 2,
         jax.ShapeDtypeStruct((B, num_blocks), jnp.int32),
     ]
 

@@ -1,6 +1,7 @@
 """What only the Triton kernels have: cuts of long sequences, tiles of several queries, block-major ways, grids."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, num_compressed
 from pallas_kernels.block_selection import triton as block_selection
-from pallas_kernels.selected_attention import block_union
-from pallas_kernels.selected_attention.inverse_index import invert
+from pallas_kernels.compressed_attention import triton_backward as compressed_backward
+from pallas_kernels.selected_attention import block_union, inverse_index
 from pallas_kernels.triton.launch import launch
+from pallas_kernels.triton.problem import problem_of
 from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import Case
@@ -21,8 +23,8 @@ from tests.pallas_kernels.test_ops import (
     INTERPRETED,
     check_blocks_that_no_query_selected_are_not_read,
     check_branch,
+    check_finite_keys_reach_only_who_sees_them,
     check_unseen_keys_change_nothing,
-    close,
 )
 
 SELECTION = Case(500, 4, 2, 32, 32, NSAConfig(32, 16, 64, 4, 1, 1))
@@ -38,15 +40,19 @@ def selection(case: Case) -> tuple[Any, ...]:
 
 
 def test_cuts_and_chunks_change_nothing(monkeypatch):
-    arrays, expected = selection(SELECTION)
+    (q, k, lse), expected = selection(SELECTION)
+    first = 100  # so that both cuts, at 128 and 256, fall among the queries
+    arrays = (q[:, first:], k, lse[:, :, first:])
     monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
     monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 4000)
     run = functools.partial(block_selection.select_blocks, **SELECTION.options, interpret=True)
-    cut = jax.jit(lambda *arrays: run(*arrays, None, 0))
-    np.testing.assert_array_equal(cut(*arrays), expected)
+    cut = jax.jit(lambda *arrays: run(*arrays, None, first))
+    np.testing.assert_array_equal(cut(*arrays), expected[:, :, first:])
     program = str(jax.make_jaxpr(cut)(*arrays))
     assert program.count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
     assert "scan" in program  # over chunks
+    ranges = block_selection.query_ranges(400, k.shape[1], 8, first, problem_of(SELECTION.config, 1.0, True))
+    assert [(part.begin + first, part.end + first) for part in ranges] == [(100, 128), (128, 256), (256, 500)]
     monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 1)  # never less than a tile of queries at a time
     monkeypatch.setattr(block_selection, "_TOP_N_ELEMENTS", 1)  # and than the blocks of one query
     assert jax.eval_shape(lambda *arrays: run(*arrays, None, 0), *arrays).shape == expected.shape
@@ -63,6 +69,19 @@ def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):
     assert str(jax.make_jaxpr(run)(*part)).count("block_selection_top_n") > 2  # for a quarter, a half and all blocks
 
 
+def test_kernels_are_sized_for_all_that_the_last_query_sees():
+    """Every alignment of the cut with l, d and s; one key too few hides the newest token from the last query."""
+    for stride, chunks, blocks in itertools.product(range(1, 5), range(1, 4), range(3, 6)):
+        config = NSAConfig(stride * chunks, stride, stride * blocks, window=1)
+        problem = problem_of(config, 1.0, True)
+        for T in range(1, 4 * config.select_block):
+            num_keys, num_blocks = num_compressed(T, config), -(-T // config.select_block)
+            for reach in range(1, T + 1):
+                sized = block_selection._range(0, 1, reach, num_keys, num_blocks, problem)
+                assert sized.num_keys == max(1, num_compressed(reach, config)), (config, T, reach)
+                assert sized.num_blocks == -(-reach // config.select_block), (config, T, reach)
+
+
 def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     monkeypatch.setattr(block_union, "_ADAPTIVE_FROM", 8)
     case = Case(70, 8, 1, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1), query_offset=37, segments=(43,))
@@ -72,6 +91,7 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
         "triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=tile, query_tile=query_tile
     )
     check_unseen_keys_change_nothing("selected_attention", case, compiled, inputs, actual, HUGE)
+    check_finite_keys_reach_only_who_sees_them("selected_attention", case, compiled, inputs)
     check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 
 
@@ -83,14 +103,19 @@ def test_compressed_tokens_of_several_tiles_equal_the_reference():
     check_unseen_keys_change_nothing("compressed_attention", case, compiled, inputs, actual, HUGE)
 
 
-def test_block_major_forward_equals_the_reference():
-    case = Case(70, 6, 2, 32, 40, NSAConfig(8, 8, 24, 3, 1, 1), query_offset=37, segments=(43,))
-    op, inputs = "selected_attention", cases.inputs(case)
-    run = functools.partial(cases.function("triton", op), tile=BlockTile(16, 32, 4, 2), **case.options)
-    o, lse = jax.jit(run)(*cases.arguments(op, inputs), inputs.starts, case.offset)
-    expected = cases.expected_results(op, case, inputs)
-    close("o", o, expected.o, INTERPRETED)
-    close("lse", lse, expected.lse, INTERPRETED)
+@pytest.mark.parametrize("heads", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_block_major_passes_equal_the_reference(heads):
+    """With one head a group, a step takes 16 queries: a block's own 24 end within one."""
+    case = Case(70, 2 * heads, 2, 32, 40, NSAConfig(8, 8, 24, 3, 1, 1), query_offset=37, segments=(43,))
+    tile = BlockTile(16, 32, 4, 2)
+    check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED, tile=tile, key_tile=tile)
+
+
+def test_key_gradients_are_summed_over_all_chunks_of_queries(monkeypatch):
+    monkeypatch.setattr(compressed_backward, "_LEAST_CHUNK", 32)
+    case = Case(149, 2, 2, 16, 16, NSAConfig(16, 8, 16), segments=(70,))
+    check_branch("triton", "compressed_attention", case, jnp.float32, INTERPRETED)
+    assert compressed_backward._chunk_queries(case.T, 2) == 32
 
 
 def test_every_op_takes_a_tile_of_ones_own():
@@ -107,10 +132,12 @@ def test_every_op_takes_a_tile_of_ones_own():
     assert "num_warps=8" in program("select_blocks", *shapes[:2], inputs.dlse)
 
 
-def test_inverse_index_lists_every_choice_once_in_order():
+@pytest.mark.parametrize("most_keys", [2**31, 0], ids=["one key", "two keys"])
+def test_inverse_index_lists_every_choice_once_in_order(most_keys, monkeypatch):
+    monkeypatch.setattr(inverse_index, "_MOST_KEYS", most_keys)
     case = Case(90, 2, 1, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1), B=2)
     indices = cases.inputs(case).block_indices[:, 0]
-    index = jax.tree.map(np.asarray, jax.jit(invert, static_argnums=(1, 2))(indices, 6, 32))
+    index = jax.tree.map(np.asarray, jax.jit(lambda indices: inverse_index.invert(indices, 6, 32))(indices))
     for row, chosen in enumerate(np.asarray(indices)):
         for block in range(6):
             items = range(*index.block_items[row, block : block + 2])

@@ -1,0 +1,170 @@
+"""NaN, infinity and huge numbers reach only the queries that see them, in outputs and in gradients.
+
+A query that sees a number that is not finite gives NaN and sends no gradient, so that the gradients are those of the
+problem without poison, for cotangents that are zero at such queries.
+"""
+
+import dataclasses
+import functools
+
+import brute_force
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import Case, cases, random_arrays, random_segment_ids
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from nsa_jax.testing import normwise_error
+
+LARGEST = float(np.finfo(np.float32).max)
+POISONS = (np.nan, np.inf, -np.inf, 1e30, LARGEST)
+IMPLEMENTATIONS = ("reference", "xla")
+FIXED = Case(
+    batch=2, tokens=45, kv_heads=2, group=2, key_size=5, value_size=3, config=NSAConfig(4, 2, 8, 4, 1, 1, 10),
+    scale=None, segments=True, offset=9, queries=30, traced_offset=True, seed=0,
+)  # fmt: skip
+BRANCHES = ("compressed", "selected", "window")
+
+
+def visible(case: Case, segment_ids, block_indices):
+    """Which keys each query sees: by branch, bool [B, Tq, S, K]."""
+    config, K = case.config, case.kv_heads
+    Nc = nsa_jax.num_compressed(case.tokens, config)
+    times = range(case.offset, case.offset + case.queries)
+    shown = {"compressed": np.zeros((case.batch, case.queries, Nc, K), bool)}
+    shown |= {name: np.zeros((case.batch, case.queries, case.tokens, K), bool) for name in BRANCHES[1:]}
+    for b in range(case.batch):
+        for row, t in enumerate(times):
+            seen = brute_force._visible_compressed(b, t, Nc, config, segment_ids)
+            shown["compressed"][b, row, seen] = True
+            past = [u for u in range(t + 1) if brute_force._same_segment(segment_ids, b, u, t)]
+            shown["window"][b, row, [u for u in past if u > t - config.window]] = True
+            for k in range(K):
+                chosen = set(block_indices[b, k, row].tolist())
+                shown["selected"][b, row, [u for u in past if u // config.select_block in chosen], k] = True
+    return shown
+
+
+@functools.cache
+def program(case: Case, implementation: str):
+    """Outputs and gradients of the three branches apart, and of all together, as one compiled function."""
+
+    def run(arrays, block_indices, offset, cotangents):
+        options = dict(config=case.config, scale=case.scale, query_offset=offset, implementation=implementation)
+        options["segment_ids"] = arrays.segment_ids
+
+        def compressed(q, k, v):
+            o, lse = nsa_jax.compressed_attention(q, k, v, **options)
+            return o, jnp.where(lse == -jnp.inf, 0, lse)
+
+        def selected(q, k, v):
+            return nsa_jax.selected_attention(q, k, v, block_indices, **options)
+
+        def window(q, k, v):
+            return nsa_jax.window_attention(q, k, v, **options)
+
+        def whole(q, kv, gates):
+            return nsa_jax.nsa_attention(q, kv, gates, **options)
+
+        results = {}
+        kv = arrays.kv
+        for i, (name, op) in enumerate(zip(BRANCHES, (compressed, selected, window), strict=True)):
+            out, pull = jax.vjp(op, arrays.q, *kv[2 * i : 2 * i + 2])
+            results[name] = out, pull(cotangents[name])
+        out, pull = jax.vjp(whole, arrays.q, kv, arrays.gates)
+        results["nsa"] = out, pull(cotangents["nsa"])
+        return results
+
+    flags = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if case.traced_offset:
+        return jax.jit(run, compiler_options=flags)
+    fixed = jax.jit(lambda *arguments: run(*arguments[:2], case.offset, arguments[2]), compiler_options=flags)
+    return lambda arrays, blocks, _, cotangents: fixed(arrays, blocks, cotangents)
+
+
+def same(what, actual, expected, where=None):
+    a, b = np.asarray(actual), np.asarray(expected)
+    a, b = (a, b) if where is None else (a[where], b[where])
+    assert normwise_error(a, b) <= 1e-6, what
+
+
+def check(case: Case, implementation, data):
+    """Poisons some queries, keys and values of each branch; see the module."""
+    rng = np.random.default_rng(case.seed)
+    arrays = random_arrays(dataclasses.replace(case, segments=False), "float32")
+    ids = random_segment_ids(rng, case.batch, case.tokens)
+    if not case.segments:
+        ids[:] = 0
+    arrays = arrays._replace(segment_ids=ids)
+    options = dict(config=case.config, scale=case.scale, segment_ids=ids, query_offset=case.offset)
+    _, lse = brute_force.compressed_attention(arrays.q, *arrays.kv[:2], **options)
+    blocks = brute_force.select_blocks(arrays.q, arrays.kv.cmp_k, lse, **options)
+    shown = visible(case, ids, blocks)
+
+    value, share = data.draw(st.sampled_from(POISONS)), data.draw(st.sampled_from([0.03, 0.1, 0.5]))
+    finite = np.isfinite(value)
+    bad_queries = rng.random(arrays.q.shape[:3]) < share * data.draw(st.booleans())
+    poisoned = arrays._replace(
+        q=np.where(bad_queries[..., None], np.float32(value), arrays.q),
+        gates=np.where(bad_queries[..., None], np.float32(value), arrays.gates),
+    )
+    lost, kv = {}, arrays.kv._asdict()
+    for name, short in zip(BRANCHES, ("cmp", "slc", "win"), strict=True):
+        sees = shown[name]  # [B, Tq, S, K]
+        bad = rng.random((case.batch, *sees.shape[2:])) < share
+        tail = data.draw(st.integers(0, sees.shape[2]))
+        bad[:, sees.shape[2] - tail :] = True  # as padding and places that hold nothing yet are
+        lost[name] = np.repeat((sees & bad[:, None]).any(axis=2), case.group, axis=2)
+        lost[name] |= bad_queries & np.repeat(sees.any(axis=2), case.group, axis=2)
+        for part in data.draw(st.sampled_from(["k", "v", "kv"])):
+            kv[f"{short}_{part}"] = np.where(bad[..., None], np.float32(value), kv[f"{short}_{part}"])
+    poisoned = poisoned._replace(kv=type(arrays.kv)(**kv))
+    lost["nsa"] = lost["compressed"] | lost["selected"] | lost["window"] | bad_queries
+
+    shape = (*arrays.q.shape[:3], case.value_size)
+    normal = {name: rng.normal(size=shape).astype(np.float32) for name in (*BRANCHES, "nsa")}
+
+    def cotangents(sent):
+        """Cotangents that are zero at the lost queries of the branches for which `sent` says so."""
+        kept = {name: np.where(lost[name][..., None] & sent(name), 0, normal[name]) for name in normal}
+        return kept | {"compressed": (kept["compressed"], kept["compressed"].sum(-1).swapaxes(1, 2))}
+
+    run = functools.partial(program(dataclasses.replace(case, seed=0, segments=True), implementation))
+    offset = np.int32(case.offset)
+    wanted = run(arrays, blocks, offset, cotangents(lambda name: True))
+    # What a huge number does to those who see it is not asked, so they get no cotangent then.
+    actual = run(poisoned, blocks, offset, cotangents(lambda name: finite or name == "nsa"))
+    for name in BRANCHES:
+        seen_o, wanted_o = actual[name][0], wanted[name][0]
+        if name == "compressed":
+            (seen_o, lse), (wanted_o, wanted_lse) = seen_o, wanted_o
+            same("lse", lse.swapaxes(1, 2), wanted_lse.swapaxes(1, 2), ~lost[name])
+        same(name, seen_o, wanted_o, ~lost[name])
+        if not finite:
+            assert np.isnan(np.asarray(seen_o)[lost[name]]).all(), name
+        for part, a, b in zip(("dq", "dk", "dv"), actual[name][1], wanted[name][1], strict=True):
+            same(f"{name} {part}", a, b)
+    same("nsa", actual["nsa"][0], wanted["nsa"][0], ~lost["nsa"])
+    (dq, dkv, dgates), (wanted_dq, wanted_dkv, wanted_dgates) = actual["nsa"][1], wanted["nsa"][1]
+    same("dgates", dgates, wanted_dgates)
+    for part, a, b in zip(("dq", *dkv._fields), (dq, *dkv), (wanted_dq, *wanted_dkv), strict=True):
+        same(f"nsa {part}", a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**20), segments=st.booleans(), data=st.data())
+def test_what_a_query_does_not_see_reaches_neither_its_output_nor_a_gradient(implementation, seed, segments, data):
+    check(dataclasses.replace(FIXED, seed=seed, segments=segments), implementation, data)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=cases(), data=st.data())
+def test_what_a_query_does_not_see_reaches_nothing_in_random_problems(implementation, case, data):
+    check(case, implementation, data)
