@@ -105,14 +105,9 @@ def check(case: Case, implementation, data):
     blocks = brute_force.select_blocks(arrays.q, arrays.kv.cmp_k, lse, **options)
     shown = visible(case, ids, blocks)
 
-    value, share = data.draw(st.sampled_from(POISONS)), data.draw(st.sampled_from([0.03, 0.1, 0.5]))
-    finite = np.isfinite(value)
+    share = data.draw(st.sampled_from([0.03, 0.1, 0.5]))
     bad_queries = rng.random(arrays.q.shape[:3]) < share * data.draw(st.booleans())
-    poisoned = arrays._replace(
-        q=np.where(bad_queries[..., None], np.float32(value), arrays.q),
-        gates=np.where(bad_queries[..., None], np.float32(value), arrays.gates),
-    )
-    lost, kv = {}, arrays.kv._asdict()
+    lost, bad_keys = {}, {}
     for name, short in zip(BRANCHES, ("cmp", "slc", "win"), strict=True):
         sees = shown[name]  # [B, Tq, S, K]
         bad = rng.random((case.batch, *sees.shape[2:])) < share
@@ -121,8 +116,7 @@ def check(case: Case, implementation, data):
         lost[name] = np.repeat((sees & bad[:, None]).any(axis=2), case.group, axis=2)
         lost[name] |= bad_queries & np.repeat(sees.any(axis=2), case.group, axis=2)
         for part in data.draw(st.sampled_from(["k", "v", "kv"])):
-            kv[f"{short}_{part}"] = np.where(bad[..., None], np.float32(value), kv[f"{short}_{part}"])
-    poisoned = poisoned._replace(kv=type(arrays.kv)(**kv))
+            bad_keys[f"{short}_{part}"] = bad
     lost["nsa"] = lost["compressed"] | lost["selected"] | lost["window"] | bad_queries
 
     shape = (*arrays.q.shape[:3], case.value_size)
@@ -136,8 +130,24 @@ def check(case: Case, implementation, data):
     run = functools.partial(program(dataclasses.replace(case, seed=0, segments=True), implementation))
     offset = np.int32(case.offset)
     wanted = run(arrays, blocks, offset, cotangents(lambda name: True))
-    # What a huge number does to those who see it is not asked, so they get no cotangent then.
-    actual = run(poisoned, blocks, offset, cotangents(lambda name: finite or name == "nsa"))
+    for value in POISONS:
+        number, finite = np.float32(value), np.isfinite(value)
+        kv = {
+            name: np.where(bad_keys[name][..., None], number, x) if name in bad_keys else x
+            for name, x in arrays.kv._asdict().items()
+        }
+        poisoned = arrays._replace(
+            q=np.where(bad_queries[..., None], number, arrays.q),
+            gates=np.where(bad_queries[..., None], number, arrays.gates),
+            kv=type(arrays.kv)(**kv),
+        )
+        # What a huge number does to those who see it is not asked, so they get no cotangent then.
+        sent = cotangents(lambda name, finite=finite: finite or name == "nsa")
+        compare(run(poisoned, blocks, offset, sent), wanted, lost, finite)
+
+
+def compare(actual, wanted, lost, finite):
+    """Queries that are not lost have their outputs; all gradients are as wanted."""
     for name in BRANCHES:
         seen_o, wanted_o = actual[name][0], wanted[name][0]
         if name == "compressed":
@@ -156,7 +166,7 @@ def check(case: Case, implementation, data):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**20), segments=st.booleans(), data=st.data())
 def test_what_a_query_does_not_see_reaches_neither_its_output_nor_a_gradient(implementation, seed, segments, data):
     check(dataclasses.replace(FIXED, seed=seed, segments=segments), implementation, data)
@@ -164,7 +174,7 @@ def test_what_a_query_does_not_see_reaches_neither_its_output_nor_a_gradient(imp
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases(), data=st.data())
 def test_what_a_query_does_not_see_reaches_nothing_in_random_problems(implementation, case, data):
     check(case, implementation, data)

@@ -45,15 +45,16 @@ class Layer:
             config = HeadConfig(**{name: value for name, value in fields.items() if name != "window"})
             classes = (nsa_jax.FullAttention, nsa_jax.nnx.FullAttention)
             self.declared = projection_parameters(config, E, ("",))
-        self.config, self.fields, self.classes = config, fields, classes
-        self.linen = classes[0](**fields)
+        self.config, self.linen = config, classes[0](**fields)
+        if case.nnx:  # made outside of any mesh, on which the names of its axes would need rules
+            self.graph, self.state = nnx.split(nnx.eval_shape(lambda: classes[1](E, rngs=nnx.Rngs(0), **fields)))
 
     def apply(self, parameters, *arguments, method="__call__", **options):
         if not self.nnx:
             return self.linen.apply({"params": parameters}, *arguments, method=method, **options)
-        graph, state = nnx.split(nnx.eval_shape(lambda: self.classes[1](E, rngs=nnx.Rngs(0), **self.fields)))
+        state = jax.tree.map(lambda x: x, self.state)  # a copy, which takes the parameters
         nnx.replace_by_pure_dict(state, dict(parameters))
-        return getattr(nnx.merge(graph, state), method)(*arguments, **options)
+        return getattr(nnx.merge(self.graph, state), method)(*arguments, **options)
 
     def jitted(self, method="__call__", **options):
         def call(parameters, *arguments, **traced):
