@@ -93,16 +93,20 @@ def attention_maps(
         "implementation": "reference",
     }
 
-    def weights(op: Any, keys: Array, *rest: Array) -> Any:
+    def weights(op: Any, keys: Array, *rest: Array) -> np.ndarray:
         """The weights of an op: its outputs if value i is the i-th unit vector."""
         k = keys[:, :, group : group + 1]
-        values = jnp.eye(k.shape[1], dtype=q.dtype)[None, :, None, :]
-        return jax.jit(lambda *arrays: op(*arrays, **options))(q, k, values, *rest)
+        count = k.shape[1]  # of compressed tokens there may be none, but values have a size
+        values = jnp.eye(count, max(count, 1), dtype=q.dtype)[None, :, None, :]
+        result = jax.jit(lambda *arrays: op(*arrays, **options))(q, k, values, *rest)
+        o = result[0] if op is compressed_attention else result
+        return np.asarray(o[0, :, 0, :count], np.float32)
 
-    compressed, _ = weights(compressed_attention, inputs.kv.cmp_k)
-    selected = weights(selected_attention, inputs.kv.slc_k, blocks)
-    window = weights(window_attention, inputs.kv.win_k)
-    return AttentionMaps(*(np.asarray(o[0, :, 0], np.float32) for o in (compressed, selected, window)))
+    return AttentionMaps(
+        weights(compressed_attention, inputs.kv.cmp_k),
+        weights(selected_attention, inputs.kv.slc_k, blocks),
+        weights(window_attention, inputs.kv.win_k),
+    )
 
 
 def selection_share(

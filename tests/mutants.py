@@ -76,10 +76,12 @@ def main() -> None:
 def copy_files(target: Path, code: Path | None = None) -> None:
     """Makes `target` a copy of the files that git does not ignore, with the mutated packages from `code` if given.
 
-    Compiled programs in `target` stay.
+    Compiled programs in `target` stay; at first they are those of the clone.
     """
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    if code and (ROOT / COMPILED).exists() and not (target / COMPILED).exists():
+        shutil.copytree(ROOT / COMPILED, target / COMPILED)
     for old in target.glob("*"):
         if old.name != COMPILED:
             shutil.rmtree(old) if old.is_dir() else old.unlink()

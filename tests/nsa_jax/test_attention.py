@@ -153,8 +153,11 @@ def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
             "gates: float32 (2, 2, 4, 2): expected a float array of shape (2, 2, 4, 3)",
         ),
         ({"gates": jnp.ones((2, 2, 4, 3), jnp.int32)}, "gates: int32 (2, 2, 4, 3): expected a float array"),
-        ({"query_offsets": jnp.zeros(2)}, "query_offsets: float32 (2,): expected int32 of shape (2,)"),
-        ({"query_offsets": jnp.zeros(1, jnp.int32)}, "query_offsets: int32 (1,): expected int32 of shape (2,)"),
+        ({"query_offsets": jnp.zeros(2)}, "query_offsets: float32 (2,): expected integers of shape (B,) = (2,)"),
+        (
+            {"query_offsets": jnp.zeros(1, jnp.int32)},
+            "query_offsets: int32 (1,): expected integers of shape (B,) = (2,)",
+        ),
     ],
 )
 def test_decoding_refuses_what_does_not_fit_by_name(changes, message):

@@ -13,6 +13,7 @@ from nsa_jax import NSAConfig, num_compressed
 from pallas_kernels.block_selection import triton as block_selection
 from pallas_kernels.compressed_attention import triton_backward as compressed_backward
 from pallas_kernels.selected_attention import block_union, inverse_index
+from pallas_kernels.triton.heads import head_pieces
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import problem_of
 from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
@@ -93,6 +94,22 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     check_unseen_keys_change_nothing("selected_attention", case, compiled, inputs, actual, HUGE)
     check_finite_keys_reach_only_who_sees_them("selected_attention", case, compiled, inputs)
     check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
+
+
+@pytest.mark.parametrize("widest", [64, 128, 256])
+def test_a_head_is_cut_into_few_pieces_with_little_padding(widest):
+    for head_dim in range(16, 257):
+        pieces = head_pieces(head_dim, widest)
+        columns = [piece.start + i for piece in pieces for i in range(piece.used)]
+        assert columns == list(range(head_dim))
+        widths = [piece.width for piece in pieces]
+        assert all(16 <= width <= widest and width.bit_count() == 1 for width in widths)
+        assert widths == sorted(widths, reverse=True)
+        assert len(set(widths)) <= 2
+        assert widths.count(widths[-1]) == 1 or len(set(widths)) == 1
+        assert len(pieces) <= -(-head_dim // widest) + 1  # one product more, where it saves padding
+    assert [piece.width for piece in head_pieces(192)] == [128, 64]
+    assert [(piece.width, piece.used) for piece in head_pieces(112)] == [(64, 64), (64, 48)]
 
 
 def test_compressed_tokens_of_several_tiles_equal_the_reference():
