@@ -425,7 +425,7 @@ def checked_attention(
             raise ValueError(f"{name}: {describe(array)}: expected 4 axes (batch, tokens, heads, head size)")
         if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
             raise ValueError(f"{name}: {describe(array)}: expected a float dtype, the same as q's {q.dtype}")
-        if array.shape[2] < 1 or array.shape[3] < 1:
+        if array.shape[2] < 1 or (array.shape[3] < 1 and array is not v):
             raise ValueError(f"{name}: {describe(array)}: expected at least one head, of size at least 1")
     B, Tq, H, Dk = q.shape
     if Tq < 1:

@@ -25,7 +25,7 @@ from nsa_jax.dense import causal_attention
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
 from nsa_jax.precision import wide_dtype
 from nsa_jax.rope import RopeScaling, apply_rope
-from nsa_jax.sharding import MeshAxes, check_mesh_axes, devices_along, place, sharded, token_positions
+from nsa_jax.sharding import MeshAxes, check_mesh_axes, devices_along, free_axes, place, sharded, token_positions
 
 BRANCHES = ("cmp", "slc", "win")
 NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
@@ -215,16 +215,6 @@ def layer_on_mesh(results: Callable[[Mapping[str, Any]], Any]) -> Callable[[Func
     return decorate
 
 
-def layer_inputs_split(arguments: Mapping[str, Any]) -> Any:
-    """How `nsa_layer_inputs` splits its results: rows as those of x, heads as `head_axes` say."""
-    (batch,), heads = split_of(arguments["x"], 0), arguments["config"].head_axes or None
-    per_head: Any = PartitionSpec(batch, None, heads)
-    segment_ids = arguments.get("segment_ids")
-    return AttentionInputs(
-        per_head, BranchKV(*[per_head] * 6), per_head, None if segment_ids is None else split_like(segment_ids)
-    )
-
-
 @layer_on_mesh(lambda arguments: split_like(arguments["x"]))
 def nsa_layer(
     parameters: Mapping[str, Array],
@@ -245,7 +235,6 @@ def nsa_layer(
     return join_heads(o, weights["o_kernel"])
 
 
-@layer_on_mesh(layer_inputs_split)
 def nsa_layer_inputs(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
@@ -254,14 +243,29 @@ def nsa_layer_inputs(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> AttentionInputs:
     """The arguments that a layer gives to `nsa_attention`. For its own arguments, see `nsa_layer`."""
+    q, kv, g = _attention_arrays(parameters, x, config=config, segment_ids=segment_ids)
+    ids = None if segment_ids is None else checked_segment_ids(segment_ids, *q.shape[:2])
+    return AttentionInputs(q, kv, g, ids)
+
+
+def _rows_and_heads(arguments: Mapping[str, Any]) -> PartitionSpec:
+    """How `_attention_arrays` splits its results: rows as those of x, heads as `head_axes` say."""
+    return PartitionSpec(*split_of(arguments["x"], 0), None, free_axes(arguments["config"].head_axes) or None)
+
+
+@layer_on_mesh(_rows_and_heads)
+def _attention_arrays(
+    parameters: Mapping[str, Array], x: Float[Array, "B T E"], *, config: NSALayerConfig, segment_ids: Array | None
+) -> tuple[Float[Array, "B T H Dk"], BranchKV, Float[Array, "B T H 3"]]:
+    """Queries, keys and values, and gates."""
     x, weights = layer_inputs(x, parameters, config)
-    segment_ids, positions = _segments_and_positions(x, segment_ids, config)
+    _, positions = _segments_and_positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
     (B, T, _), d = x.shape, config.config.compress_stride
     # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
     first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
-    return AttentionInputs(q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights), segment_ids)
+    return q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights)
 
 
 def project_branches(

@@ -32,7 +32,6 @@ try:
 except ImportError as error:
     raise ImportError("nsa_jax.visualize needs matplotlib: pip install 'nsa-jax[plot]'") from error
 
-from nsa_jax import arguments
 from nsa_jax.attention import (
     AttentionInputs,
     compressed_attention,
@@ -322,8 +321,8 @@ def _one_row(inputs: AttentionInputs, row: int) -> AttentionInputs:
 
 
 def _check_index(name: str, value: int, size: int) -> None:
-    if not arguments.size(name, value, least=0) < size:
-        raise ValueError(f"{name} = {value}: expected 0 to {size - 1}")
+    if not isinstance(value, int | np.integer) or not 0 <= value < size:
+        raise ValueError(f"{name} = {value!r}: expected 0 to {size - 1}")
 
 
 def _image(axes: Axes, values: np.ndarray, *, first: int, **options: Any) -> Any:

@@ -34,6 +34,7 @@ from nsa_jax.cache import POOLS, put_row, take_row
 from nsa_jax.dense import causal_attention
 from nsa_jax.rope import apply_rope
 from nsa_jax.testing import assert_trees_close, random_inputs
+from nsa_jax.tracing import trace_attention
 
 B = 4
 AXES = {"batch_axes": "data", "head_axes": "tensor"}
@@ -128,6 +129,17 @@ def test_layers_run_outside_jit(name, context):
     assert_trees_close(jax.device_get(y), jax.device_get(alone), 1e-5)
     together = np.concatenate(jax.device_get((first, step)), axis=1)
     assert_trees_close(together, jax.device_get(alone)[:, :14], 1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "axes"), [((2, 2), {}), ((2,), AXES)])
+def test_what_a_layer_gives_to_the_attention_can_be_traced(sizes, axes):
+    mesh, params = make_mesh(*sizes), nn.unbox(initial("nsa"))
+    expected = jax.device_get(trace_attention(linen("nsa"), {"params": params}, embeddings()))
+    with jax.set_mesh(mesh):
+        placed = {"params": split(params, mesh)}
+        actual = trace_attention(linen("nsa", **axes), placed, split(embeddings(), mesh, "data"))
+    assert actual["attention"].q.sharding.spec[0] == "data"
+    assert_trees_close(jax.device_get(actual["attention"][:3]), expected["attention"][:3], 1e-5)
 
 
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
