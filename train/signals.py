@@ -24,8 +24,8 @@ def end_on_signals(advice: str = "") -> None:
     """From now on a signal ends this process, without waiting for anything. Call it in the main thread, once.
 
     The exit code is that of `SIGNALLED`. Files that are being written are left as they are, as by SIGKILL. Whoever
-    installs another handler gets the first signal instead; a second one ends the process always. A signal that is
-    ignored when the process starts, as SIGINT is under nohup, stays ignored.
+    installs another handler gets the first signal instead, and leaves the handler where it is; a second one ends the
+    process always. A signal that is ignored when the process starts, as SIGINT is under nohup, stays ignored.
 
     Args:
       advice: added to the line that says which signal came.
@@ -33,13 +33,14 @@ def end_on_signals(advice: str = "") -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    end = _End(advice)
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _left_to_the_thread)
+            signal.signal(number, end)
     os.register_at_fork(after_in_child=_forget)
     atexit.register(_ignore)  # the first one registered is the last one called
     # The thread holds both ends, which are closed when nothing refers to them any more.
-    threading.Thread(target=_watch, args=(receiver, sender, advice), name="signals", daemon=True).start()
+    threading.Thread(target=_watch, args=(receiver, sender, end), name="signals", daemon=True).start()
 
 
 def follow_parent(index: int, count: int) -> None:
@@ -59,10 +60,6 @@ def _end_with(sentinel: int) -> None:
     os._exit(0)
 
 
-def _left_to_the_thread(number: int, frame: Any) -> None:
-    """The handler in the main thread."""
-
-
 def _ignore() -> None:
     """Python gives up its handlers when it ends, and the exit code is known by then."""
     for number in SIGNALS:
@@ -73,29 +70,38 @@ def _forget() -> None:
     """A child that goes on with this program, or ends before it starts another one, tells its parent nothing."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        if signal.getsignal(number) is _left_to_the_thread:
+        if isinstance(signal.getsignal(number), _End):
             signal.signal(number, signal.SIG_DFL)
 
 
-def _watch(receiver: socket.socket, sender: socket.socket, advice: str) -> None:
+class _End:
+    """Ends the process: as the handler in the main thread, or called by the other one, whichever comes first."""
+
+    def __init__(self, advice: str):
+        self._advice = advice
+        self._begun = threading.Lock()
+
+    def __call__(self, number: int, frame: Any = None) -> None:
+        if not self._begun.acquire(blocking=False):
+            return
+        for child in multiprocessing.active_children():
+            child.kill()
+        # Nothing here may wait: not for the locks of Python's streams, and not for whoever does not read a pipe.
+        line = f"stopped by {signal.Signals(number).name}{self._advice}\n".encode()
+        with contextlib.suppress(OSError):
+            if os.isatty(1) and os.environ.get("TERM") != "dumb":
+                os.write(1, b"\x1b[?25h\n")  # a progress line hides the cursor
+            if select.select([], [2], [], 1.0)[1]:
+                os.write(2, line)
+        os._exit(SIGNALLED + number)
+
+
+def _watch(receiver: socket.socket, sender: socket.socket, end: _End) -> None:
     first = True
     while True:
         for number in receiver.recv(64):
             if number not in SIGNALS:
                 continue
-            if not first or signal.getsignal(number) is _left_to_the_thread:
-                _end(number, advice)
+            if not first or signal.getsignal(number) is end:
+                end(number)
             first = False
-
-
-def _end(number: int, advice: str) -> None:
-    for child in multiprocessing.active_children():
-        child.kill()
-    # Nothing here may wait: not for the locks of Python's streams, and not for whoever does not read a pipe.
-    line = f"stopped by {signal.Signals(number).name}{advice}\n".encode()
-    with contextlib.suppress(OSError):
-        if os.isatty(1) and os.environ.get("TERM") != "dumb":
-            os.write(1, b"\x1b[?25h\n")  # a progress line hides the cursor
-        if select.select([], [2], [], 1.0)[1]:
-            os.write(2, line)
-    os._exit(SIGNALLED + number)

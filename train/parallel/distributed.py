@@ -137,7 +137,7 @@ class Stop:
     """The stop signal that some process received, if one did.
 
     SIGTERM and SIGINT are recorded from the first question on, by the main thread: before a step was made there is
-    nothing to save, and they do what they did before. So do they when one has been recorded, and after `close`.
+    nothing to save, and they do what they did before. So does a second one, and every one after `close`.
     """
 
     def __init__(self, mesh: Mesh):
@@ -149,8 +149,11 @@ class Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         """Handles a signal."""
-        self.number = number
-        self.close()
+        if self.number is None:
+            self.number = number
+        else:
+            self.close()
+            signal.raise_signal(number)
 
     def requested(self) -> int | None:
         """The signal to stop for, the same in every process. Call it once per step, after the step is dispatched.
