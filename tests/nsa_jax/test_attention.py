@@ -80,7 +80,7 @@ def test_mismatched_arguments_are_refused_by_name(inputs):
     refused(inputs, "query_offset = 2 with 20 queries", query_offset=2)
     refused(inputs, "query_offset = 2 with 20 queries", query_offset=jnp.int32(2))
     refused(inputs, "query_offset = -1 with 20 queries", query_offset=-1)
-    refused(inputs, "query_offset: float32 of shape ()", query_offset=1.0)
+    refused(inputs, "query_offset = 1.0: expected an int or an integer scalar", query_offset=1.0)
     refused(
         inputs,
         "implementation = 'cuda': expected one of mosaic, triton, xla, reference, or None",
