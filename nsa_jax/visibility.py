@@ -110,5 +110,7 @@ def gated_sum(
     branches = (o_cmp, o_slc, o_win)
     g = gates.astype(wide_dtype(o_cmp.dtype))
     finite = is_finite(g)[..., None] & jnp.isfinite(o_cmp) & jnp.isfinite(o_slc) & jnp.isfinite(o_win)
-    first, second, third = (finite_part(g[..., i : i + 1]) * finite_part(o) for i, o in enumerate(branches))
+    first, second, third = (
+        finite_part(g[..., i : i + 1]) * finite_part(o).astype(g.dtype) for i, o in enumerate(branches)
+    )
     return jnp.where(finite, first + second + third, jnp.nan).astype(o_cmp.dtype)
