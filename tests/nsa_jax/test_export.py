@@ -48,7 +48,8 @@ def test_layers_and_their_caches_run_at_any_batch(name, flavour):
         assert_trees_close(jax.device_get(actual), run_alone(name, B), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_ops_run_at_any_batch_in_chunks(implementation, monkeypatch):
     monkeypatch.setattr("nsa_jax.xla.CHUNK_ELEMENTS", 1)  # several chunks of queries
     options = {"config": CONFIG, "implementation": implementation}

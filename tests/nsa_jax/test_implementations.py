@@ -27,7 +27,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-SHOWN_ELSEWHERE = ("plain", "one head a group")  # by the random problems that are compared with the brute force
+# By the random problems that are compared with the brute force, and by the same shape in chunks.
+SHOWN_ELSEWHERE = ("plain", "one head a group", "odd length, small values, segments")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_xla_matches_reference_in_16_bits(dtype):
     assert_matches_reference(inputs, CONFIG, implementation="xla")
 
 
+@pytest.mark.exhaustive
 def test_xla_matches_reference_in_float64():
     with jax.enable_x64(True):
         shape = SHAPES["odd length, small values, segments"]

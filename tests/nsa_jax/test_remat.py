@@ -48,7 +48,7 @@ def test_policies_change_no_gradient():
 
 
 @pytest.mark.parametrize("op", FORWARDS)
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_backward_pass_runs_no_forward_kernel_again(op, devices):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)

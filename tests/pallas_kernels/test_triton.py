@@ -56,7 +56,7 @@ def test_cuts_and_chunks_change_nothing(monkeypatch):
     assert [(part.begin + first, part.end + first) for part in ranges] == [(100, 128), (128, 256), (256, 500)]
     monkeypatch.setattr(block_selection, "_SCRATCH_BYTES", 1)  # never less than a tile of queries at a time
     monkeypatch.setattr(block_selection, "_TOP_N_ELEMENTS", 1)  # and than the blocks of one query
-    assert jax.eval_shape(lambda *arrays: run(*arrays, None, 0), *arrays).shape == expected.shape
+    assert jax.eval_shape(lambda *arrays: run(*arrays, None, 0), *arrays).shape == expected[:, :, first:].shape
 
 
 def test_kernels_are_sized_by_where_the_queries_are_found_to_end(monkeypatch):

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("crashes")  # the runs that these tests sha
 
 STEPS = 40
 EVERY = 4
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,12 @@ def uninterrupted(workspace) -> list[tuple[int, float]]:
     return result
 
 
-def test_a_run_killed_five_times_gives_the_losses_of_one_never_killed(workspace, uninterrupted):
+def test_a_run_killed_again_and_again_gives_the_losses_of_one_never_killed(workspace, uninterrupted):
     run_dir = workspace / "killed"
     draw = random.Random(0)
     saved = 0
     resumed = []
-    for kill in range(5):
+    for kill in range(KILLS):
         leftovers, earlier_file = half_written(run_dir), metrics_file(run_dir)
         process = start(workspace, run_dir)
         if kill % 2:
@@ -109,7 +110,8 @@ def test_a_run_killed_five_times_gives_the_losses_of_one_never_killed(workspace,
     assert losses(run_dir) == uninterrupted
     assert [int(step) for step in re.findall(r"resuming after step (\d+)", log_of(run_dir))] == resumed
     assert (
-        len(re.findall(r"process \d+ on .* left .*killed without ending by itself: taken over", log_of(run_dir))) == 5
+        len(re.findall(r"process \d+ on .* left .*killed without ending by itself: taken over", log_of(run_dir)))
+        == KILLS
     )
     assert not half_written(run_dir)
 

@@ -209,7 +209,7 @@ def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_pat
     for x, y in zip(jax.tree.leaves(again.state), jax.tree.leaves(result.state), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
-    generate(Arguments(config.run_dir, "ab", sampling=Sampling(max_tokens=4)))
+    generate(Arguments(config.run_dir, ("ab",), sampling=Sampling(max_tokens=4)))
     assert capsys.readouterr().out.startswith("ab")
 
 

@@ -47,6 +47,7 @@ def grouped(params, period):
     return {name: split(x) if name.endswith("layers") else x for name, x in params.items()}
 
 
+@pytest.mark.exhaustive
 def test_a_pattern_of_one_kind_is_that_kind_experts_and_their_balance_included():
     """One update moves every parameter, the balancing bias too, as it does without a pattern."""
     moe = MoEConfig(num_routed=4, top_k=2, expert_dim=8, first_dense=2, aux_loss=0.1, bias_speed=0.1)
