@@ -15,6 +15,7 @@ from nsa_jax import arguments
 from nsa_jax.arguments import describe
 from nsa_jax.config import NSAConfig, check_config, num_compressed
 from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 
 Compression = Literal["mlp", "linear", "mean"]
@@ -79,9 +80,12 @@ def compress(
     hidden = add_bias(hidden, jnp.einsum("ld,ldf->f", position, kernel))
     if method == "linear":
         return hidden
-    hidden = jax.nn.silu(add_bias(hidden, parameters["in_bias"]))
+    hidden = add_bias(hidden, parameters["in_bias"])
+    # A compressed token that is not finite sends no gradient: the slope of SiLU there, times 0, would be NaN.
+    finite = is_finite(hidden)[..., None]
+    hidden = jax.nn.silu(finite_part(hidden))
     out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
-    return add_bias(out, parameters["out_bias"])
+    return jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
 
 
 def phi_shapes(method: Compression, size: int, hidden: int, config: NSAConfig) -> dict[str, tuple[int, ...]]:

@@ -80,6 +80,9 @@ def dense_attention(
     """
     Dk, Dv = q.shape[-1], v.shape[-1]
     on_cudnn = mask is None and _cudnn_applies(q, v)
+    if q.dtype == jnp.float64 and lengths is not None:  # the softmax of JAX's function is in float32
+        held = (jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None])[:, None, None, :]
+        return xla.masked_attention(q, k, v, held if mask is None else held & mask, Dk**-0.5)[0]
     if lengths is not None and on_cudnn:
         lengths = jnp.maximum(lengths, 1)
     elif lengths is not None:

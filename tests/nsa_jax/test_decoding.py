@@ -14,7 +14,7 @@ import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
 from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
-from nsa_jax.testing import assert_trees_close, random_inputs
+from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs
 
 CONFIG = NSAConfig(
     compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
@@ -368,3 +368,14 @@ def test_steps_that_do_not_fit_are_refused_by_name(tokens, options, message):
     rows, dtype = options.pop("rows", 2), options.pop("dtype", jnp.float32)
     with pytest.raises(ValueError, match=message):
         layer.clone(dtype=dtype).apply(variables, x[:rows, :tokens], cache, method="decode_step", **options)
+
+
+def test_full_attention_decodes_in_float64_with_the_numbers_of_the_whole_forward_pass():
+    with jax.enable_x64(True):
+        layer = nsa_jax.FullAttention(num_heads=4, num_kv_heads=2, head_dim=8, param_dtype=jnp.float64)
+        x = jax.random.normal(jax.random.key(0), (2, 9, 16), jnp.float64)
+        variables = layer.init(jax.random.key(1), x)
+        cache = layer.init_cache(batch_size=2, max_length=12, dtype=jnp.float64)
+        _, cache = layer.apply(variables, x[:, :8], cache, method="prefill")
+        y, _ = layer.apply(variables, x[:, 8:], cache, method="decode_step")
+        assert normwise_error(y, layer.apply(variables, x)[:, 8:]) < 1e-12

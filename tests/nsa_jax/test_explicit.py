@@ -51,37 +51,36 @@ def split(tree, mesh, *axes):
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes[: x.ndim]))), tree)
 
 
+N = num_blocks(MAX_LENGTH, CONFIG)
+TABLES = np.random.default_rng(0).permutation(B * N + 3)[: B * N].reshape(B, N)
+PAGES = {"num_pages": B * N + 3, "block_tables": TABLES}
+CACHES = {"contiguous": {}, "paged": PAGES, "paged, one prefill": {**PAGES, "continuing": False}}
+
+
 @functools.cache
-def expected(name, paged):
-    return run_alone(name, **(page_tables() if paged else {}))
-
-
-def page_tables():
-    N = num_blocks(MAX_LENGTH, CONFIG)
-    tables = np.random.default_rng(0).permutation(B * N + 3)[: B * N].reshape(B, N)
-    return {"num_pages": B * N + 3, "block_tables": tables}
+def expected(name, cache):
+    return run_alone(name, **CACHES[cache])
 
 
 @pytest.mark.parametrize(
-    ("name", "flavour", "sizes", "axes", "paged", "context"),
+    ("name", "flavour", "sizes", "axes", "cache", "context"),
     [
-        ("nsa", "nnx", (2, 2), AXES, True, True),
-        ("full", "linen", (2,), {}, False, True),
+        ("nsa", "nnx", (2, 2), AXES, "paged, one prefill", True),
         *(
-            pytest.param(name, flavour, sizes, axes, paged, context, marks=pytest.mark.exhaustive)
+            pytest.param(name, flavour, sizes, axes, cache, context, marks=pytest.mark.exhaustive)
             for name in FIELDS
-            for flavour, sizes, axes, paged, context in (
-                ("linen", (1,), {}, False, True),
-                ("linen", (2,), {}, False, False),
-                ("nnx", (2, 2), AXES, name.startswith("nsa"), True),
-                ("linen", (2, 2), {}, name.startswith("nsa"), True),
-                ("linen", (4, 1), {"batch_axes": "data"}, False, True),
-                ("nnx", (1, 2), {}, False, False),
+            for flavour, sizes, axes, cache, context in (
+                ("linen", (1,), {}, "contiguous", True),
+                ("linen", (2,), {}, "contiguous", False),
+                ("nnx", (2, 2), AXES, "paged" if name.startswith("nsa") else "contiguous", True),
+                ("linen", (2, 2), {}, "paged" if name.startswith("nsa") else "contiguous", True),
+                ("linen", (4, 1), {"batch_axes": "data"}, "contiguous", True),
+                ("nnx", (1, 2), {}, "contiguous", False),
             )
         ),
     ],
 )
-def test_layers_and_their_caches_have_the_numbers_of_one_device(name, flavour, sizes, axes, paged, context):
+def test_layers_and_their_caches_have_the_numbers_of_one_device(name, flavour, sizes, axes, cache, context):
     mesh, boxed = make_mesh(*sizes), initial(name)
     rules = RULES[: 2 * (len(sizes) - 1)]
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
@@ -90,15 +89,15 @@ def test_layers_and_their_caches_have_the_numbers_of_one_device(name, flavour, s
         *split((embeddings(), segments(), embeddings(2)), mesh, "data"),
     )
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
-        actual = jax.jit(everything(layer(name, flavour, **axes), **(page_tables() if paged else {})))(*placed)
-    y, (gradients, _), _, cache = actual
+        actual = jax.jit(everything(layer(name, flavour, **axes), **CACHES[cache]))(*placed)
+    y, (gradients, _), _, filled = actual
     assert y.sharding.spec[0] == "data"
     if axes and sizes == (2, 2):
-        assert all(x.sharding.spec[0] == "data" for n, x in cache._asdict().items() if n not in POOLS)
-        assert all(x.sharding.spec[1] == "tensor" for n, x in cache._asdict().items() if n in POOLS)
+        assert all(x.sharding.spec[0] == "data" for n, x in filled._asdict().items() if n not in POOLS)
+        assert all(x.sharding.spec[1] == "tensor" for n, x in filled._asdict().items() if n in POOLS)
     for key, gradient in gradients.items():
         assert jax.typeof(gradient).sharding.spec == jax.typeof(placed[0][key]).sharding.spec, key
-    assert_trees_close(jax.device_get(actual), expected(name, paged), 1e-5)
+    assert_trees_close(jax.device_get(actual), expected(name, cache), 1e-5)
 
 
 def test_without_axes_a_layer_finds_them_and_communicates_nothing_but_the_sum_over_heads():

@@ -33,7 +33,7 @@ def test_layers_run_at_any_batch(name):
 
     params = nn.unbox(initial(name))
     call = exported(forward, params, embeddings(B=3))
-    for B in (1, 4):
+    for B in (1, 2):
         assert_trees_close(call(params, embeddings(B=B)), jax.jit(forward)(params, embeddings(B=B)), 1e-5)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from strategies import Case, cases, random_arrays, random_segment_ids
 
 import nsa_jax
+import nsa_jax.compression
 from nsa_jax import NSAConfig
 from nsa_jax.testing import normwise_error
 
@@ -28,6 +29,7 @@ FIXED = Case(
     scale=None, segments=True, offset=9, queries=30, traced_offset=True, seed=0,
 )  # fmt: skip
 BRANCHES = ("compressed", "selected", "window")
+MLP = {"in_kernel": (4, 3, 5), "in_bias": (5,), "out_kernel": (5, 3), "out_bias": (3,)}
 
 
 def visible(case: Case, segment_ids, block_indices):
@@ -178,3 +180,22 @@ def test_what_a_query_does_not_see_reaches_neither_its_output_nor_a_gradient(imp
 @given(case=cases(), data=st.data())
 def test_what_a_query_does_not_see_reaches_nothing_in_random_problems(implementation, case, data):
     check(case, implementation, data)
+
+
+@pytest.mark.parametrize("method", ["mlp", "linear", "mean"])
+def test_a_compressed_token_of_what_is_not_finite_is_nan_and_sends_no_gradient(method):
+    """Neither to the poison nor to its neighbours in the block."""
+    config = NSAConfig(4, 4, 4, 3, window=8)
+    rng = np.random.default_rng(0)
+    shapes = {"position": (4, 3)} | {"mlp": MLP, "linear": {"in_kernel": (4, 3, 3)}, "mean": {}}[method]
+    parameters = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(1, 12, 2, 3)), jnp.float32)
+    poisoned = x.at[0, 5, 0].set(jnp.nan)
+    lost = np.zeros((1, 3, 2, 1), bool)
+    lost[0, 1, 0] = True  # tokens 4 to 7 of the first head
+    compress = jax.jit(lambda x: nsa_jax.compression.compress(x, parameters, config=config, method=method))
+    assert np.array_equal(np.isnan(compress(poisoned)), np.broadcast_to(lost, (1, 3, 2, 3)))
+    cotangent = np.where(lost, 0, rng.normal(size=(1, 3, 2, 3))).astype(np.float32)
+    gradient, expected = (jax.vjp(compress, each)[1](cotangent)[0] for each in (poisoned, x))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)
+    assert not gradient[0, 4:8, 0].any()

@@ -62,14 +62,19 @@ def layer(name, flavour="linen", **fields):
     return {"linen": call_linen, "nnx": call_nnx}[flavour]
 
 
-def everything(call, **cache_sizes):
-    """The output with segments and all gradients, and a prefill, its next chunk and steps in a loop over a cache."""
+def everything(call, *, continuing=True, **cache_sizes):
+    """The output with segments and all gradients, and a prefill, its next chunk and steps in a loop over a cache.
+
+    Without `continuing`, the prefill is not in chunks.
+    """
 
     def run(params, x, segment_ids, cotangent):
         y, vjp = jax.vjp(lambda *a: call(a[0], "__call__", a[1], segment_ids=segment_ids), params, x)
         cache = call(params, "init_cache", batch_size=x.shape[0], max_length=MAX_LENGTH, dtype=y.dtype, **cache_sizes)
-        first, cache = call(params, "prefill", x[:, :13], cache)
-        second, cache = call(params, "prefill", x[:, 13:26], cache, continuing=True)
+        first, cache = call(params, "prefill", x[:, : 13 if continuing else 26], cache)
+        second = None
+        if continuing:
+            second, cache = call(params, "prefill", x[:, 13:26], cache, continuing=True)
 
         def step(cache, token):
             y, cache = call(params, "decode_step", token[:, None], cache)
@@ -81,7 +86,7 @@ def everything(call, **cache_sizes):
     return run
 
 
-def run_alone(name, B=4, **cache_sizes):
+def run_alone(name, B=4, **options):
     """What `everything` returns on one device, from NumPy arrays to NumPy arrays."""
-    run = jax.jit(everything(layer(name), **cache_sizes))
+    run = jax.jit(everything(layer(name), **options))
     return jax.device_get(run(nn.unbox(initial(name)), embeddings(B=B), segments(B), embeddings(2, B)))
