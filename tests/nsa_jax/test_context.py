@@ -99,9 +99,9 @@ def run_split(sizes, T, num_segments, kind=AUTO, implementation="xla"):
 @pytest.mark.parametrize(
     ("sizes", "num_segments", "kind"),
     [
-        ({"context": 2}, 0, AUTO),
+        pytest.param({"context": 2}, 0, AUTO, marks=pytest.mark.exhaustive),
         ({"context": 8}, 3, EXPLICIT),  # chunks of 8 tokens: the window reaches over three of them
-        ({"data": 2, "context": 4}, 3, AUTO),
+        pytest.param({"data": 2, "context": 4}, 3, AUTO, marks=pytest.mark.exhaustive),
         ({"context": 2, "tensor": 2}, 0, EXPLICIT),
     ],
     ids=str,

@@ -28,7 +28,7 @@ SHAPES = {
 
 
 # By the random problems that are compared with the brute force, and by the same shape in chunks.
-SHOWN_ELSEWHERE = ("plain", "one head a group", "odd length, small values, segments")
+SHOWN_ELSEWHERE = ("plain", "one head a group", "odd length, small values, segments", "a slice of queries")
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,12 @@ def test_bare_ops_communicate_so_that_the_test_above_can_fail(implementation):
 @pytest.mark.parametrize(
     ("axes", "batch", "heads"),
     [
-        ({"batch_axes": ("data", "fsdp")}, ("data", "fsdp"), None),
-        ({"head_axes": "tensor"}, None, "tensor"),
+        pytest.param({"batch_axes": ("data", "fsdp")}, ("data", "fsdp"), None, marks=pytest.mark.exhaustive),
+        pytest.param({"head_axes": "tensor"}, None, "tensor", marks=pytest.mark.exhaustive),
         ({"batch_axes": ("data", "fsdp", "elsewhere"), "head_axes": ("tensor",)}, ("data", "fsdp"), "tensor"),
     ],
 )
-@pytest.mark.parametrize("segments", [True, False])
+@pytest.mark.parametrize("segments", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_every_choice_of_axes_gives_the_values_and_gradients_of_one_device(axes, batch, heads, segments, kind):
     mesh = make_mesh(kind, data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):

@@ -328,7 +328,7 @@ def test_a_save_cut_off_is_not_a_checkpoint_and_is_cleared_away_by_the_next_save
         assert checkpointer.latest_step == 30
 
 
-@pytest.mark.parametrize("limit", [0, 1500, 12_000])
+@pytest.mark.parametrize("limit", [*(pytest.param(x, marks=pytest.mark.exhaustive) for x in (0, 1500)), 12_000])
 def test_a_full_disk_names_the_step_that_failed_and_the_one_that_remains(saved, limit):
     # A limit on the size of files is the full disk that needs no rights: writing fails for real, half-way.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
