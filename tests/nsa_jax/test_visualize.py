@@ -73,7 +73,7 @@ def test_importing_the_library_imports_no_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_trace_finds_what_every_layer_gives_to_the_attention(scan):
     x = jax.random.normal(jax.random.key(1), (2, T, 16))
     model = Model(scan)

@@ -337,6 +337,7 @@ def test_hidden_states_of_prompts_have_no_gradient(tmp_path):
     assert (moved[batch["weights"] > 0] > 0).all()
 
 
+@pytest.mark.exhaustive
 def test_fine_tuning_from_a_run_lowers_the_loss_of_answers_and_resumes_exactly(tmp_path, capsys):
     base = TrainConfig(
         model=dataclasses.replace(MODEL, attention="full"),
