@@ -80,13 +80,13 @@ def dense_attention(
     """
     Dk, Dv = q.shape[-1], v.shape[-1]
     on_cudnn = mask is None and _cudnn_applies(q, v)
-    if q.dtype == jnp.float64 and lengths is not None:  # the softmax of JAX's function is in float32
-        held = (jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None])[:, None, None, :]
-        return xla.masked_attention(q, k, v, held if mask is None else held & mask, Dk**-0.5)[0]
     if lengths is not None and on_cudnn:
         lengths = jnp.maximum(lengths, 1)
     elif lengths is not None:
         counts = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+        if q.dtype == jnp.float64:  # the softmax of JAX's function is in float32
+            seen = counts[:, None, None, :]
+            return xla.masked_attention(q, k, v, seen if mask is None else seen & mask, Dk**-0.5)[0]
         v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN
     # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))

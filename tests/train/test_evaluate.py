@@ -1,5 +1,6 @@
 """Held-out loss: over all tokens and by position."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -7,25 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.models import SMALL
 
-from nsa_jax import NSAConfig
-from train.config import MeshConfig, ModelConfig
+from train.config import MeshConfig
 from train.evaluate import evaluate, evaluate_positions, position_sums
 from train.model.loss import LossSums, cross_entropy
 from train.model.transformer import Transformer, logits
 from train.parallel.sharding import make_mesh, on_mesh, put_batch
 from train.step import loss_sums
 
-MODEL = ModelConfig(
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    attention="full",
-    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
-)
+MODEL = dataclasses.replace(SMALL, attention="full")
 
 
 B, T, VOCABULARY = 8, 24, 40

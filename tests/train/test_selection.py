@@ -7,24 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.models import SMALL
 
 from nsa_jax import NSAConfig
 from nsa_jax.selection import SelectionRecall
 from train.__main__ import main
-from train.config import MeshConfig, ModelConfig, TrainConfig
+from train.config import MeshConfig, TrainConfig
 from train.metrics import MetricsLog
 from train.model.transformer import Transformer
 from train.parallel.sharding import make_mesh, on_mesh, put_batch
 from train.presets import tiny
 from train.selection import is_measured, logged, make_selection_step, skills
 
-MODEL = ModelConfig(
+MODEL = dataclasses.replace(
+    SMALL,
     num_layers=2,
-    embed_dim=16,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=16,
     nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=4, window=6),
 )
 

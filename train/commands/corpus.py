@@ -66,7 +66,7 @@ def corpus(arguments: Arguments) -> None:
     left_out = dict.fromkeys(("copies", "not UTF-8", "too long", "empty"), 0)
     packages: dict[str, dict[str, int]] = {}
     for name, members in itertools.chain.from_iterable(_packages(source) for source in sources):
-        kept: list[tuple[str, str]] = []
+        kept, size = [], 0
         for path, content in members:
             if not path.endswith(arguments.suffixes):
                 continue
@@ -75,7 +75,7 @@ def corpus(arguments: Arguments) -> None:
                 left_out[reason] += 1
                 continue
             kept.append((path, content.decode("utf-8")))
-        size = sum(len(text.encode("utf-8")) for _, text in kept)
+            size += len(content)
         if size < arguments.min_package_bytes:
             continue
         file = unfinished / f"{len(packages):05}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"

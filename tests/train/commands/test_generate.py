@@ -1,24 +1,21 @@
 """The command that continues a prompt."""
 
+import dataclasses
+
 from helpers import train_runs
+from helpers.models import SMALL
 from helpers.saved_run import save_untrained
 
 from nsa_jax import NSAConfig
 from train.__main__ import main
 from train.checkpoints.saved import SavedModel
 from train.commands import generate as command
-from train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.data.tokenizer import ByteTokenizer
 from train.generation.generator import Piece
 
-MODEL = ModelConfig(
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=10),
+MODEL = dataclasses.replace(
+    SMALL, nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=10)
 )
 
 

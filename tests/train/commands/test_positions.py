@@ -5,26 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from helpers.models import SMALL
 from helpers.saved_run import save_untrained
 
-from nsa_jax import NSAConfig, RopeScaling
+from nsa_jax import RopeScaling
 from train.__main__ import main
 from train.commands.positions import Arguments, _scaling
 from train.commands.report import Arguments as ReportArguments
 from train.commands.report import report
-from train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.presets import tiny
 
-MODEL = ModelConfig(
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    attention="full",
-    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
-)
+MODEL = dataclasses.replace(SMALL, attention="full")
 
 
 def test_the_command_evaluates_a_run_at_another_length_and_draws_it(tmp_path, capsys):

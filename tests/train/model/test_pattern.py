@@ -8,25 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.models import SMALL
 
-from nsa_jax import NSAConfig
 from nsa_jax.testing import assert_trees_close
-from train.config import ModelConfig, MoEConfig, TrainConfig, check, from_json, to_json
+from train.config import MoEConfig, TrainConfig, check, from_json, to_json
 from train.model.flops import train_flops_per_token
 from train.model.transformer import Transformer, extend, init_caches, layer_stacks
 from train.presets import parse
 from train.step import TrainState, make_train_step
 
 T, VOCABULARY = 24, 50
-SMALL = ModelConfig(
-    num_layers=4,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
-)
+LAYERS = dataclasses.replace(SMALL, num_layers=4)
 
 
 def tokens(rows):
@@ -51,7 +43,7 @@ def grouped(params, period):
 def test_a_pattern_of_one_kind_is_that_kind_experts_and_their_balance_included():
     """One update moves every parameter, the balancing bias too, as it does without a pattern."""
     moe = MoEConfig(num_routed=4, top_k=2, expert_dim=8, first_dense=2, aux_loss=0.1, bias_speed=0.1)
-    plain = dataclasses.replace(SMALL, attention="window", moe=moe, remat="attention")
+    plain = dataclasses.replace(LAYERS, attention="window", moe=moe, remat="attention")
     pattern = dataclasses.replace(plain, attention="full", pattern=("window", "window"))
     params = parameters(plain)
     rows = tokens(2)
@@ -74,7 +66,7 @@ def test_a_pattern_of_one_kind_is_that_kind_experts_and_their_balance_included()
 
 
 def test_kinds_take_turns_and_decoding_gives_the_forward_pass():
-    config = dataclasses.replace(SMALL, pattern=("nsa", "window"))
+    config = dataclasses.replace(LAYERS, pattern=("nsa", "window"))
     assert config.attention_of_layers == ("nsa", "window") * 2
     params = parameters(config)
     assert [sum(name.startswith("phi_") for name in params["layers"][i]["attention"]) > 0 for i in "01"] == [
@@ -90,7 +82,7 @@ def test_kinds_take_turns_and_decoding_gives_the_forward_pass():
 
 
 def test_what_is_collected_from_a_stack_and_put_back_is_where_it_was():
-    stack = layer_stacks(dataclasses.replace(SMALL, pattern=("nsa", "window")))["layers"]
+    stack = layer_stacks(dataclasses.replace(LAYERS, pattern=("nsa", "window")))["layers"]
     tree = {str(i): {"mlp": {"bias": 10 * jnp.arange(2)[:, None] + i + jnp.zeros((2, 4))}} for i in range(2)}
     collected = stack.collect(tree, "mlp", "bias")
     assert collected[:, 0].tolist() == [0, 1, 10, 11]
@@ -99,8 +91,8 @@ def test_what_is_collected_from_a_stack_and_put_back_is_where_it_was():
 
 
 def test_flops_are_those_of_the_kinds():
-    full, window = (dataclasses.replace(SMALL, attention=kind) for kind in ("full", "window"))
-    mixed = dataclasses.replace(SMALL, pattern=("full", "window"))
+    full, window = (dataclasses.replace(LAYERS, attention=kind) for kind in ("full", "window"))
+    mixed = dataclasses.replace(LAYERS, pattern=("full", "window"))
     parts = [train_flops_per_token(config, T, VOCABULARY) for config in (full, window)]
     assert train_flops_per_token(mixed, T, VOCABULARY) == pytest.approx(sum(parts) / 2)
 
@@ -115,4 +107,4 @@ def test_the_setting_is_parsed_saved_and_refused_where_it_does_not_fit():
     with pytest.raises(
         ValueError, match=r"model.num_layers = 4: expected a multiple of 3, the layers of model.pattern"
     ):
-        check(TrainConfig(model=dataclasses.replace(SMALL, pattern=("nsa", "window", "window"))))
+        check(TrainConfig(model=dataclasses.replace(LAYERS, pattern=("nsa", "window", "window"))))

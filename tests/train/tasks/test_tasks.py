@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from helpers.models import SMALL
 from helpers.saved_run import save_untrained
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_jax import NSAConfig
 from train.__main__ import main
-from train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.data.tokenizer import ByteTokenizer
 from train.tasks import TASKS, mqar
 from train.tasks.haystack import Problem, Score, hide, score
@@ -83,17 +83,6 @@ def test_scores_count_every_problem_once_and_their_interval_is_wilsons():
     np.testing.assert_allclose(Score(0, 10, 0.0).interval, (0.0, 0.2775), atol=1e-4)
 
 
-MODEL = ModelConfig(
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=6),
-)
-
-
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     """The folder of a run with an untrained model, and held-out documents of random letters."""
@@ -103,7 +92,7 @@ def untrained(tmp_path_factory):
     for i in range(12):
         (folder / "corpus" / f"{i}.txt").write_bytes(draw.integers(97, 123, 400).astype(np.uint8).tobytes())
     data = DataConfig(str(folder / "corpus"), sequence_length=128, batch_size=8, held_out_fraction=0.5)
-    save_untrained(TrainConfig(MODEL, data, OptimizerConfig(warmup_steps=0), run_dir=folder / "run", eval_batches=1))
+    save_untrained(TrainConfig(SMALL, data, OptimizerConfig(warmup_steps=0), run_dir=folder / "run", eval_batches=1))
     return folder / "run"
 
 
