@@ -4,6 +4,7 @@ The training iterator is a Grain pipeline: documents in a new order each epoch, 
 a handful of integers, and an iterator that is given the state goes on with the very next batch.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,7 +113,7 @@ class NeighboursMapDataset(grain.MapDataset):
         self._documents, self._neighbours = documents, neighbours
 
     def __len__(self) -> int:
-        return len(self._parent) * self._neighbours
+        return min(len(self._parent) * self._neighbours, sys.maxsize)  # endless repetition is that long already
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

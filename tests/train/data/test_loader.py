@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -192,6 +193,17 @@ def test_every_document_of_every_run_comes_once(processes):
         seen += [int(row["targets"][0]) for row in rows(list(iterator)) if row["weights"].any()]
         iterator.close()
     assert sorted(seen) == list(range(20))
+
+
+def test_runs_of_documents_come_again_in_every_epoch():
+    texts = [bytes([i]) * (T - 1) for i in range(6)]
+    iterator = train_batches(corpus_of(texts), BYTE, config(isolate_documents=False, neighbours=4), align=ALIGN)
+    seen = [int(row["targets"][0]) for row in rows(list(itertools.islice(iterator, 30)))]
+    iterator.close()
+    epochs = len(seen) // len(texts)
+    assert epochs >= 4
+    # Rows of neighbouring epochs mix in the shuffle.
+    assert all(seen.count(text) >= epochs - 2 for text in range(6))
 
 
 def test_runs_of_documents_are_read_in_their_order():
