@@ -18,8 +18,8 @@ from nsa_jax.explicit import on_auto_axes, split_of
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 
-Compression = Literal["mlp", "linear", "mean"]
-COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean")
+Compression = Literal["mlp", "linear", "mean", "residual"]
+COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean", "residual")
 
 
 @on_auto_axes(lambda arguments: PartitionSpec(*split_of(arguments["x"], 0), None, *split_of(arguments["x"], 2)))
@@ -69,10 +69,12 @@ def compress(
     chunks = x[:, : (Nc + parts - 1) * d].reshape(B, Nc + parts - 1, d, K, D)
     position = parameters["position"].astype(x.dtype)
 
-    if method == "mean":
+    if method in ("mean", "residual"):
         sums = chunks.sum(axis=2, dtype=wide_dtype(x.dtype))
         total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
-        return add_bias((total / config.compress_block).astype(x.dtype), position.mean(axis=0))
+        mean = (total / config.compress_block).astype(x.dtype)
+        if method == "mean":
+            return add_bias(mean, position.mean(axis=0))
 
     kernel = parameters["in_kernel"].astype(x.dtype)
     products = jnp.einsum("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
@@ -85,7 +87,8 @@ def compress(
     finite = is_finite(hidden)[..., None]
     hidden = jax.nn.silu(finite_part(hidden))
     out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
-    return jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
+    out = jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
+    return mean + out if method == "residual" else out
 
 
 def phi_shapes(method: Compression, size: int, hidden: int, config: NSAConfig) -> dict[str, tuple[int, ...]]:
@@ -94,7 +97,7 @@ def phi_shapes(method: Compression, size: int, hidden: int, config: NSAConfig) -
     shapes: dict[str, tuple[int, ...]] = {"position": (l, size)}
     if method == "linear":
         shapes["in_kernel"] = (l, size, size)
-    if method == "mlp":
+    if method in ("mlp", "residual"):
         shapes |= {
             "in_kernel": (l, size, hidden),
             "in_bias": (hidden,),

@@ -226,8 +226,8 @@ def _take_in(
             jnp.take_along_axis(jnp.concatenate([read_ring(ring, held, l - 1), new], axis=1), take, axis=1)
             for ring, new in ((cache.tail_k, raw_k), (cache.tail_v, raw_v))
         )
-    first = (index[:, None] + jnp.arange(most, dtype=jnp.int32)[None, :]) * d
-    compressed = compressed_tokens(weights, raw_k, raw_v, first, config)
+    positions = index[:, None] * d + jnp.arange(raw_k.shape[1], dtype=jnp.int32)[None, :]
+    compressed = compressed_tokens(weights, raw_k, raw_v, positions, config)
     cache = write_nsa_tokens(
         cache,
         (raw.cmp_k, raw.cmp_v),

@@ -103,6 +103,7 @@ class NSALayerConfig(HeadConfig):
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
     share_kv: bool = False  # one key/value projection for all three branches
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
+    pool_rotated: bool = False  # compressed keys are means of rotated keys
     implementation: Implementation | None = None  # of the attention
 
     def __post_init__(self) -> None:
@@ -110,8 +111,6 @@ class NSALayerConfig(HeadConfig):
         check_config(self.config)
         for name in ("compression_hidden_dim", "gate_hidden_dim"):
             self._set(name, arguments.optional_size(name, getattr(self, name)))
-        if self.tie_keys and self.share_kv:
-            raise ValueError("tie_keys = True: expected share_kv = False, which shares keys and values already")
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression = {self.compression!r}: expected one of {', '.join(COMPRESSIONS)}")
 
@@ -154,17 +153,19 @@ def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Paramete
         parameters[f"{name}_position"] = Parameter((l, size), initializers.normal(0.02), ("compress_block", "head_dim"))
         if method == "mean":
             continue
-        width, width_axis = (hidden, "phi_hidden") if method == "mlp" else (size, "phi_out")
+        width, width_axis = (hidden, "phi_hidden") if method in ("mlp", "residual") else (size, "phi_out")
         parameters[f"{name}_in_kernel"] = Parameter(
             (l, size, width),
             initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
             ("compress_block", "head_dim", width_axis),
         )
-        if method == "mlp":
+        if method in ("mlp", "residual"):
             zeros = initializers.zeros_init()
             parameters[f"{name}_in_bias"] = Parameter((hidden,), zeros, ("phi_hidden",))
             parameters[f"{name}_out_kernel"] = Parameter(
-                (hidden, size), initializers.lecun_normal(), ("phi_hidden", "head_dim")
+                (hidden, size),
+                initializers.lecun_normal() if method == "mlp" else initializers.zeros_init(),
+                ("phi_hidden", "head_dim"),
             )
             parameters[f"{name}_out_bias"] = Parameter((size,), zeros, ("head_dim",))
     hidden = config.gate_hidden_dim or max(1, embed_dim // 4)
@@ -261,10 +262,7 @@ def _attention_arrays(
     x, weights = layer_inputs(x, parameters, config)
     _, positions = _segments_and_positions(x, segment_ids, config)
     q, raw = project_branches(weights, x, positions, config)
-    (B, T, _), d = x.shape, config.config.compress_stride
-    # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
-    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
-    cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, first, config)
+    cmp_k, cmp_v = compressed_tokens(weights, raw.cmp_k, raw.cmp_v, positions, config)
     return q, raw._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights)
 
 
@@ -276,7 +274,7 @@ def project_branches(
     kv = {}
     for branch in BRANCHES:
         prefix = "" if config.share_kv else f"{branch}_"
-        key_prefix = "slc_" if config.tie_keys and branch == "cmp" else prefix
+        key_prefix = "slc_" if config.tie_keys and not config.share_kv and branch == "cmp" else prefix
         k = _project_normed(x, weights, f"{key_prefix}k", config)
         kv[f"{branch}_k"] = k if branch == "cmp" else rotate(k, positions, config)
         kv[f"{branch}_v"] = _project(x, weights[f"{prefix}v_kernel"])
@@ -287,23 +285,32 @@ def compressed_tokens(
     weights: Mapping[str, Array],
     k: Float[Array, "B T K Dk"],
     v: Float[Array, "B T K Dv"],
-    first: Int[Array, "B C"],
+    positions: Int[Array, "B T"],
     config: NSALayerConfig,
 ) -> tuple[Float[Array, "B Nc K Dk"], Float[Array, "B Nc K Dv"]]:
-    """Compressed keys and values: phi of the unrotated keys, then rotated, and phi of the values.
-
-    `first` holds the positions of the first tokens of the blocks, at which the compressed keys are rotated. It may name
-    more blocks than T tokens fill.
-    """
-    compressed = []
+    """Compressed keys, rotated, and compressed values, from keys that are not rotated and their positions."""
+    (B, T), d = positions.shape, config.config.compress_stride
+    # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
+    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
     # Only a split over tokens is done by hand. XLA's partitioner splits phi over rows and heads by itself.
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
-    for name, array in (("k", k), ("v", v)):
-        method = compression_of(config, f"phi_{name}")
-        phi = {key: weights[f"phi_{name}_{key}"] for key in phi_shapes(method, 1, 1, config.config)}
-        compressed.append(phi_of(array, phi, config=config.config, method=method))
-    cmp_k, cmp_v = compressed
-    return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), cmp_v
+
+    def phi(array: Array, name: str, method: Compression) -> Array:
+        parameters = {key: weights[f"{name}_{key}"] for key in phi_shapes(method, 1, 1, config.config)}
+        return phi_of(array, parameters, config=config.config, method=method)
+
+    method = compression_of(config, "phi_k")
+    if config.pool_rotated and method == "mean":
+        cmp_k = phi(rotate(k, positions, config), "phi_k", "mean")
+    elif config.pool_rotated and method == "residual":
+        zeros = {"position": jnp.zeros_like(weights["phi_k_position"])}
+        cmp_k = phi_of(rotate(k, positions, config), zeros, config=config.config, method="mean")
+        learned = phi(k, "phi_k", "mlp")
+        cmp_k = cmp_k + rotate(learned, first[:, : learned.shape[1]], config)
+    else:
+        cmp_k = phi(k, "phi_k", method)
+        cmp_k = rotate(cmp_k, first[:, : cmp_k.shape[1]], config)
+    return cmp_k, phi(v, "phi_v", compression_of(config, "phi_v"))
 
 
 @layer_on_mesh(lambda arguments: split_like(arguments["x"]))

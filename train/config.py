@@ -59,8 +59,9 @@ class ModelConfig:
     pattern: Annotated[tuple[Attention, ...], tyro.conf.arg(aliases=("--pattern",))] = ()
     implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None  # of the attention; None: the fastest
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
-    compression: Literal["mlp", "linear", "mean"] = "mlp"  # phi, which makes the compressed keys and values
+    compression: Literal["mlp", "linear", "mean", "residual"] = "mlp"  # phi, which makes the compressed keys and values
     share_kv: bool = False  # one key/value projection for the three branches instead of one each
+    pool_rotated: bool = False  # compressed keys are means of rotated keys
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     rope_theta: float = 10_000.0  # base of the rotary position embedding
@@ -254,8 +255,6 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_heads(model: ModelConfig) -> None:
-    if model.tie_keys and model.share_kv:
-        raise ValueError("model.tie_keys = True: expected model.share_kv = False, which shares keys and values already")
     if model.num_heads % model.num_kv_heads:
         raise ValueError(
             f"model.num_heads = {model.num_heads}: expected a multiple of model.num_kv_heads = {model.num_kv_heads}"

@@ -23,6 +23,7 @@ class NSA(AttentionKind):
             compression=config.compression,
             share_kv=config.share_kv,
             tie_keys=config.tie_keys,
+            pool_rotated=config.pool_rotated,
             implementation=config.implementation,
         )
 
@@ -45,6 +46,7 @@ class NSA(AttentionKind):
         phi = {
             "mlp": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
             "linear": sum(l * D * D for D in sizes_of_phi),
+            "residual": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
             "mean": 0,
         }[config.compression]
         compressed = _visible_compressed(config, length)[-1]
