@@ -345,14 +345,27 @@ def selection(record: Any) -> list[Row]:
         for run in record["runs"]:
             if run["name"] != name or run["selection"] is None:
                 continue
-            shares = {
-                what: [statistics.mean(layer) for layer in run["selection"][what]]
-                for what in ("random", "chosen", "best")
-            }
-            layers = zip(*shares.values(), strict=True)
-            skill = " ".join(f"{(chosen - random) / (best - random):.2f}" for random, chosen, best in layers)
-            table.append((shown, run["seed"], *(f"{statistics.mean(share):.2f}" for share in shares.values()), skill))
+            means = (statistics.mean(map(statistics.mean, run["selection"][w])) for w in ("random", "chosen", "best"))
+            table.append((shown, run["seed"], *(f"{mean:.2f}" for mean in means), _skill_by_layer(run["selection"])))
     return table
+
+
+def pooling(record: Any) -> list[Row]:
+    """Held-out loss and skill of selection for several phi, by seed."""
+    table: list[Row] = [("attention", "seed", "loss, nats per token", "bits per byte", "skill, first layer to last")]
+    for name, shown in POOLING.items():
+        for run in record["runs"]:
+            if run["name"] == name:
+                final = run["final"]
+                skill = "" if run["selection"] is None else _skill_by_layer(run["selection"])
+                table.append((shown, run["seed"], f"{final['loss']:.3f}", f"{final['bits_per_byte']:.3f}", skill))
+    return table
+
+
+def _skill_by_layer(shares: dict[str, list[list[float]]]) -> str:
+    """(chosen - random) / (best - random) of each layer, from the shares of its heads."""
+    means = ([statistics.mean(layer) for layer in shares[what]] for what in ("random", "chosen", "best"))
+    return " ".join(f"{(chosen - random) / (best - random):.2f}" for random, chosen, best in zip(*means, strict=True))
 
 
 def plan(record: Any) -> list[Row]:
@@ -374,8 +387,16 @@ ARMS = {
     "nsa_tied_fine": "NSA: tied keys, fine blocks",
     "nsa": "NSA: the paper's layout",
 }
+POOLING = {
+    "full": "full attention",
+    "nsa_mean_of_rotated_fine": "NSA: means of rotated keys, fine blocks",
+    "nsa_mean_fine": "NSA: means rotated afterwards, fine blocks",
+    "nsa_residual_fine": "NSA: means of rotated keys and an MLP added, fine blocks",
+    "nsa_mean_of_rotated": "NSA: means of rotated keys",
+}
 RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
-EXPERIMENTS = (RECIPE_ARMS,)  # files with a line for each run
+POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
+EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS)  # files with a line for each run
 SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
 TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full"))
@@ -409,5 +430,6 @@ TABLES = {
     "long_context": Table(tuple(LONG_CONTEXT.values()), positions),
     "quality_recipe": Table((RECIPE_ARMS,), arms),
     "selection": Table((RECIPE_ARMS,), selection),
+    "pooling": Table((POOLING_RUNS,), pooling),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

@@ -124,7 +124,7 @@ show(dense[0, 0], "dense attention, head 0", "key position (token)")
 #
 # with $l$ = `compress_block` and $d$ = `compress_stride`. The paper's are 32 and 16. Ours are smaller, so that 256
 # tokens have something to show. In the paper's models $\varphi$ is a small network with learned positions inside the
-# block. Here it is the mean, without positions, which the library also offers.
+# block. Here it is the mean, as by default in this library.
 
 # %%
 from nsa_jax import compress
@@ -132,9 +132,8 @@ from nsa_jax import compress
 config = NSAConfig(
     compress_block=8, compress_stride=4, select_block=16, num_selected=4, num_init=1, num_local=2, window=24
 )
-no_position = {"position": jnp.zeros((config.compress_block, D))}
-cmp_k = compress(k, no_position, config=config, method="mean")
-cmp_v = compress(v, no_position, config=config, method="mean")
+cmp_k = compress(k, config=config)
+cmp_v = compress(v, config=config)
 print(f"{T} tokens make {num_compressed(T, config)} compressed tokens: {cmp_k.shape}")
 
 # %% [markdown]

@@ -132,8 +132,8 @@ for name, model in (("full", before), ("NSA", after)):
     print(f"{name:>5}: {size:7} parameters, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per byte in {STEPS} steps")
 
 # %% [markdown]
-# NSA has more parameters here: a key and a value projection for each of three branches, $\varphi$ and the gates.
-# `share_kv=True` gives all branches the same keys and values, and `compression="mean"` removes $\varphi$'s network.
+# NSA has a few more parameters here: its gates. In the paper's layout (`compression="mlp", share_kv=False`) it also has
+# a key and a value projection for each of three branches, and a network for $\varphi$.
 # These losses after a few steps on a few rows show that gradients flow. They say nothing about which attention is
 # better.
 #
@@ -239,8 +239,8 @@ assert difference == 0
 # ## Only the attention
 #
 # If your model has its own projections, call `nsa_attention` with queries, the keys and values of each branch, and
-# gates. The layout is that of `jax.nn.dot_product_attention`. `compress` makes compressed keys and values from
-# unrotated ones. Rotate the compressed keys afterwards.
+# gates. The layout is that of `jax.nn.dot_product_attention`. `compress` makes compressed keys and values: by default
+# means, of keys that are rotated already.
 
 # %%
 from nsa_jax import BranchKV, compress, nsa_attention
@@ -248,8 +248,7 @@ from nsa_jax import BranchKV, compress, nsa_attention
 keys = jax.random.split(jax.random.key(5), 4)
 q = jax.random.normal(keys[0], (1, T, 8, 16))
 k, v = (jax.random.normal(key, (1, T, 2, 16)) for key in keys[1:3])
-position = {"position": jnp.zeros((SPARSE.compress_block, 16))}
-cmp_k, cmp_v = (compress(x, position, config=SPARSE, method="mean") for x in (k, v))
+cmp_k, cmp_v = (compress(x, config=SPARSE) for x in (k, v))
 gates = jax.nn.sigmoid(jax.random.normal(keys[3], (1, T, 8, 3)))
 attend = jax.jit(functools.partial(nsa_attention, config=SPARSE))
 print(attend(q, BranchKV(cmp_k, cmp_v, k, v, k, v), gates).shape)
@@ -288,7 +287,7 @@ for t in (T - 2, T - 1):
 # | `implementation` | which backend computes the attention | `None`: the fastest for the device |
 #
 # The paper's layout is `compression="mlp"` and `share_kv=False`. In our small experiments, selection did not learn to
-# select with it. It did with `compression="mean"` and `share_kv=True`; see `docs/results.md`.
+# select with it. It did with the defaults, `compression="mean"` and `share_kv=True`; see `docs/results.md`.
 #
 # Sequences of any length are accepted. Block sizes and strides must divide each other as `NSAConfig` says. If they do
 # not, its error names the field.

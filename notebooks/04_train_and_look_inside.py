@@ -144,7 +144,7 @@ for name, attention in (("NSA", "nsa"), ("full", "full")):
     print(f"{name:>4}: {size:7} parameters, {bits:.3f} held-out bits per byte, {time.perf_counter() - start:.0f} s")
 
 # %% [markdown]
-# NSA has more parameters: key and value projections for each of three branches, $\varphi$ and the gates. The times are
+# NSA has a few more parameters: its gates. The times are
 # mostly compilation, at a length where sparsity saves nothing. They say nothing about speed.
 
 # %%

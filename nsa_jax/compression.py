@@ -18,35 +18,35 @@ from nsa_jax.explicit import on_auto_axes, split_of
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
 
-Compression = Literal["mlp", "linear", "mean", "residual"]
-COMPRESSIONS: tuple[Compression, ...] = ("mlp", "linear", "mean", "residual")
+Compression = Literal["mean", "linear", "mlp"]
+COMPRESSIONS: tuple[Compression, ...] = ("mean", "linear", "mlp")
 
 
 @on_auto_axes(lambda arguments: PartitionSpec(*split_of(arguments["x"], 0), None, *split_of(arguments["x"], 2)))
 def compress(
     x: Float[Array, "B T K D"],
-    parameters: Mapping[str, Array],
+    parameters: Mapping[str, Array] | None = None,
     *,
     config: NSAConfig,
-    method: Compression = "mlp",
+    method: Compression = "mean",
 ) -> Float[Array, "B Nc K D"]:
-    """Compressed tokens phi(x[i d : i d + l] + position) for every i. All heads share the same phi.
+    """Compressed tokens phi(x[i d : i d + l]) for every i. All heads share the same phi.
+
+    phi is the mean of the l tokens, or a network of them: an MLP of x + position, as in the paper, or one matrix.
 
     The overlapping blocks are never written to memory. Instead, the first layer's weight is split into parts of d
     tokens. Each chunk of d tokens is multiplied once with every part, and the products are shifted and added.
 
     Example:
-      >>> config = NSAConfig()
-      >>> parameters = {"position": jnp.zeros((config.compress_block, 16))}
-      >>> compress(jnp.ones((1, 100, 2, 16)), parameters, config=config, method="mean").shape
+      >>> compress(jnp.ones((1, 100, 2, 16)), config=NSAConfig()).shape
       (1, 5, 2, 16)
 
     Args:
       x: keys or values [B, T, K, D], before rotary embedding.
-      parameters: "position" [l, D]; for "mlp" also "in_kernel" [l, D, F], "in_bias" [F], "out_kernel" [F, D] and
-        "out_bias" [D]; for "linear" also "in_kernel" [l, D, D].
+      parameters: for "mlp", "position" [l, D], "in_kernel" [l, D, F], "in_bias" [F], "out_kernel" [F, D] and
+        "out_bias" [D]; for "linear", "position" and "in_kernel" [l, D, D]; "mean" has none.
       config: gives l and d.
-      method: "mlp" (one hidden layer with SiLU), "linear" or "mean".
+      method: "mean", "mlp" (one hidden layer with SiLU) or "linear".
 
     Returns:
       [B, Nc, K, D] with Nc = `num_compressed(T, config)`.
@@ -61,21 +61,19 @@ def compress(
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {describe(x)}: expected a float array [batch, tokens, heads, head size]")
     B, T, K, D = x.shape
-    parameters = _checked_parameters(parameters, D, config, method)
+    parameters = _checked_parameters({} if parameters is None else parameters, D, config, method)
     Nc = num_compressed(T, config)
     d, parts = config.compress_stride, config.compress_block // config.compress_stride
     if Nc == 0:
         return jnp.zeros((B, 0, K, D), x.dtype)
     chunks = x[:, : (Nc + parts - 1) * d].reshape(B, Nc + parts - 1, d, K, D)
-    position = parameters["position"].astype(x.dtype)
 
-    if method in ("mean", "residual"):
+    if method == "mean":
         sums = chunks.sum(axis=2, dtype=wide_dtype(x.dtype))
         total = functools.reduce(operator.add, (sums[:, r : r + Nc] for r in range(parts)))
-        mean = (total / config.compress_block).astype(x.dtype)
-        if method == "mean":
-            return add_bias(mean, position.mean(axis=0))
+        return (total / config.compress_block).astype(x.dtype)
 
+    position = parameters["position"].astype(x.dtype)
     kernel = parameters["in_kernel"].astype(x.dtype)
     products = jnp.einsum("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
     hidden = functools.reduce(operator.add, (products[r, :, r : r + Nc] for r in range(parts)))
@@ -87,24 +85,23 @@ def compress(
     finite = is_finite(hidden)[..., None]
     hidden = jax.nn.silu(finite_part(hidden))
     out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
-    out = jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
-    return mean + out if method == "residual" else out
+    return jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
 
 
 def phi_shapes(method: Compression, size: int, hidden: int, config: NSAConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of phi, for heads of a size and, for an mlp, a hidden width F."""
     l = config.compress_block  # noqa: E741
-    shapes: dict[str, tuple[int, ...]] = {"position": (l, size)}
+    if method == "mean":
+        return {}
     if method == "linear":
-        shapes["in_kernel"] = (l, size, size)
-    if method in ("mlp", "residual"):
-        shapes |= {
-            "in_kernel": (l, size, hidden),
-            "in_bias": (hidden,),
-            "out_kernel": (hidden, size),
-            "out_bias": (size,),
-        }
-    return shapes
+        return {"position": (l, size), "in_kernel": (l, size, size)}
+    return {
+        "position": (l, size),
+        "in_kernel": (l, size, hidden),
+        "in_bias": (hidden,),
+        "out_kernel": (hidden, size),
+        "out_bias": (size,),
+    }
 
 
 def _checked_parameters(parameters: Any, size: int, config: NSAConfig, method: Compression) -> dict[str, Array]:

@@ -224,11 +224,11 @@ def head_exchange(num_heads: int, num_kv_heads: int, devices: int) -> tuple[int,
 
 def compress(
     x: Float[Array, "B S K D"],
-    parameters: Mapping[str, Array],
+    parameters: Mapping[str, Array] | None = None,
     *,
     axes: Axes,
     config: NSAConfig,
-    method: Compression = "mlp",
+    method: Compression = "mean",
 ) -> Float[Array, "B S/d K D"]:
     """`nsa_jax.compress` of a device's S = T / C tokens: the compressed tokens that begin among them.
 

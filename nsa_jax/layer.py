@@ -98,12 +98,11 @@ class NSALayerConfig(HeadConfig):
     """A Native Sparse Attention layer."""
 
     config: NSAConfig = NSAConfig()  # sizes of the branches
-    compression: Compression = "mlp"  # phi
+    compression: Compression = "mean"  # phi; the paper's is "mlp"
     compression_hidden_dim: int | None = None  # F, the hidden width of an mlp phi; None: twice the head size
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
-    share_kv: bool = False  # one key/value projection for all three branches
+    share_kv: bool = True  # one key/value projection for all three branches; in the paper each has its own
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
-    pool_rotated: bool = False  # compressed keys are means of rotated keys
     implementation: Implementation | None = None  # of the attention
 
     def __post_init__(self) -> None:
@@ -146,28 +145,8 @@ def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Paramete
     if config.tie_keys:
         for name in ("cmp_k_kernel", "cmp_k_norm_scale"):
             parameters.pop(name, None)
-    l = config.config.compress_block  # noqa: E741
     for name, size in (("phi_k", config.head_dim), ("phi_v", config.value_dim)):
-        hidden = config.compression_hidden_dim or 2 * size
-        method = compression_of(config, name)
-        parameters[f"{name}_position"] = Parameter((l, size), initializers.normal(0.02), ("compress_block", "head_dim"))
-        if method == "mean":
-            continue
-        width, width_axis = (hidden, "phi_hidden") if method in ("mlp", "residual") else (size, "phi_out")
-        parameters[f"{name}_in_kernel"] = Parameter(
-            (l, size, width),
-            initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
-            ("compress_block", "head_dim", width_axis),
-        )
-        if method in ("mlp", "residual"):
-            zeros = initializers.zeros_init()
-            parameters[f"{name}_in_bias"] = Parameter((hidden,), zeros, ("phi_hidden",))
-            parameters[f"{name}_out_kernel"] = Parameter(
-                (hidden, size),
-                initializers.lecun_normal() if method == "mlp" else initializers.zeros_init(),
-                ("phi_hidden", "head_dim"),
-            )
-            parameters[f"{name}_out_bias"] = Parameter((size,), zeros, ("head_dim",))
+        parameters |= _phi_parameters(name, size, config)
     hidden = config.gate_hidden_dim or max(1, embed_dim // 4)
     zeros = initializers.zeros_init()
     parameters["gate_in_kernel"] = Parameter((embed_dim, hidden), initializers.lecun_normal(), ("embed", "gate_hidden"))
@@ -179,6 +158,24 @@ def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Paramete
     )
     parameters["gate_out_bias"] = Parameter((config.num_heads, 3), zeros, ("heads", "branch"))
     return parameters
+
+
+def _phi_parameters(name: str, size: int, config: NSALayerConfig) -> dict[str, Parameter]:
+    """The parameters of phi for keys or for values, with heads of `size`."""
+    method, zeros = compression_of(config, name), initializers.zeros_init()
+    width = "phi_hidden" if method == "mlp" else "phi_out"
+    described: dict[str, tuple[Callable, tuple[str, ...]]] = {
+        "position": (initializers.normal(0.02), ("compress_block", "head_dim")),
+        "in_kernel": (
+            initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
+            ("compress_block", "head_dim", width),
+        ),
+        "in_bias": (zeros, ("phi_hidden",)),
+        "out_kernel": (initializers.lecun_normal(), ("phi_hidden", "head_dim")),
+        "out_bias": (zeros, ("head_dim",)),
+    }
+    shapes = phi_shapes(method, size, config.compression_hidden_dim or 2 * size, config.config)
+    return {f"{name}_{key}": Parameter(shape, *described[key]) for key, shape in shapes.items()}
 
 
 def layer_parameters(config: HeadConfig, embed_dim: int) -> dict[str, Parameter]:
@@ -226,8 +223,7 @@ def nsa_layer(
 ) -> Float[Array, "B T E"]:
     """Projections, phi, rotary embedding, gates, attention and output projection (paper, section 3).
 
-    Compressed keys are made from unrotated keys. Each is then rotated at the position of the first token of its block.
-    Positions count from the start of each segment.
+    Positions count from the start of each segment. For compressed keys, see `compressed_tokens`.
     """
     x, weights = layer_inputs(x, parameters, config)
     q, kv, g, segment_ids, _ = nsa_layer_inputs(weights, x, config=config, segment_ids=segment_ids)
@@ -274,7 +270,7 @@ def project_branches(
     kv = {}
     for branch in BRANCHES:
         prefix = "" if config.share_kv else f"{branch}_"
-        key_prefix = "slc_" if config.tie_keys and not config.share_kv and branch == "cmp" else prefix
+        key_prefix = "slc_" if config.tie_keys and branch == "cmp" and not config.share_kv else prefix
         k = _project_normed(x, weights, f"{key_prefix}k", config)
         kv[f"{branch}_k"] = k if branch == "cmp" else rotate(k, positions, config)
         kv[f"{branch}_v"] = _project(x, weights[f"{prefix}v_kernel"])
@@ -288,29 +284,27 @@ def compressed_tokens(
     positions: Int[Array, "B T"],
     config: NSALayerConfig,
 ) -> tuple[Float[Array, "B Nc K Dk"], Float[Array, "B Nc K Dv"]]:
-    """Compressed keys, rotated, and compressed values, from keys that are not rotated and their positions."""
-    (B, T), d = positions.shape, config.config.compress_stride
-    # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
-    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
+    """Compressed keys, rotated, and compressed values, from keys that are not rotated and the positions of all.
+
+    Means are of rotated keys: a query's score for a block is then the mean of its scores for the block's keys. A phi
+    with weights sees keys that are not rotated, so that it does not depend on where a block lies, and its result is
+    rotated at the position of the block's first token.
+    """
     # Only a split over tokens is done by hand. XLA's partitioner splits phi over rows and heads by itself.
     phi_of = sharded(compress, **config.mesh_axes) if devices_along(config.context_axes) > 1 else compress
 
-    def phi(array: Array, name: str, method: Compression) -> Array:
+    def phi(name: str, array: Array) -> Array:
+        method = compression_of(config, name)
         parameters = {key: weights[f"{name}_{key}"] for key in phi_shapes(method, 1, 1, config.config)}
         return phi_of(array, parameters, config=config.config, method=method)
 
-    method = compression_of(config, "phi_k")
-    if config.pool_rotated and method == "mean":
-        cmp_k = phi(rotate(k, positions, config), "phi_k", "mean")
-    elif config.pool_rotated and method == "residual":
-        zeros = {"position": jnp.zeros_like(weights["phi_k_position"])}
-        cmp_k = phi_of(rotate(k, positions, config), zeros, config=config.config, method="mean")
-        learned = phi(k, "phi_k", "mlp")
-        cmp_k = cmp_k + rotate(learned, first[:, : learned.shape[1]], config)
-    else:
-        cmp_k = phi(k, "phi_k", method)
-        cmp_k = rotate(cmp_k, first[:, : cmp_k.shape[1]], config)
-    return cmp_k, phi(v, "phi_v", compression_of(config, "phi_v"))
+    if compression_of(config, "phi_k") == "mean":
+        return phi("phi_k", rotate(k, positions, config)), phi("phi_v", v)
+    (B, T), d = positions.shape, config.config.compress_stride
+    # Cut into strides instead of slicing with a step, so that a sequence split over devices stays where it is.
+    first = positions[:, : T // d * d].reshape(B, T // d, d)[:, :, 0]
+    cmp_k = phi("phi_k", k)
+    return rotate(cmp_k, first[:, : cmp_k.shape[1]], config), phi("phi_v", v)
 
 
 @layer_on_mesh(lambda arguments: split_like(arguments["x"]))

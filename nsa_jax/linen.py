@@ -70,11 +70,10 @@ class NSAttention(nn.Module):
     head_dim: int  # Dk
     v_head_dim: int | None = None  # Dv; None: head_dim
     config: NSAConfig = NSAConfig()  # sizes of the branches
-    compression: Compression = "mlp"  # phi: "mlp", "linear" or "mean"
+    compression: Compression = "mean"  # phi: "mean", "linear" or, as in the paper, "mlp"
     compression_hidden_dim: int | None = None  # hidden width of an mlp phi; None: twice the head size
     gate_hidden_dim: int | None = None  # hidden width of the gate MLP; None: a quarter of the embedding
-    share_kv: bool = False  # one key/value projection for all three branches
-    pool_rotated: bool = False  # see layer.py
+    share_kv: bool = True  # one key/value projection for all three branches; in the paper each has its own
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on

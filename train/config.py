@@ -59,9 +59,8 @@ class ModelConfig:
     pattern: Annotated[tuple[Attention, ...], tyro.conf.arg(aliases=("--pattern",))] = ()
     implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None  # of the attention; None: the fastest
     nsa: NSAConfig = NSAConfig()  # sizes of the sparse branches; `window` is also what attention = window uses
-    compression: Literal["mlp", "linear", "mean", "residual"] = "mlp"  # phi, which makes the compressed keys and values
-    share_kv: bool = False  # one key/value projection for the three branches instead of one each
-    pool_rotated: bool = False  # compressed keys are means of rotated keys
+    compression: Literal["mean", "linear", "mlp"] = "mean"  # phi, which makes the compressed keys and values
+    share_kv: bool = True  # one key/value projection for the three branches instead of one each, as in the paper
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     rope_theta: float = 10_000.0  # base of the rotary position embedding

@@ -195,6 +195,8 @@ def paper_27b() -> TrainConfig:
             head_dim=192,
             v_head_dim=128,
             mlp_dim=10944,
+            compression="mlp",
+            share_kv=False,
             moe=MoEConfig(
                 num_routed=72,
                 num_shared=2,

@@ -191,7 +191,8 @@ def layer_cases(draw):
             "config": config,
             "implementation": implementation,
             "compression": draw(st.sampled_from(["mlp", "linear", "mean"])),
-            **draw(st.sampled_from([{}, {"share_kv": True}, {"tie_keys": True}])),
+            "share_kv": draw(st.booleans()),
+            "tie_keys": draw(st.booleans()),
         }
     tokens = draw(st.integers(1, 70))
     if "context" in axes:  # two chunks a device, of whole strides

@@ -64,7 +64,7 @@ def attend(implementation="xla", **axes):
     def run(arrays, phi, segment_ids, cotangent):
         def forward(arrays, phi):
             q, kv, gates = arrays
-            phi_of = functools.partial(sharded(compress, **axes), parameters=phi, config=CONFIG)
+            phi_of = functools.partial(sharded(compress, **axes), parameters=phi, config=CONFIG, method="mlp")
             kv = kv._replace(cmp_k=phi_of(kv.cmp_k), cmp_v=phi_of(kv.cmp_v))
             options = {"config": CONFIG, "segment_ids": segment_ids, "implementation": implementation}
             return sharded(nsa_attention, **axes)(q, kv, gates, **options)

@@ -23,13 +23,14 @@ T, E = 70, 16
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 LAYERS = {
     "nsa": nsa_jax.NSAttention(**HEADS, config=CONFIG),
+    "nsa, the paper's layout": nsa_jax.NSAttention(**HEADS, config=CONFIG, compression="mlp", share_kv=False),
     "nsa, reference, linear phi, Dv 5": nsa_jax.NSAttention(
         **HEADS, v_head_dim=5, config=CONFIG, compression="linear", implementation="reference"
     ),
-    "nsa, mean phi, shared keys, no positions": nsa_jax.NSAttention(
-        **HEADS, config=CONFIG, compression="mean", share_kv=True, rope_theta=None
+    "nsa, no positions": nsa_jax.NSAttention(**HEADS, config=CONFIG, rope_theta=None),
+    "nsa, tied keys, normalised": nsa_jax.NSAttention(
+        **HEADS, config=CONFIG, compression="mlp", share_kv=False, tie_keys=True, qk_norm=True
     ),
-    "nsa, tied keys, normalised": nsa_jax.NSAttention(**HEADS, config=CONFIG, tie_keys=True, qk_norm=True),
     "nsa, blocks that do not overlap": nsa_jax.NSAttention(**HEADS, config=NSAConfig(4, 4, 4, 3, 1, 1, 7)),
     "full": nsa_jax.FullAttention(**HEADS),
     "full, normalised": nsa_jax.FullAttention(**HEADS, qk_norm=True),

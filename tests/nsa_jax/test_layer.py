@@ -13,7 +13,7 @@ from programs import sums
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSAConfig, compress, num_compressed
-from nsa_jax.compression import add_bias
+from nsa_jax.compression import COMPRESSIONS, add_bias, phi_shapes
 from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.testing import assert_trees_close
 
@@ -31,12 +31,14 @@ def embeddings(seed=0, B=2):
     return jax.random.normal(jax.random.key(seed), (B, T, E))
 
 
+PAPER = {"compression": "mlp", "share_kv": False}  # the paper's layout
 OPTIONS = pytest.mark.parametrize(
     "options",
     [
         *({"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)),
         {"share_kv": True, "qk_norm": True},
-        {"tie_keys": True, "qk_norm": True, "output_init_scale": 0.5},
+        {**PAPER, "tie_keys": True, "qk_norm": True, "output_init_scale": 0.5},
+        {"compression": "mlp", "tie_keys": True},
     ],
     ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
 )
@@ -46,6 +48,9 @@ def test_parameters_have_the_shapes_of_the_equations():
     """phi has twice as many hidden units as the head is wide, the gates a quarter of the width, unless told."""
     l, K, Dk, Dv = CONFIG.compress_block, 2, 8, 6  # noqa: E741
     expected = {"q_kernel": (E, 4, Dk), "o_kernel": (4, Dv, E)}
+    gates = {"gate_in_kernel": (E, E // 4), "gate_in_bias": (E // 4,)}
+    gates |= {"gate_out_kernel": (E // 4, 4, 3), "gate_out_bias": (4, 3)}
+    by_default = expected | gates | {"k_kernel": (E, K, Dk), "v_kernel": (E, K, Dv)}
     for branch in ("cmp", "slc", "win"):
         expected |= {f"{branch}_k_kernel": (E, K, Dk), f"{branch}_v_kernel": (E, K, Dv)}
     for name, D in (("k", Dk), ("v", Dv)):
@@ -55,15 +60,16 @@ def test_parameters_have_the_shapes_of_the_equations():
             f"phi_{name}_out_kernel": (2 * D, D),
             f"phi_{name}_out_bias": (D,),
         }
-    expected |= {"gate_in_kernel": (E, E // 4), "gate_in_bias": (E // 4,)}
-    expected |= {"gate_out_kernel": (E // 4, 4, 3), "gate_out_bias": (4, 3)}
+    expected |= gates
 
     def shapes(**fields):
         parameters = nn.unbox(jax.eval_shape(layer(**fields).init, jax.random.key(0), embeddings()))["params"]
         return {name: x.shape for name, x in parameters.items()}
 
-    assert shapes() == expected
-    assert shapes(gate_hidden_dim=5) == expected | {
+    assert shapes() == by_default
+    assert shapes(**PAPER) == expected
+    assert shapes(**PAPER, compression_hidden_dim=3)["phi_v_out_kernel"] == (3, Dv)
+    assert shapes(**PAPER, gate_hidden_dim=5) == expected | {
         "gate_in_kernel": (E, 5),
         "gate_in_bias": (5,),
         "gate_out_kernel": (5, 4, 3),
@@ -208,11 +214,11 @@ def test_compression_equals_phi_of_each_window(method):
     parameters = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     expected = np.zeros((2, num_compressed(23, config), 3, D))
     for b, i, h in np.ndindex(expected.shape[:3]):
-        block = x[b, i * d : i * d + l, h] + parameters["position"]
+        block = x[b, i * d : i * d + l, h]
         if method == "mean":
             expected[b, i, h] = block.mean(axis=0)
             continue
-        hidden = block.reshape(-1) @ parameters["in_kernel"].reshape(l * D, -1)
+        hidden = (block + parameters["position"]).reshape(-1) @ parameters["in_kernel"].reshape(l * D, -1)
         if method == "mlp":
             hidden = hidden + parameters["in_bias"]
             hidden = hidden / (1 + np.exp(-hidden)) @ parameters["out_kernel"] + parameters["out_bias"]
@@ -225,14 +231,13 @@ def test_compression_equals_phi_of_each_window(method):
 def test_overlapping_windows_are_never_materialised():
     """No array of the traced program holds every window of every head."""
     config = NSAConfig()
-    module = nsa_jax.NSAttention(num_heads=2, num_kv_heads=2, head_dim=16, config=config)
-    x = jax.ShapeDtypeStruct((1, 4096, 32), jnp.float32)
-    variables = jax.eval_shape(lambda x: nn.unbox(module.init(jax.random.key(0), x)), x)
-    phi = {n.removeprefix("phi_k_"): v for n, v in variables["params"].items() if n.startswith("phi_k_")}
     k = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda k, p: compress(k, p, config=config))(k, phi)
-    largest = max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars)
-    assert largest < num_compressed(4096, config) * config.compress_block * 2 * 16
+    for method in COMPRESSIONS:
+        shapes = phi_shapes(method, 16, 32, config)
+        phi = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        jaxpr = jax.make_jaxpr(lambda k, p, method=method: compress(k, p, config=config, method=method))(k, phi)
+        largest = max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars)
+        assert largest < num_compressed(4096, config) * config.compress_block * 2 * 16
 
 
 def test_bad_fields_are_refused_by_name():
@@ -240,7 +245,7 @@ def test_bad_fields_are_refused_by_name():
     for fields, message in (
         ({"num_kv_heads": 3}, "num_kv_heads = 3: expected a divisor of num_heads = 4"),
         ({"head_dim": 7}, "head_dim = 7: rotary position embedding needs an even head size"),
-        ({"compression": "max"}, "compression = 'max': expected one of mlp, linear, mean"),
+        ({"compression": "max"}, "compression = 'max': expected one of mean, linear, mlp"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(**fields).init(jax.random.key(0), x)
@@ -261,7 +266,7 @@ def traced(module, variables, x):
 
 
 def test_normalised_queries_and_keys_have_a_root_mean_square_of_their_scale_whatever_the_kernel():
-    module = layer(qk_norm=True)
+    module = layer(**PAPER, qk_norm=True)
     variables, x = initial(module)
     loud = jax.tree.map(lambda p: p, variables)
     loud["params"]["q_kernel"] *= 100
@@ -284,21 +289,31 @@ def test_full_attention_normalises_queries_and_keys_and_not_values():
         assert jnp.allclose(module.apply(changed, x), y, atol=1e-4) == same, name
 
 
-def test_tied_keys_are_the_means_of_the_selected_branchs_keys_before_rotation():
-    module = layer(tie_keys=True, rope_theta=None, qk_norm=True)
+@pytest.mark.parametrize("options", [{}, {**PAPER, "tie_keys": True}, {"compression": "mlp", "tie_keys": True}])
+def test_a_querys_score_for_a_block_is_the_mean_of_its_scores_for_the_keys_there(options):
+    """So it is with shared and with tied keys, whatever their positions and norms."""
+    module = layer(**options, qk_norm=True)
     variables, x = initial(module)
-    parameters = variables["params"]
-    assert not {"cmp_k_kernel", "cmp_k_norm_scale", "phi_k_in_kernel", "phi_k_out_bias"} & set(parameters)
-    assert {"cmp_v_kernel", "phi_v_in_kernel", "slc_k_norm_scale"} <= set(parameters)
     inputs = traced(module, variables, x)
-    mean = compress(inputs.kv.slc_k, {"position": parameters["phi_k_position"]}, config=CONFIG, method="mean")
-    assert_trees_close(inputs.kv.cmp_k, mean, 1e-6)
+    q, kv = inputs.q.reshape(2, T, 2, 2, 8), inputs.kv
+    scores = jnp.einsum("btkgd,bskd->btkgs", q, kv.slc_k)
+    l, d = CONFIG.compress_block, CONFIG.compress_stride  # noqa: E741
+    means = [scores[..., i : i + l].mean(axis=-1) for i in range(0, T - l + 1, d)]
+    actual = jnp.einsum("btkgd,bnkd->btkgn", q, kv.cmp_k)
+    assert_trees_close(actual, jnp.stack(means, axis=-1), 1e-5)
 
 
-def test_tied_keys_are_rotated_at_their_first_token():
-    module = layer(tie_keys=True)
+def test_tied_keys_have_no_parameters_of_their_own():
+    parameters = initial(layer(**PAPER, tie_keys=True, qk_norm=True))[0]["params"]
+    assert not {name for name in parameters if name.startswith(("cmp_k", "phi_k"))}
+    assert {"cmp_v_kernel", "phi_v_in_kernel", "slc_k_norm_scale"} <= set(parameters)
+
+
+@pytest.mark.parametrize("compression", ["mlp", "linear"])
+def test_what_a_network_makes_of_keys_is_rotated_at_the_first_token(compression):
+    module = layer(compression=compression)
     variables, x = initial(module)
-    plain = traced(layer(tie_keys=True, rope_theta=None), variables, x).kv
+    plain = traced(layer(compression=compression, rope_theta=None), variables, x).kv
     rotated = traced(module, variables, x).kv
     first = jnp.arange(plain.cmp_k.shape[1], dtype=jnp.int32)[None] * CONFIG.compress_stride
     assert_trees_close(rotated.cmp_k, apply_rope(plain.cmp_k, first, 10_000.0, RopeScaling()), 1e-5)
@@ -312,6 +327,3 @@ def test_the_initial_output_projection_is_scaled_and_nothing_else():
         assert_trees_close(scaled["params"][name], factor * value, 1e-6)
 
 
-def test_tied_and_shared_keys_are_refused_together():
-    with pytest.raises(ValueError, match="tie_keys = True: expected share_kv = False"):
-        initial(layer(tie_keys=True, share_kv=True))

@@ -50,10 +50,6 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
     ("changes", "message"),
     [
         ({"model": ModelConfig(num_heads=6, num_kv_heads=4)}, r"model.num_heads = 6: .* model.num_kv_heads = 4"),
-        (
-            {"model": ModelConfig(tie_keys=True, share_kv=True)},
-            r"model.tie_keys = True: expected model.share_kv = False",
-        ),
         ({"model": ModelConfig(embedding_init=0.0)}, r"model.embedding_init = 0.0: expected a positive number"),
         ({"optimizer": OptimizerConfig(decay_fraction=1.5)}, r"optimizer.decay_fraction = 1.5: .*from 0 to 1"),
         ({"sample_prompt": "caf\udce9"}, r"sample_prompt = 'caf.udce9': expected text that UTF-8 can hold"),

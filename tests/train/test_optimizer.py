@@ -35,7 +35,7 @@ def parameters_of(config):
 
 
 def test_decay_touches_kernels_and_embeddings_and_nothing_else():
-    params = parameters_of(ModelConfig(num_layers=2, tie_embeddings=False))
+    params = parameters_of(ModelConfig(num_layers=2, tie_embeddings=False, compression="mlp"))
     names = {path[-1].key: decays(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     decayed = {name for name, yes in names.items() if yes}
     assert {"embedding", "output_kernel", "q_kernel", "o_kernel", "down_kernel", "phi_k_in_kernel"} <= decayed
@@ -161,6 +161,8 @@ def test_muon_takes_each_matrix_from_what_it_sums_over_to_what_it_makes():
         mlp_dim=M,
         qk_norm=True,
         tie_embeddings=False,
+        compression="mlp",
+        share_kv=False,
         nsa=NSAConfig(compress_block=block, compress_stride=4, select_block=8, num_selected=3, window=6),
     )
     expected = {"q_kernel": (E, H * D), "o_kernel": (H * V, E), "gate_in_kernel": (E, E // 4)}

@@ -51,7 +51,15 @@ def test_flops_of_full_and_window_attention_equal_the_hand_count():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"share_kv": True}, {"compression": "linear"}, {"compression": "mean"}, {"tie_keys": True}]
+    "changes",
+    [
+        {},
+        {"share_kv": False},
+        {"compression": "linear"},
+        {"compression": "mlp", "share_kv": False},
+        {"compression": "mlp", "share_kv": False, "tie_keys": True},
+        {"compression": "mlp", "tie_keys": True},
+    ],
 )
 def test_flops_of_nsa_equal_the_hand_count_of_its_branches(changes):
     model = dataclasses.replace(MODEL, **changes)

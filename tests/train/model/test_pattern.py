@@ -69,7 +69,7 @@ def test_kinds_take_turns_and_decoding_gives_the_forward_pass():
     config = dataclasses.replace(LAYERS, pattern=("nsa", "window"))
     assert config.attention_of_layers == ("nsa", "window") * 2
     params = parameters(config)
-    assert [sum(name.startswith("phi_") for name in params["layers"][i]["attention"]) > 0 for i in "01"] == [
+    assert [sum(name.startswith("gate_in_kernel") for name in params["layers"][i]["attention"]) > 0 for i in "01"] == [
         True,
         False,
     ]

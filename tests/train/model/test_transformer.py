@@ -102,9 +102,8 @@ def test_every_setting_of_the_model_changes_its_program():
         "attention": "window",
         "pattern": ("window",),
         "nsa": dataclasses.replace(SMALL.nsa, window=5),
-        "compression": "mean",
-        "share_kv": True,
-        "tie_keys": True,
+        "compression": "linear",
+        "share_kv": False,
         "qk_norm": True,
         "rope_theta": 100.0,
         "rope_scaling": RopeScaling("linear", 2.0, 8),
@@ -112,7 +111,8 @@ def test_every_setting_of_the_model_changes_its_program():
         "tie_embeddings": False,
         "dtype": "bfloat16",
     }
-    others = {"implementation", "remat", "embedding_init", "output_init"}  # of speed, and of initial parameters
+    # Of speed, of initial parameters, and for what is not the mean already.
+    others = {"implementation", "remat", "embedding_init", "output_init", "tie_keys"}
     assert set(changes) | others == {field.name for field in dataclasses.fields(ModelConfig)}
 
     def program(**change):
@@ -181,7 +181,7 @@ def test_permuting_the_batch_permutes_the_output(attention):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False, "share_kv": True, "remat": "full"}],
+    [{}, {"tie_embeddings": False, "share_kv": False, "compression": "mlp", "remat": "full"}],
 )
 def test_gradients_reach_every_parameter_of_every_layer(changes):
     model, params = make(**changes)

@@ -23,7 +23,6 @@ class NSA(AttentionKind):
             compression=config.compression,
             share_kv=config.share_kv,
             tie_keys=config.tie_keys,
-            pool_rotated=config.pool_rotated,
             implementation=config.implementation,
         )
 
@@ -35,8 +34,9 @@ class NSA(AttentionKind):
 
     def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
         """One for each branch, unless they share it; the compressed branch has no keys of its own if they are tied."""
-        branches = 1 if config.share_kv else 3
-        return branches - config.tie_keys, branches
+        if config.share_kv:
+            return 1, 1
+        return 3 - config.tie_keys, 3
 
     def other_multiply_adds(self, config: ModelConfig, length: int) -> float:
         """The gates' MLP for each token, and phi for each compressed token and key/value head."""
@@ -46,7 +46,6 @@ class NSA(AttentionKind):
         phi = {
             "mlp": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
             "linear": sum(l * D * D for D in sizes_of_phi),
-            "residual": sum(l * D * 2 * D + 2 * D * D for D in sizes_of_phi),
             "mean": 0,
         }[config.compression]
         compressed = _visible_compressed(config, length)[-1]
