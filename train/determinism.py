@@ -1,7 +1,8 @@
 """Whether the gradients of a step repeat bit for bit, and what makes them.
 
-On a GPU, XLA may add numbers in memory in whatever order they arrive: so it sums the gradient of the embeddings. It has
-kernels without such sums too, and an option that allows no others. All kernels of this repository have a fixed order.
+On a GPU, operations may add numbers in memory in whatever order they arrive. Ours do not: all kernels of this
+repository have a fixed order, and so has the gradient of the embeddings (`train.model.embedding`). XLA has an option
+that allows no others either, which also asks cuDNN's attention for a fixed order.
 """
 
 import os

@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nsa_jax.sharding import devices_along, reshape
+from train.model.chunks import CHUNK_ELEMENTS, in_chunks
 from train.model.rounding import widened, with_gradient_to
-from train.parallel.sharding import RULES, activation, logical
-
-# Float32 logits that exist at a time. More are computed chunk by chunk, and rematerialised in the backward pass.
-CHUNK_ELEMENTS = 1 << 26
+from train.parallel.sharding import activation
 
 
 class LossSums(NamedTuple):
@@ -39,20 +36,9 @@ def cross_entropy(
     and rematerialised, so that float32 [B, T, V] never exists, forward or backward. Each device cuts up its own rows
     and tokens.
     """
-    B, T, _ = hidden.shape
-    rules = dict(RULES)
-    D, C, vocab = (devices_along(rules[name]) for name in ("batch", "sequence", "vocab"))
-    rows, tokens = B // D, T // C  # of a device
-    chunk = min(tokens, max(1, chunk_elements * vocab // (max(rows, 1) * kernel.shape[1])))
-    steps = -(-tokens // chunk)
-
-    def split(x: Array) -> Array:  # [B, T, ...] to [steps, D, rows, C, chunk, ...]; padding has weight 0
-        rest = x.shape[2:]
-        x = reshape(x, (D, rows, C, tokens, *rest), logical("batch", None, "sequence", None, *[None] * len(rest)))
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, steps * chunk - tokens),) + ((0, 0),) * len(rest))
-        return jnp.moveaxis(x.reshape(D, rows, C, steps, chunk, *rest), 3, 0)
-
-    parts = tuple(map(split, (hidden, targets, weights, target_bytes)))
+    inputs = (hidden, targets, weights, target_bytes)
+    parts = in_chunks(inputs, kernel.shape[1], chunk_elements=chunk_elements)  # padding has weight 0
+    chunks, D, _, C = parts[0].shape[:4]
     # One copy for each device, which holds it anyway. So gradients of the chunks are summed on each device, and over
     # the devices only once.
     wide, kernels = (
@@ -63,7 +49,7 @@ def cross_entropy(
     def sums(inputs: tuple[Array, ...]) -> LossSums:
         return _sums(inputs[0], with_gradient_to(wide, kernels), *inputs[1:])
 
-    if steps == 1:
+    if chunks == 1:
         return sums(tuple(x[0] for x in parts))
 
     @jax.checkpoint

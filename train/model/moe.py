@@ -166,7 +166,9 @@ def route(
     scores = jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
     biased = scores + bias.reshape(*(1,) * (logits.ndim - 1), -1)
     _, choice = jax.lax.top_k(jax.lax.stop_gradient(biased), config.top_k)
-    weights = jnp.take_along_axis(scores, choice, axis=-1)
+    # A sum instead of a gather, whose gradient would be a scatter: on a GPU, numbers added up in any order, or a sort.
+    chosen = jax.nn.one_hot(choice, config.num_routed, dtype=bool)
+    weights = jnp.sum(jnp.where(chosen, scores[..., None, :], 0), axis=-1)
     if config.normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return choice, config.routed_scaling * weights, scores / jnp.sum(scores, axis=-1, keepdims=True)

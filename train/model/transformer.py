@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import save_attention
 from nsa_jax.cache import Cache
-from nsa_jax.sharding import take_rows
 from train.config import ModelConfig, MoEConfig
 from train.model.attention.kind import make_attention
+from train.model.embedding import embed
 from train.model.moe import COLLECTION, MoE
-from train.parallel.sharding import activation, logical, weight
+from train.parallel.sharding import activation, weight
 
 # The embedding has a multiple of this many rows, which suits matrix units and a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -238,9 +238,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, in the compute dtype."""
-        # Rounded, then widened again, because the gradient of a row is a sum over many tokens and must be in float32.
-        table = weight(self.embedding, ("vocab", "embed"), self.config.dtype).astype(jnp.float32)
-        return take_rows(table, tokens, logical("batch", "sequence", None)).astype(self.config.dtype)
+        return embed(weight(self.embedding, ("vocab", "embed"), self.config.dtype), tokens)
 
     def decode(
         self,

@@ -300,12 +300,10 @@ def test_without_axes_to_split_over_it_is_plain_local_code(alone):
         assert "shard_map" in str(jax.make_jaxpr(layer(config))(*arguments))
 
 
-def test_the_gradient_of_tokens_and_experts_adds_nothing_up_in_an_order_that_may_change(alone):
-    """No scatter but that of the weights into a token's scores, which puts one number in each place."""
+def test_the_gradient_of_tokens_and_experts_scatters_nothing(alone):
     config, arguments, _ = alone
     program = jax.jit(layer(config)).lower(*arguments).as_text()
-    scattered = re.findall(r'"stablehlo.scatter".*?\) : \((tensor<[^>]+>)', program, re.DOTALL)
-    assert scattered == [f"tensor<{B * T}x{N}xf32>"]
+    assert "stablehlo.scatter" not in program
 
 
 def test_bfloat16_routes_in_float32_and_gives_bfloat16():

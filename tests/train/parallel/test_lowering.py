@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from train.config import MeshConfig
+from tests.train.test_meshes import LARGER, models
+from train.config import DataConfig, MeshConfig, TrainConfig
 from train.parallel.lowering import lower_for_gpus
 from train.presets import PRESETS
 
@@ -28,3 +29,13 @@ def test_the_papers_model_lowers_for_64_gpus_with_its_kernels(length, rows, mesh
     program = lower_for_gpus(config, 102400, devices=64, device_kind="NVIDIA H100").as_text()
     assert program.count("__gpu$xla.gpu.triton") > 30  # of one layer, or two where the first differs
     assert "mhlo.num_partitions = 64" in program
+
+
+@pytest.mark.parametrize("name", ["full", "nsa", "experts"])
+def test_a_step_on_a_gpu_adds_nothing_up_in_memory(name):
+    """Nor does it scatter anything else. Documents are isolated, with which full attention needs no cuDNN."""
+    model = dataclasses.replace(models(LARGER)[name], dtype="bfloat16", remat="dots")
+    config = TrainConfig(model, DataConfig(batch_size=2, sequence_length=128), mesh=MeshConfig(data=1))
+    program = lower_for_gpus(config, 50, devices=1, device_kind="NVIDIA H100").as_text()
+    assert "stablehlo.dot_general" in program
+    assert "stablehlo.scatter" not in program
