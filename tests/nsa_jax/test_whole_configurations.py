@@ -1,7 +1,8 @@
 """Random layers: against the reference, beside values that must not matter, over caches and on meshes.
 
 `MINUTES=60 python -m pytest tests/nsa_jax/test_whole_configurations.py -n 0 -s` goes on for an hour with other layers
-in every round, and says at the end how many there were. Every failure is printed as the `LayerCase` that shows it.
+in every round, and says at the end how many there were. `SEED` is the first round's: 0, if not given. Every failure is
+printed as the `LayerCase` that shows it.
 """
 
 import contextlib
@@ -278,7 +279,7 @@ def test_random_layers():
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    for number in itertools.count():
+    for number in itertools.count(int(os.environ.get("SEED", 0))):
         seed(number)(options(given(layer_cases())(run)))()
         print(f"{sum(ran.values())} layers, {ran}, {len(failures)} failed", flush=True)
         jax.clear_caches()
