@@ -103,7 +103,9 @@ def close_gradients(case: LayerCase, actual, expected):
     and of scores where a query sees a single key. In float64 they are 1e-16 of the largest, and in every dtype as much
     as its rounding.
     """
-    least = float(jnp.finfo(case.dtype).eps) * max(np.linalg.norm(np.asarray(b, np.float64)) for b in expected.values())
+    largest = max(np.linalg.norm(np.asarray(gradient, np.float64)) for gradient in expected.values())
+    assert np.isfinite(largest), "a gradient is not finite"
+    least = float(jnp.finfo(case.dtype).eps) * largest
     for name in expected:
         close(f"d {name}", actual[name], expected[name], 3 * tolerance_of(case.dtype), least=least)
 
