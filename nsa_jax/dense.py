@@ -74,7 +74,7 @@ def dense_attention(
     is_causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
-    """`jax.nn.dot_product_attention`, on cuDNN if it can.
+    """`jax.nn.dot_product_attention` on a GPU, with cuDNN if it can; with `lengths` elsewhere, `xla.masked_attention`.
 
     `lengths` says how many keys of each row count. The others may hold anything that is finite; on XLA, NaN too.
     """
@@ -84,7 +84,8 @@ def dense_attention(
         lengths = jnp.maximum(lengths, 1)
     elif lengths is not None:
         counts = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-        if q.dtype == jnp.float64:  # the softmax of JAX's function is in float32
+        # The softmax of JAX's function is in float32, and its products of float16 compile on GPUs alone.
+        if q.dtype == jnp.float64 or not _on_gpu():
             seen = counts[:, None, None, :]
             return xla.masked_attention(q, k, v, seen if mask is None else seen & mask, Dk**-0.5)[0]
         v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN

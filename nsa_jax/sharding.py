@@ -144,8 +144,9 @@ def sharded(
         run = cast(Callable[..., Result], op)
         if devices["context"] > 1:
             run = _over_context(op, over["context"], options, arrays)
+        arrays, restore = _without_empty(arrays, devices)
         split_op = jax.shard_map(
-            lambda arrays: run(**arrays, **options),
+            lambda arrays: run(**restore(arrays), **options),
             mesh=mesh,
             in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
             out_specs=jax.tree.map(place, RESULTS[op]),
@@ -271,6 +272,25 @@ def _separate(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
                 functools.partial(arguments.array, name), value, is_leaf=lambda x: isinstance(x, list)
             )
     return arrays, options
+
+
+def _without_empty(
+    arrays: Mapping[str, Any], devices: Mapping[str, int]
+) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], dict[str, Any]]]:
+    """The arrays, with None for each that has no elements, and a function that puts such arrays back on a device.
+
+    There are no compressed tokens if T < l. On JAX 0.11, XLA crashes on a `jax.shard_map` that takes arrays without
+    elements beside others, so each device makes its own.
+    """
+
+    def restored(name: str, x: Array, given: Array | None) -> Array:
+        sizes = zip(x.shape, ARGUMENTS[name], strict=False)
+        return jnp.zeros([size // devices.get(what, 1) for size, what in sizes], x.dtype) if given is None else given
+
+    def restore(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: jax.tree.map(functools.partial(restored, name), arrays[name], given[name]) for name in arrays}
+
+    return jax.tree.map(lambda x: x if x.size else None, dict(arrays)), restore
 
 
 def _check_divisible(

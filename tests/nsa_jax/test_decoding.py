@@ -14,7 +14,7 @@ import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
 from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
-from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs
+from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs, tolerance_of
 
 CONFIG = NSAConfig(
     compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
@@ -371,17 +371,19 @@ def test_steps_that_do_not_fit_are_refused_by_name(tokens, options, message):
         layer.clone(dtype=dtype).apply(variables, x[:rows, :tokens], cache, method="decode_step", **options)
 
 
-def test_full_attention_decodes_in_float64_with_the_numbers_of_the_whole_forward_pass():
-    with jax.enable_x64(True):
-        layer = nsa_jax.FullAttention(num_heads=4, num_kv_heads=2, head_dim=8, param_dtype=jnp.float64)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_full_attention_decodes_in_every_dtype_with_the_numbers_of_the_whole_forward_pass(window, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        layer = nsa_jax.FullAttention(num_heads=4, num_kv_heads=2, head_dim=8, window=window, param_dtype=dtype)
 
         @jax.jit
         def last(key):
-            x = jax.random.normal(key, (2, 9, 16), jnp.float64)
+            x = jax.random.normal(key, (2, 9, 16), dtype)
             variables = layer.init(key, x)
-            cache = layer.init_cache(batch_size=2, max_length=12, dtype=jnp.float64)
+            cache = layer.init_cache(batch_size=2, max_length=12, dtype=dtype)
             _, cache = layer.apply(variables, x[:, :8], cache, method="prefill")
             y, _ = layer.apply(variables, x[:, 8:], cache, method="decode_step")
             return y, layer.apply(variables, x)[:, 8:]
 
-        assert normwise_error(*last(jax.random.key(0))) < 1e-12
+        assert normwise_error(*last(jax.random.key(0))) < tolerance_of(dtype)

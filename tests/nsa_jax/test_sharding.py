@@ -129,6 +129,17 @@ def test_every_choice_of_axes_gives_the_values_and_gradients_of_one_device(axes,
 
 
 @KINDS
+def test_too_few_tokens_for_a_compressed_one_give_the_values_and_gradients_of_one_device(kind):
+    arguments = problem(T=CONFIG.compress_block - 1)
+    alone = jax.jit(attend(nsa_jax.nsa_attention, "reference"))(*arguments)
+    mesh = make_mesh(kind, data=2, tensor=2)
+    with jax.set_mesh(mesh):
+        run = jax.jit(attend(sharded(nsa_jax.nsa_attention, **BOTH)))
+        actual = run(*put(arguments, mesh, "data", "tensor"))
+    assert_trees_close(actual, alone, 1e-5)
+
+
+@KINDS
 def test_a_traced_offset_in_a_rematerialised_scan(kind):
     """Later queries of two layers, which the backward pass recomputes."""
     arrays, segment_ids, cotangent = problem()
