@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-# Compiling is most of the tests' time: tests need right code, not fast code.
+from helpers.compiling import QUICKLY
+
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_gpu_exclude_nondeterministic_ops=true "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    f"--xla_force_host_platform_device_count=8 --xla_gpu_exclude_nondeterministic_ops=true {QUICKLY}",
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -31,6 +31,13 @@ settings.load_profile("nsa_jax")
 def pytest_configure(config):
     """An entry that another worker is writing, or that a stopped one left half written, is compiled anew."""
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_programs_of_one_module():
+    """Frees what a module traced and compiled: some gigabytes in the end, which Python would search for garbage."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.compiling import QUICKLY
 
 from train.checkpoints.checkpointer import Checkpointer
 from train.config import CheckpointConfig
@@ -88,10 +89,11 @@ def start(
     """A process, in a group of its own, whose output is added to a file.
 
     `cache` is the folder of compiled programs, so that only the first process compiles; `umask` tells who wrote a file;
-    `environment` is added to this process's own, except its XLA_FLAGS.
+    `environment` is added to this process's own, without whose XLA_FLAGS there is one device, compiled for quickly.
     """
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        **os.environ,
+        "XLA_FLAGS": QUICKLY,
         **(environment or {}),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -7,6 +7,7 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
+from helpers.compiling import QUICKLY
 
 ROOT = Path(__file__).parents[2]
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -27,7 +28,7 @@ def test_notebook_runs(text, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     # One device, as a reader has, and code that is compiled quickly rather than well.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     notebook = jupytext.read(text)
     folder = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()

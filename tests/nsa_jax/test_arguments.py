@@ -348,7 +348,8 @@ def test_missing_parameters_and_those_of_another_width_are_refused_by_name():
 
     config, x = HeadConfig(**HEADS), jnp.zeros((B, T, 8))
     module = nsa_jax.FullAttention(**HEADS)
-    parameters = nsa_jax.linen.nn.unbox(module.init(jax.random.key(0), x))["params"]
+    shapes = nsa_jax.linen.nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
+    parameters = jax.tree.map(lambda p: jnp.zeros(p.shape), shapes)
     with pytest.raises(ValueError, match=r"^parameters: v_kernel is missing: expected q_kernel, o_kernel, "):
         full_layer({n: p for n, p in parameters.items() if n != "v_kernel"}, x, config=config)
     with pytest.raises(ValueError, match=re.escape("q_kernel: shape (8, 2, 4): expected (6, 2, 4) for x: float32")):

@@ -187,7 +187,7 @@ def test_ops_work_under_jit_vmap_remat_and_scan(inputs, implementation):
     expected = attend(*arguments)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arguments)
     assert jnp.allclose(jax.jit(attend)(*arguments), expected, atol=1e-6)
-    assert jnp.allclose(jax.vmap(attend)(*stacked)[1], expected, atol=1e-6)
+    assert jnp.allclose(jax.jit(jax.vmap(attend))(*stacked)[1], expected, atol=1e-6)
     _, scanned = jax.lax.scan(lambda c, a: (c, jax.checkpoint(attend)(*a)), None, stacked)
     assert jnp.allclose(scanned[1], expected, atol=1e-6)
 

@@ -472,11 +472,15 @@ def test_supports_may_give_its_reason_and_a_named_backend_is_not_asked(inputs, r
     register(
         backend(supports=refusing(NotImplementedError("needs a Z1")), window_attention=of("xla", "window_attention"))
     )
-    window = functools.partial(nsa_jax.window_attention, inputs.q, *inputs.kv[4:], config=CONFIG)
-    made = backends.explain(nsa_jax.window_attention, inputs.q, *inputs.kv[4:], config=CONFIG)
+    arguments = (inputs.q, *inputs.kv[4:])
+    made = backends.explain(nsa_jax.window_attention, *arguments, config=CONFIG)
     assert made["window_attention"].backend == "xla"
     assert dict(made["window_attention"].refusals)["mine"] == "needs a Z1"
-    assert_trees_close(window(implementation="mine"), window(implementation="reference"), 1e-5)
+    ours, expected = (
+        jax.jit(functools.partial(nsa_jax.window_attention, config=CONFIG, implementation=name))(*arguments)
+        for name in ("mine", "reference")
+    )
+    assert_trees_close(ours, expected, 1e-5)
 
 
 def test_a_backend_may_be_for_some_gpus_only(register):

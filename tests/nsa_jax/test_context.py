@@ -139,11 +139,12 @@ def test_devices_receive_what_the_formula_says_and_whole_keys_of_one_head_at_a_t
 def test_a_window_longer_than_the_sequence_reaches_as_far_as_there_are_tokens():
     T, C, config = 48, 2, dataclasses.replace(CONFIG, window=1000)
     q, k, v = (jax.random.normal(key, (1, T, 2, D)) for key in jax.random.split(jax.random.key(0), 3))
-    expected = window_attention(q, k, v, config=config, implementation="xla")
+    options = {"config": config, "implementation": "xla"}
+    expected = jax.jit(functools.partial(window_attention, **options))(q, k, v)
     attention = sharded(window_attention, context_axes="context")
     with jax.set_mesh(make_mesh(AUTO, {"context": C})):
         split = [jax.device_put(to_zigzag(x, C), PartitionSpec(None, "context")) for x in (q, k, v)]
-        actual = jax.jit(functools.partial(attention, config=config, implementation="xla"))(*split)
+        actual = jax.jit(functools.partial(attention, **options))(*split)
     assert_trees_close(from_zigzag(jax.device_get(actual), C), expected, 1e-6)
     sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": D, "v_head_dim": D, "itemsize": 4}
     # Before each of its two chunks of 12 tokens there are at most 36.
@@ -215,7 +216,8 @@ def test_what_cannot_be_split_is_refused_by_name():
         with pytest.raises(ValueError, match=r"x: chunks of 6 tokens, two for each of 8 devices: .*stride = 8"):
             sharded(compress, **over)(q[:, :96], phi, config=CONFIG)
         layer, x = nsa_jax.NSAttention(**LAYER, config=CONFIG, context_axes="context"), jnp.zeros((1, 128, 24))
-        variables, cache = layer.init(jax.random.key(0), x), layer.init_cache(batch_size=1, max_length=128)
+        variables = jax.jit(layer.init)(jax.random.key(0), x)
+        cache = layer.init_cache(batch_size=1, max_length=128)
         with pytest.raises(ValueError, match=r"context_axes = 'context': a cache's tokens are not split"):
             layer.apply(variables, x, cache, method="prefill")
     with pytest.raises(ValueError, match=r"T = 12: expected a multiple of 2 \* devices = 8"):

@@ -96,14 +96,14 @@ def test_linen_and_nnx_have_the_same_parameters_and_numbers(options):
 def test_full_attention_twins_agree_and_a_window_of_T_is_no_window():
     x = embeddings()
     linen = nsa_jax.FullAttention(**HEADS)
-    variables = nn.unbox(linen.init(jax.random.key(2), x))
+    variables = nn.unbox(jax.jit(linen.init)(jax.random.key(2), x))
     twin = nsa_jax.nnx.FullAttention(E, rngs=nnx.Rngs(0), **HEADS)
     for name, value in variables["params"].items():
         getattr(twin, name)[...] = value
-    expected = linen.apply(variables, x)
-    assert_trees_close(twin(x), expected, 1e-6)
-    assert_trees_close(nsa_jax.FullAttention(**HEADS, window=T).apply(variables, x), expected, 1e-6)
-    assert not jnp.allclose(nsa_jax.FullAttention(**HEADS, window=3).apply(variables, x), expected)
+    expected, whole, narrow = (jax.jit(linen.clone(window=w).apply)(variables, x) for w in (None, T, 3))
+    assert_trees_close(nnx.jit(lambda m: m(x))(twin), expected, 1e-6)
+    assert_trees_close(whole, expected, 1e-6)
+    assert not jnp.allclose(narrow, expected)
 
 
 @OPTIONS

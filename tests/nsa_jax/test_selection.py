@@ -1,5 +1,7 @@
 """The measure of the selection agrees with a loop over queries, and knows a perfect and a blind selection."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,9 @@ CONFIG = NSAConfig(
     compress_block=8, compress_stride=4, select_block=8, num_selected=5, num_init=1, num_local=1, window=12
 )
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+
+measured = jax.jit(selection_recall, static_argnums=1)
 
 
 def by_loop(inputs, config, positions):
@@ -52,11 +57,11 @@ def by_loop(inputs, config, positions):
 def test_shares_equal_those_counted_query_by_query(T, num_segments):
     inputs = random_inputs(jax.random.key(0), CONFIG, T=T, B=2, num_segments=num_segments, **HEADS)
     positions = [3, 20, 47, 64, 80, T - 1]
-    measured = jax.jit(lambda inputs, p: selection_recall(inputs, CONFIG, p))(inputs, jnp.array(positions, jnp.int32))
+    recall = measured(inputs, CONFIG, jnp.array(positions, jnp.int32))
     expected = by_loop(inputs, CONFIG, positions)
-    np.testing.assert_allclose(np.stack(measured[:3]), expected, rtol=1e-5)
-    assert (measured.chosen <= measured.best).all()
-    assert (measured.beyond < 1).all()
+    np.testing.assert_allclose(np.stack(recall[:3]), expected, rtol=1e-5)
+    assert (recall.chosen <= recall.best).all()
+    assert (recall.beyond < 1).all()
 
 
 def test_scores_that_know_the_keys_choose_nearly_the_best_and_unrelated_scores_choose_at_random():
@@ -66,18 +71,19 @@ def test_scores_that_know_the_keys_choose_nearly_the_best_and_unrelated_scores_c
     k = jnp.repeat(jax.random.normal(jax.random.key(2), (1, 128, 2, 8)), 8, axis=1)
     tied = inputs._replace(kv=inputs.kv._replace(slc_k=k, cmp_k=k[:, ::8]))
     positions = jnp.arange(512, 1024, 4, dtype=jnp.int32)
-    skill = selection_recall(tied, config, positions).skill
+    skill = measured(tied, config, positions).skill
     assert (skill > 0.9).all(), skill  # heads of a group weigh the blocks a little differently
     blind = tied._replace(kv=tied.kv._replace(cmp_k=inputs.kv.cmp_k))
-    assert (jnp.abs(selection_recall(blind, config, positions).skill) < 0.1).all()
+    assert (jnp.abs(measured(blind, config, positions).skill) < 0.1).all()
 
 
 def test_the_blocks_measured_are_those_that_the_attention_reads():
     inputs = random_inputs(jax.random.key(3), CONFIG, T=96, **HEADS)
     lse, blocks, _ = reference_selection(inputs, CONFIG)
-    assert (blocks == select_blocks(inputs.q, inputs.kv.cmp_k, lse, config=CONFIG, implementation="xla")).all()
+    select = jax.jit(functools.partial(select_blocks, config=CONFIG, implementation="xla"))
+    assert (blocks == select(inputs.q, inputs.kv.cmp_k, lse)).all()
 
 
 def test_a_sample_without_anything_beyond_the_window_has_no_share():
     inputs = random_inputs(jax.random.key(4), CONFIG, T=64, **HEADS)
-    assert jnp.isnan(selection_recall(inputs, CONFIG, jnp.array([0, 5], jnp.int32)).chosen).all()
+    assert jnp.isnan(measured(inputs, CONFIG, jnp.array([0, 5], jnp.int32)).chosen).all()

@@ -13,7 +13,7 @@ import nsa_jax
 import nsa_jax.sharding
 from nsa_jax import NSAConfig
 from nsa_jax.sharding import ARGUMENTS, sharded
-from nsa_jax.testing import assert_trees_close, random_inputs
+from nsa_jax.testing import assert_trees_close, random_inputs, reference_selection
 
 CONFIG = NSAConfig(
     compress_block=16, compress_stride=8, select_block=16, num_selected=3, num_init=1, num_local=1, window=16
@@ -196,10 +196,9 @@ def test_a_mesh_can_be_given_and_a_surrounding_shard_map_is_respected():
 
 
 def single_op_cases():
-    (q, kv, _), _, _ = problem()
-    options = {"config": CONFIG, "implementation": "xla"}
-    lse = nsa_jax.compressed_attention(q, kv.cmp_k, kv.cmp_v, **options)[1]
-    blocks = nsa_jax.select_blocks(q, kv.cmp_k, lse, **options)
+    inputs = random_inputs(jax.random.key(0), CONFIG, **SHAPE)
+    lse, blocks, _ = jax.device_get(reference_selection(inputs, CONFIG))
+    q, kv, *_ = jax.device_get(inputs)
     return {
         nsa_jax.compressed_attention: {"q": q, "k": kv.cmp_k, "v": kv.cmp_v},
         nsa_jax.select_blocks: {"q": q, "k": kv.cmp_k, "lse": lse},

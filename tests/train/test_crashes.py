@@ -39,14 +39,14 @@ def log_path(run_dir: Path) -> Path:
 
 
 def start(
-    workspace: Path, run_dir: Path, max_file_blocks: int | None = None, cache: str = "compiled"
+    workspace: Path, run_dir: Path, max_file_blocks: int | None = None, cache: str = "compiled", **options
 ) -> subprocess.Popen:
     """A training process, whose files may be limited to a number of blocks of 512 bytes."""
     settings = {"steps": STEPS, "eval-every": 10, "checkpoint.every": EVERY, "data.batch-size": 2}
     command = train_runs.train_command(run_dir, {**settings, "data.path": workspace / "corpus"})
     if max_file_blocks is not None:
         command = ["sh", "-c", f'ulimit -f {max_file_blocks}; exec "$@"', "sh", *command]
-    return train_runs.start(command, log_path(run_dir), cache=workspace / cache)
+    return train_runs.start(command, log_path(run_dir), cache=workspace / cache, **options)
 
 
 def log_of(run_dir: Path) -> str:
@@ -138,7 +138,7 @@ def test_sigterm_saves_the_step_it_stops_after(stopped, uninterrupted):
 def test_ctrl_c_while_compiling_ends_a_run_at_once_with_one_line(workspace):
     (workspace / "empty").mkdir()
     run_dir = workspace / "compiling"
-    process = start(workspace, run_dir, cache="empty")
+    process = start(workspace, run_dir, cache="empty", environment={"XLA_FLAGS": ""})  # compiled for long
     wait_until(process, run_dir, lambda: "gradients repeat" in log_of(run_dir))
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import train_runs
+from helpers.compiling import QUICKLY
 from helpers.train_runs import arguments, has_reached, latest_step, losses, metrics_file
 
 import train.parallel.distributed
@@ -43,11 +44,7 @@ SETTINGS = {
     "optimizer.learning-rate": 1e-2,
 }
 FSDP = {"mesh.data": 1, "mesh.fsdp": 4}
-# As in conftest.py, and two devices for each process.
-ON_CPUS = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-}
+ON_CPUS = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICKLY}"}
 ON_GPUS = [
     {
         "CUDA_VISIBLE_DEVICES": str(index),
