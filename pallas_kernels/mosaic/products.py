@@ -44,6 +44,12 @@ def load_numbers(ref: Any, layout: Any = OF_ROWS) -> jax.Array:
     return numbers
 
 
+def load_matrix(ref: Any, layout: Any = MATRIX) -> jax.Array:
+    """A matrix from shared memory that is laid out as plain rows, which is slow where banks collide."""
+    matrix: jax.Array = _versioned.load(ref, layout=layout, optimized=False)
+    return matrix
+
+
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:
     """A matrix, or the numbers of its rows, float32."""
     layout = MATRIX if len(shape) == 2 else OF_ROWS

@@ -97,7 +97,8 @@ CASES = {
         backends=("mosaic",)
     ),
     "64 rows: last queries only, group of 64, 192 and 128": Case(
-        170, 64, 1, 192, 128, NSAConfig(32, 16, 64, 2, 0, 0, 70), query_offset=140, Tq=5, backends=("mosaic",)
+        170, 64, 1, 192, 128, NSAConfig(32, 16, 64, 2, 0, 0, 70), query_offset=140, Tq=5, ops=BRANCHES,
+        backends=("mosaic",)
     ),
     "64 rows: segments and offset, group of 4": Case(
         199, 8, 2, 128, 128, NSAConfig(32, 32, 64, 8, 1, 2, 400), query_offset=151, traced=False,
@@ -162,6 +163,14 @@ GPU_CASES = {
     ),
     "64 rows: group of 8, 256, offset": Case(
         900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=("mosaic",)
+    ),
+    "64 rows: blocks by segments": Case(
+        2001, 32, 2, 64, 64, NSAConfig(num_selected=8), B=2, segments=(64, 700), ops=("select_blocks",),
+        backends=("mosaic",)
+    ),
+    "64 rows: many blocks, no overlap, offset": Case(
+        9000, 4, 1, 128, 128, NSAConfig(16, 16, 16, 20, 2, 3), query_offset=8001, ops=("select_blocks",),
+        backends=("mosaic",)
     ),
     "64 rows: group of 4": Case(2100, 16, 4, 128, 128, PAPER, ops=BRANCHES, backends=("mosaic",)),
     "long enough to choose tiles by overlap": Case(4200, 16, 1, 64, 64, PAPER, ops=("selected_attention",)),

@@ -29,6 +29,7 @@ KERNELS = {
     },
     "mosaic": {
         "compressed_attention": ("compressed_attention_forward",),
+        "select_blocks": ("block_selection",),
         "window_attention": ("window_attention_forward",),
     },
 }

@@ -125,3 +125,23 @@ def test_triton_takes_so_many_blocks_and_no_more():
         jax.eval_shape(decode, *decode_shapes(CASE, jnp.float32, num_blocks=40000))
     with pytest.raises(NotImplementedError, match="num_blocks = 33001: expected at most 32768"):
         call("triton", "select_blocks", dataclasses.replace(CASE, T=16 * 33000, query_offset=16 * 33000 - 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"H": 64, "K": 1}, CASE.config, "query heads per K/V head = 64: expected at most 32"),
+        ({}, NSAConfig(24, 8, 32, 4, 1, 1), "compress_block = 24: expected compress_stride = 8 or twice as much"),
+        ({}, NSAConfig(16, 8, 16, 33, 1, 1), "num_selected = 33: expected at most 32"),
+        ({"T": 17600}, NSAConfig(16, 8, 16, 4, 1, 1), "num_blocks = 1100: expected at most 1088"),
+        (
+            {"T": 17000, "H": 32, "K": 1, "Dk": 256},
+            NSAConfig(16, 8, 16, 4, 1, 1),
+            "head_dim = 256 with 32 query heads per K/V head and 1063 blocks: expected less",
+        ),
+    ],
+)
+def test_mosaic_selects_blocks_as_far_as_its_registers_and_shared_memory_reach(change, config, message):
+    case = dataclasses.replace(cases.fitted("mosaic", CASE), config=config, **change)
+    with pytest.raises(NotImplementedError, match=message):
+        call("mosaic", "select_blocks", case)
