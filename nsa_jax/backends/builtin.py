@@ -36,11 +36,15 @@ class Kernels(BuiltIn):
       name: what `implementation` calls it.
       least_capability: compute capability of the oldest GPUs that the kernels run on.
       functions: by name (see `OPS`), "module:function" under pallas_kernels.
+      only_by_name: those of the functions that `implementation=None` does not choose.
+      newest_capability: of the newest GPUs that the kernels run on; None: of all that are newer.
     """
 
     name: str
     least_capability: Capability
     functions: Mapping[str, str] = dataclasses.field(hash=False)
+    only_by_name: frozenset[str] = frozenset()
+    newest_capability: Capability | None = None
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_") or op not in self.functions:
@@ -48,7 +52,7 @@ class Kernels(BuiltIn):
         return functools.partial(self._call, op)
 
     def supports(self, op: str, device: Device) -> bool:
-        """Whether the kernels run on a device as they are made to: compiled, on a GPU that is new enough."""
+        """Whether the kernels run on a device as they are made to: compiled, on a GPU of a capability they are for."""
         return device.platform == "gpu" and self._check_capability(device)
 
     def _call(self, op: str, *arguments: Any, **options: Any) -> Any:
@@ -62,10 +66,13 @@ class Kernels(BuiltIn):
 
     def _check_capability(self, device: Device) -> bool:
         least = ".".join(map(str, self.least_capability))
+        newest = self.newest_capability
         if device.compute_capability is None:
             raise NotImplementedError(f"{device}: expected an NVIDIA GPU of a known compute capability")
         if device.compute_capability < self.least_capability:
-            raise NotImplementedError(f"{device}: expected compute capability {least} or later")
+            raise NotImplementedError(f"{device}: expected compute capability {least}" + " or later" * (newest is None))
+        if newest is not None and device.compute_capability > newest:
+            raise NotImplementedError(f"{device}: expected compute capability at most {'.'.join(map(str, newest))}")
         return True
 
 
@@ -96,7 +103,15 @@ class Functions(BuiltIn):
         return True
 
 
-MOSAIC = Kernels("mosaic", (9, 0), {})
+_MOSAIC_FUNCTIONS = {
+    "compressed_attention": "compressed_attention.mosaic:forward",
+    "select_blocks": "block_selection.mosaic:select_blocks",
+    "window_attention": "window_attention.mosaic:forward",
+}
+# A pass is taken out of `only_by_name` once it has been measured to be faster than Triton's.
+MOSAIC = Kernels(
+    "mosaic", (9, 0), _MOSAIC_FUNCTIONS, only_by_name=frozenset(_MOSAIC_FUNCTIONS), newest_capability=(9, 0)
+)
 TRITON = Kernels(
     "triton",
     (8, 0),

@@ -107,7 +107,7 @@ def first_that_takes(
             _check_has(backend, op)
             if not allowed(backend):
                 raise NotImplementedError("not a kernel")
-            if implementation is None and not _supports(backend, op.removesuffix(BACKWARD), device):
+            if implementation is None and not _supports(backend, op, device):
                 raise NotImplementedError(f"does not support {device}")
             with recording():  # what the backend asks of others is its own affair
                 result = attempt(backend)
@@ -285,8 +285,10 @@ def _check_has(backend: Backend, op: str) -> None:
 
 
 def _supports(backend: Backend, op: str, device: Any) -> bool:
+    if op in getattr(backend, "only_by_name", ()):
+        raise NotImplementedError("only by name")
     supports = getattr(backend, "supports", None)
-    return supports is None or bool(supports(op, device))
+    return supports is None or bool(supports(op.removesuffix(BACKWARD), device))
 
 
 @functools.cache

@@ -42,6 +42,7 @@ class Backend(Protocol):
       supports: supports(op, device) -> bool says whether `implementation=None` may choose the backend for an op (a name
         in `OPS`, without "_backward") on a `pallas_kernels.devices.Device`. Without it, the backend is taken on every
         device. A reason can be given by raising NotImplementedError.
+      only_by_name: names of functions, those of backward passes among them, that `implementation=None` passes over.
       differentiable: True where JAX differentiates through the backend's functions, so that no backward pass is needed.
     """
 

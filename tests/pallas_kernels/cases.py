@@ -14,14 +14,20 @@ import numpy as np
 import pytest
 
 from nsa_jax import BranchKV, NSAConfig, backends, num_compressed, reference
+from nsa_jax.testing import tolerance_of
 from pallas_kernels.contract import Gradients
 from pallas_kernels.devices import current_device
+from pallas_kernels.mosaic.launch import check_version
 from pallas_kernels.triton.launch import poisoned_outputs
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "mosaic")
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
 # Contexts in which the outputs of a backend's compiled kernels hold NaN until they are written; interpreted ones do.
 POISON = {"triton": poisoned_outputs}
+# The dtypes of a backend, and the one in which its interpreted kernels are tested.
+DTYPES = {"triton": (jnp.bfloat16, jnp.float16, jnp.float32), "mosaic": (jnp.bfloat16, jnp.float16)}
+INTERPRETED_DTYPE = {"triton": jnp.float32, "mosaic": jnp.bfloat16}
+INTERPRETED_TOLERANCE = {"triton": 2e-6, "mosaic": tolerance_of(jnp.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Case:
     segments: tuple[int, ...] = ()  # where segments begin, after the first
     given: bool = False  # whether the backward pass is given a gate and a dq to add to; otherwise dlse, if it takes one
     ops: tuple[str, ...] = (*BRANCHES, "select_blocks")  # what it is for
+    backends: tuple[str, ...] = ("triton",)  # who takes it
 
     @property
     def num_queries(self) -> int:
@@ -81,6 +88,25 @@ CASES = {
     "shorter than a compressed token": Case(
         20, 3, 1, 16, 16, NSAConfig(32, 16, 64, 4, 1, 1, 9), traced=False, given=True
     ),
+    # For kernels whose tiles are 64 rows: groups of 16, 1, 64, 4 and 8, and every head size that they take.
+    "64 rows: group of 16, odd length": Case(
+        83, 16, 1, 128, 128, NSAConfig(16, 8, 64, 2, 0, 1, 50), traced=False, backends=("mosaic",)
+    ),
+    "64 rows: one head a group, segments, 64 and 128": Case(
+        131, 1, 1, 64, 128, NSAConfig(16, 8, 64, 2, 1, 1, 100), B=2, segments=(43, 100), given=True,
+        backends=("mosaic",)
+    ),
+    "64 rows: last queries only, group of 64, 192 and 128": Case(
+        170, 64, 1, 192, 128, NSAConfig(32, 16, 64, 2, 0, 0, 70), query_offset=140, Tq=5, ops=BRANCHES,
+        backends=("mosaic",)
+    ),
+    "64 rows: segments and offset, group of 4": Case(
+        199, 8, 2, 128, 128, NSAConfig(32, 32, 64, 8, 1, 2, 400), query_offset=151, traced=False,
+        segments=(70, 120, 160), backends=("mosaic",)
+    ),
+    "64 rows: shorter than a compressed token, group of 8": Case(
+        20, 8, 1, 256, 256, NSAConfig(32, 16, 64, 4, 1, 1, 9), traced=False, given=True, backends=("mosaic",)
+    ),
 }  # fmt: skip
 FUSED_CASES = {
     "segments, offset, odd group, odd heads": Case(
@@ -93,12 +119,14 @@ PAPER = NSAConfig()
 # For compiled kernels. An op gets what is cheap enough for the reference.
 GPU_CASES = {
     "paper's sizes": Case(
-        2100, 64, 4, 128, 128, PAPER, ops=("compressed_attention", "select_blocks", "nsa_attention")
+        2100, 64, 4, 128, 128, PAPER, ops=("compressed_attention", "select_blocks", "nsa_attention"), backends=BACKENDS
     ),
-    "paper's sizes, shorter": Case(1000, 64, 4, 128, 128, PAPER, ops=("selected_attention", "window_attention")),
+    "paper's sizes, shorter": Case(
+        1000, 64, 4, 128, 128, PAPER, ops=("selected_attention", "window_attention"), backends=BACKENDS
+    ),
     "192 and 128, segments": Case(
         777, 32, 2, 192, 128, NSAConfig(num_selected=8, window=100), B=2, segments=(43, 200, 201), given=True,
-        ops=BRANCHES,
+        ops=BRANCHES, backends=BACKENDS
     ),
     "192 and 128, segments, longer": Case(
         1777, 12, 2, 192, 128, NSAConfig(num_selected=8), B=2, segments=(64, 192), ops=("select_blocks",)
@@ -112,9 +140,11 @@ GPU_CASES = {
     "80 and 256, keys beyond the queries": Case(
         1500, 6, 2, 80, 256, PAPER, query_offset=601, Tq=800, traced=False, given=True, ops=BRANCHES
     ),
-    "one head a group, segments": Case(777, 4, 4, 128, 128, PAPER, segments=(43, 200), given=True, ops=BRANCHES),
+    "one head a group, segments": Case(
+        777, 4, 4, 128, 128, PAPER, segments=(43, 200), given=True, ops=BRANCHES, backends=BACKENDS
+    ),
     "one head a group, segments, small heads": Case(
-        1024, 4, 4, 64, 64, PAPER, segments=(70, 200, 201), ops=("compressed_attention",)
+        1024, 4, 4, 64, 64, PAPER, segments=(70, 200, 201), ops=("compressed_attention",), backends=BACKENDS
     ),
     "one head a group, odd heads, all branches": Case(
         1300, 4, 4, 64, 40, PAPER, segments=(43,), ops=("nsa_attention",)
@@ -122,11 +152,27 @@ GPU_CASES = {
     "one head a group, offset": Case(
         3000, 4, 4, 64, 64, NSAConfig(32, 16, 128, 4, 2, 1, 512), query_offset=1001, ops=("select_blocks",)
     ),
-    "large heads": Case(777, 4, 4, 256, 128, PAPER, segments=(43,), ops=("window_attention",)),
+    "large heads": Case(777, 4, 4, 256, 128, PAPER, segments=(43,), ops=("window_attention",), backends=BACKENDS),
     "64 heads a group": Case(640, 64, 1, 64, 48, NSAConfig(16, 8, 128, 3, 1, 2, 70), ops=BRANCHES),
     "64 heads a group, offset, all branches": Case(
         1300, 64, 1, 64, 64, PAPER, query_offset=301, ops=("nsa_attention",)
     ),
+    "64 rows: keys beyond the queries, group of 64": Case(
+        1500, 64, 1, 64, 64, PAPER, query_offset=601, Tq=800, traced=False, given=True, ops=BRANCHES,
+        backends=("mosaic",)
+    ),
+    "64 rows: group of 8, 256, offset": Case(
+        900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=("mosaic",)
+    ),
+    "64 rows: blocks by segments": Case(
+        2001, 32, 2, 64, 64, NSAConfig(num_selected=8), B=2, segments=(64, 700), ops=("select_blocks",),
+        backends=("mosaic",)
+    ),
+    "64 rows: many blocks, no overlap, offset": Case(
+        9000, 4, 1, 128, 128, NSAConfig(16, 16, 16, 20, 2, 3), query_offset=8001, ops=("select_blocks",),
+        backends=("mosaic",)
+    ),
+    "64 rows: group of 4": Case(2100, 16, 4, 128, 128, PAPER, ops=BRANCHES, backends=("mosaic",)),
     "long enough to choose tiles by overlap": Case(4200, 16, 1, 64, 64, PAPER, ops=("selected_attention",)),
     "so many blocks that kernels differ, offset": Case(
         4500, 8, 2, 64, 64, NSAConfig(16, 8, 16, 8, 1, 1, 512), query_offset=3000, ops=("select_blocks",)
@@ -134,12 +180,17 @@ GPU_CASES = {
 }  # fmt: skip
 # Only lowered.
 LONG_CASES = {
-    "64k": Case(65536, 64, 4, 128, 128, PAPER, traced=False),
+    "64k": Case(65536, 64, 4, 128, 128, PAPER, traced=False, backends=BACKENDS),
     "last quarter of 64k": Case(65536, 64, 4, 128, 128, PAPER, query_offset=49152, ops=("select_blocks",)),
     "short, group of 3, 80 and 256": Case(
         333, 3, 1, 80, 256, NSAConfig(16, 8, 16, 16, 1, 2, 70), query_offset=7, segments=(43,)
     ),
 }
+
+
+def fitted(backend: str, case: Case) -> Case:
+    """A case as the backend takes it: with heads of 64, and two of them a group, if its tiles are 64 rows."""
+    return case if backend == "triton" else dataclasses.replace(case, H=2 * case.K, Dk=64, Dv=64)
 
 
 class Inputs(NamedTuple):
@@ -227,7 +278,14 @@ def backward_options(op: str, case: Case, inputs: Inputs) -> dict[str, jax.Array
 
 
 def function(backend: str, op: str) -> Any:
-    """A backend's function for an op, if it has one that takes the device in context."""
+    """A backend's function for an op, if it has one that takes the device in context.
+
+    A backend without a backward pass of its own is tested with Triton's.
+    """
+    if backend == "mosaic":
+        _check_mosaic()
+    if op.endswith("_backward") and hasattr(backends.get(backend), op.removesuffix("_backward")):
+        backend = backend if hasattr(backends.get(backend), op) else "triton"
     found = backends.get(backend)
     if not hasattr(found, op):
         pytest.skip(f"{backend} has no {op}")
@@ -238,6 +296,13 @@ def function(backend: str, op: str) -> Any:
         except NotImplementedError as refusal:
             pytest.skip(str(refusal))
     return getattr(found, op)
+
+
+def _check_mosaic() -> None:
+    try:
+        check_version(current_device().platform != "gpu")
+    except NotImplementedError as refusal:
+        pytest.skip(f"mosaic: {refusal}")
 
 
 def poisoned(backend: str) -> contextlib.AbstractContextManager[None]:

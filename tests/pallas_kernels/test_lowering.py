@@ -12,8 +12,7 @@ from nsa_jax import nsa_attention
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, LONG_CASES, Case
 
-KINDS = ("NVIDIA H100", "NVIDIA A100")
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+KINDS = {"triton": ("NVIDIA H100", "NVIDIA A100"), "mosaic": ("NVIDIA H100", "NVIDIA H200")}
 OPS = (*BRANCHES, "select_blocks", "nsa_attention")
 # What a program must be made of, by the start of a kernel's name.
 KERNELS = {
@@ -27,27 +26,32 @@ KERNELS = {
         "select_blocks": ("block_selection_score", "block_selection_top_n"),
         "selected_attention": ("selected_attention_",),
         "window_attention": ("window_attention_",),
-    }
+    },
+    "mosaic": {
+        "compressed_attention": ("compressed_attention_forward",),
+        "select_blocks": ("block_selection",),
+        "window_attention": ("window_attention_forward",),
+    },
 }
 KERNELS["triton"]["nsa_attention"] = tuple(itertools.chain(*KERNELS["triton"].values()))
 
 
 def programs() -> list[Any]:
-    """Every op, case, dtype and GPU, with 64-bit numbers and without by turns.
+    """Every backend, op, case, dtype and GPU, with 64-bit numbers and without by turns.
 
     Of an op and a large case only one is not exhaustive. Each dtype, GPU and width comes up for each op by itself.
     """
     all_cases = GPU_CASES | LONG_CASES | {name: case for name, case in CASES.items() if case.num_compressed}
-    ways = list(itertools.product(DTYPES, KINDS))
     found = []
-    for op in OPS:
-        names = [name for name, case in all_cases.items() if op in case.ops]
+    for backend, op in itertools.product(BACKENDS, OPS):
+        ways = list(itertools.product(cases.DTYPES[backend], KINDS[backend]))
+        names = [name for name, case in all_cases.items() if op in case.ops and backend in case.backends]
         for turn, name in enumerate(names):
             for i, way in enumerate(ways):
                 shown = i == turn % len(ways)
                 if name not in CASES or shown:
                     marks = [] if shown and name not in CASES else [pytest.mark.exhaustive]
-                    found.append(pytest.param(op, name, *way, (turn + i // 2 + i) % 2 == 0, marks=marks))
+                    found.append(pytest.param(backend, op, name, *way, (turn + i // 2 + i) % 2 == 0, marks=marks))
     return found
 
 
@@ -64,7 +68,8 @@ def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
 
     with cases.abstract(kind):
         if op == "nsa_attention":
-            cases.function(backend, "window_attention")
+            for part in (*BRANCHES, "select_blocks"):
+                cases.function(backend, part)
             attend = functools.partial(nsa_attention, config=case.config, implementation=backend)
 
             def call(q: Any, kv: Any, gates: Any, segment_ids: Any, offset: Any) -> Any:
@@ -83,8 +88,7 @@ def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
         return jax.jit(call).trace(*shaped, offset).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("op", "name", "dtype", "kind", "x64"), programs())
+@pytest.mark.parametrize(("backend", "op", "name", "dtype", "kind", "x64"), programs())
 def test_lowers_for_gpus(backend, op, name, dtype, kind, x64):
     case = (GPU_CASES | LONG_CASES | CASES)[name]
     with jax.enable_x64(x64):

@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, backends
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS, BRANCHES, Case
 
 PASSES = (*BRANCHES, *(op + "_backward" for op in BRANCHES), "select_blocks", "decode_attention")
 CASE = Case(64, 4, 2, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1, 20), traced=False)
+SIZES = {"triton": (16, 256), "mosaic": (64, 256)}  # the smallest head and the largest
 
 
 def call(backend: str, op: str, case: Case = CASE, scale: float = 1.0, **dtypes: Any) -> Any:
     """Traces an op on arrays of a case, of other dtypes where they are named."""
     config, function = case.config, cases.function(backend, op)
-    dtype = dtypes.pop("dtype", jnp.float32)
+    dtype = dtypes.pop("dtype", cases.INTERPRETED_DTYPE[backend])
     x = cases.shapes(case, dtype)
     if op == "decode_attention":
         arrays = decode_shapes(case, dtype)
@@ -66,7 +67,20 @@ REFUSED = {
         "many rows": ({"B": 32768, "K": 2}, r"batch x K/V heads = 65536: expected at most 65535"),
         "negative scale": ({"scale": -1.0}, r"scale = -1\.0: expected a positive number"),
         "no scale": ({"scale": 0.0}, r"scale = 0\.0: expected a positive number"),
-    }
+    },
+    "mosaic": {
+        "q of float32": ({"q": jnp.float32}, r"q\.dtype = float32: expected bfloat16 or float16"),
+        "all of float32": ({"dtype": jnp.float32}, r"q\.dtype = float32: expected bfloat16 or float16"),
+        "keys of another dtype": ({"k": jnp.float16}, r"k\.dtype = float16: expected q's, bfloat16"),
+        "small heads": ({"Dk": 32}, "head_dim of q = 32: expected 64, 128, 192 or 256"),
+        "odd heads": ({"Dk": 80}, "head_dim of q = 80: expected 64, 128, 192 or 256"),
+        "large heads": ({"Dk": 320}, "head_dim of q = 320: expected 64, 128, 192 or 256"),
+        "small values": ({"Dv": 40}, "head_dim of v = 40: expected 64, 128, 192 or 256"),
+        "a group of three": ({"H": 6}, "query heads per K/V head = 3: expected a divisor of 64"),
+        "many heads a group": ({"H": 128, "K": 1}, "query heads per K/V head = 128: expected a divisor of 64"),
+        "negative scale": ({"scale": -1.0}, r"scale = -1\.0: expected a positive number"),
+        "no scale": ({"scale": 0.0}, r"scale = 0\.0: expected a positive number"),
+    },
 }
 
 
@@ -77,6 +91,7 @@ def each_refusal():
         for name, refusal in REFUSED[backend].items()
         for op in PASSES
         if not (name.endswith("values") and op == "select_blocks")  # which has none
+        and hasattr(backends.get(backend), op)
     ]
 
 
@@ -85,14 +100,15 @@ def test_every_op_refuses_the_same_with_the_same_words(backend, op, change, mess
     fields = {name: value for name, value in change.items() if hasattr(CASE, name) and name != "scale"}
     others = {name: value for name, value in change.items() if name not in fields}
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=message):
-        call(backend, op, dataclasses.replace(CASE, **fields), **others)
+        call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), **fields), **others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", PASSES)
-@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("size", [0, 1])
 def test_the_smallest_and_the_largest_head_are_taken_by_every_op(backend, op, size):
-    call(backend, op, dataclasses.replace(CASE, H=4, K=2, Dk=size, Dv=size))
+    head_dim = SIZES[backend][size]
+    call(backend, op, dataclasses.replace(CASE, H=4, K=2, Dk=head_dim, Dv=head_dim))
 
 
 @pytest.mark.parametrize("select_block", [8, 144])
@@ -109,3 +125,23 @@ def test_triton_takes_so_many_blocks_and_no_more():
         jax.eval_shape(decode, *decode_shapes(CASE, jnp.float32, num_blocks=40000))
     with pytest.raises(NotImplementedError, match="num_blocks = 33001: expected at most 32768"):
         call("triton", "select_blocks", dataclasses.replace(CASE, T=16 * 33000, query_offset=16 * 33000 - 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"H": 64, "K": 1}, CASE.config, "query heads per K/V head = 64: expected at most 32"),
+        ({}, NSAConfig(24, 8, 32, 4, 1, 1), "compress_block = 24: expected compress_stride = 8 or twice as much"),
+        ({}, NSAConfig(16, 8, 16, 33, 1, 1), "num_selected = 33: expected at most 32"),
+        ({"T": 17600}, NSAConfig(16, 8, 16, 4, 1, 1), "num_blocks = 1100: expected at most 1088"),
+        (
+            {"T": 17000, "H": 32, "K": 1, "Dk": 256},
+            NSAConfig(16, 8, 16, 4, 1, 1),
+            "head_dim = 256 with 32 query heads per K/V head and 1063 blocks: expected less",
+        ),
+    ],
+)
+def test_mosaic_selects_blocks_as_far_as_its_registers_and_shared_memory_reach(change, config, message):
+    case = dataclasses.replace(cases.fitted("mosaic", CASE), config=config, **change)
+    with pytest.raises(NotImplementedError, match=message):
+        call("mosaic", "select_blocks", case)

@@ -1,0 +1,417 @@
+"""Block selection on the Pallas Mosaic GPU backend: scores, their sums and the best blocks in one kernel.
+
+Two warpgroups score 8 queries each from the same keys. Scores are transposed. The rows of a matrix are 64 blocks, of
+which a strided copy brings the c-th compressed token each. Its columns are the heads of the 8 queries, head by head.
+The sums over the heads and over a block's tokens are then plain additions of registers. Only the part of a block's last
+token that belongs to the next block goes through shared memory. A third warpgroup takes the scores of 8 queries, all
+blocks of a query in one warp, and picks the highest one by one. A fourth one copies.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.compressed_attention.mosaic import visible
+from pallas_kernels.contract import Sizes
+from pallas_kernels.mosaic.intervals import positions
+from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, check_version, launch, num_programs
+from pallas_kernels.mosaic.packing import ALIGNMENT, pad_rows
+from pallas_kernels.mosaic.problem import check_supported
+from pallas_kernels.mosaic.products import (
+    OF_COLUMNS,
+    ROWS,
+    Products,
+    accumulators,
+    along_columns,
+    i32,
+    index,
+    load_matrix,
+    load_numbers,
+)
+from pallas_kernels.mosaic.ring import Ring, Schedule
+from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER
+
+QUERIES = 8  # of a scoring warpgroup
+SCORING = 2  # warpgroups
+MOST_BLOCKS = 1088  # that the picking warpgroup holds in registers
+MOST_SELECTED = 32  # that one lane each of a warp holds
+LARGEST_GROUP = 32
+_MOST_SLOTS = 5
+_SMALL = 8192  # bytes of shared memory for what is no matrix and no score
+_REGISTERS = (168, 136, 32)  # of the scoring, the picking and the copying warpgroups
+_NONE = 1 << 30  # above every index
+# A matrix [blocks, queries] whose columns are in one warp each: 32 blocks by lanes, two queries a warp.
+_BY_QUERY = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (32, 2), (1,))), warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1)
+
+
+def select_blocks(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    lse: Float[Array, "B H Tq"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    interpret: bool = False,
+) -> Int[Array, "B K Tq n"]:
+    """Indices of the blocks that each query reads; see the contract.
+
+    Raises:
+      NotImplementedError: a version of JAX, dtype, head size, group size, scale, or sizes of blocks or number of blocks
+        that the kernel does not support.
+    """
+    check_version(interpret)
+    check_supported(q, k, None, scale=scale)
+    num_blocks = _check_sizes(q, k, query_offset, config)
+    (B, Tq, _, _), (_, Nc, K, _) = q.shape, k.shape
+    if 0 in (Tq, Nc):
+        first = jnp.zeros((B, K, Tq, 1), jnp.int32)
+        return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, config.num_selected - 1)), constant_values=-1)
+    run = functools.partial(_select, num_blocks=num_blocks, config=config, scale=scale, interpret=interpret)
+    return run(*lax.stop_gradient((q, k, lse)), segment_starts, query_offset)
+
+
+def _check_sizes(q: jax.Array, k: jax.Array, query_offset: int | jax.Array, config: Sizes) -> int:
+    """How many blocks there can be, after checks of the kernel's own."""
+    group, d = q.shape[2] // k.shape[2], config.compress_stride
+    if group > LARGEST_GROUP:
+        raise NotImplementedError(f"query heads per K/V head = {group}: expected at most {LARGEST_GROUP}")
+    if config.compress_block not in (d, 2 * d):
+        raise NotImplementedError(
+            f"compress_block = {config.compress_block}: expected compress_stride = {d} or twice as much"
+        )
+    if config.num_selected > MOST_SELECTED:
+        raise NotImplementedError(f"num_selected = {config.num_selected}: expected at most {MOST_SELECTED}")
+    # The longest sequence with Nc compressed tokens bounds the blocks there can be.
+    length = k.shape[1] * d + config.compress_block - 1
+    if isinstance(query_offset, int):
+        length = min(length, query_offset + q.shape[1])
+    num_blocks: int = pl.cdiv(length, config.select_block)
+    if num_blocks > MOST_BLOCKS:
+        raise NotImplementedError(f"num_blocks = {num_blocks}: expected at most {MOST_BLOCKS}")
+    if _slots(_padded(num_blocks), group, q.shape[3]) < 2:
+        raise NotImplementedError(
+            f"head_dim = {q.shape[3]} with {group} query heads per K/V head and {num_blocks} blocks: expected less"
+        )
+    return num_blocks
+
+
+def _padded(num_blocks: int) -> int:
+    return -(-num_blocks // ROWS) * ROWS
+
+
+def _slots(blocks: int, group: int, head_dim: int) -> int:
+    """Slots of the ring of keys for which there is shared memory."""
+    used = SCORING * (QUERIES * group * head_dim * 2 + (blocks + ROWS) * QUERIES * 4) + _SMALL
+    return min(_MOST_SLOTS, (SHARED_MEMORY - used) // (ROWS * head_dim * 2))
+
+
+def _select(
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    segment_starts: jax.Array | None,
+    query_offset: int | jax.Array,
+    *,
+    num_blocks: int,
+    config: Sizes,
+    scale: float,
+    interpret: bool,
+) -> jax.Array:
+    (B, Tq, H, Dk), K = q.shape, k.shape[2]
+    group, per_block = H // K, config.select_block // config.compress_stride
+    keys, (k, _) = visible(q, k, k, segment_starts, query_offset, config)
+    queries = SCORING * QUERIES
+    num_tiles = pl.cdiv(Tq, queries)
+    padded = num_tiles * queries
+
+    def by_query(x: jax.Array) -> jax.Array:  # int32 [B, Tq] as [B, padded]
+        return jnp.pad(x, ((0, 0), (0, padded - Tq)), mode="edge")
+
+    position = positions(q.shape, query_offset)
+    own = by_query(position // config.select_block)
+    first = jnp.zeros_like(own) if segment_starts is None else by_query(segment_starts // config.select_block)
+    begin, end = (by_query(x) for x in keys)
+    tile = (B, num_tiles, queries)
+    chunk = ROWS * per_block
+    chunks = jnp.stack([begin.reshape(tile)[:, :, 0] // chunk, -(-end.reshape(tile)[:, :, -1] // chunk)], axis=-1)
+    grouped = pad_rows(q.reshape(B, Tq, K, group, Dk), -(-Tq // ALIGNMENT) * ALIGNMENT)
+    strided = pad_rows(k, -(-k.shape[1] // (ALIGNMENT * per_block)) * ALIGNMENT * per_block)
+    strided = strided.reshape(B, -1, per_block, K, Dk)
+    columns = jnp.pad(lse, ((0, 0), (0, 0), (0, padded - Tq))).reshape(B, K, group, padded // QUERIES, QUERIES)
+    columns = columns.swapaxes(2, 3).reshape(B * K, padded * group)
+    blocks, slots = _padded(num_blocks), _slots(_padded(num_blocks), group, Dk)
+    n = config.num_selected
+    chosen = launch(
+        functools.partial(
+            _kernel,
+            config=config,
+            scale_log2=scale * LOG2_E,
+            schedule=Schedule(num_tiles, B, K, num_programs(interpret)),
+            blocks=blocks,
+            slots=slots,
+            group=group,
+        ),
+        name="block_selection",
+        out_shape=(jax.ShapeDtypeStruct((B * K, padded // QUERIES, MOST_SELECTED, QUERIES), jnp.int32),),
+        scratch=(
+            Matrix((SCORING, group * QUERIES, Dk), q.dtype),
+            Matrix((slots, ROWS, Dk), q.dtype),
+            Vectors((SCORING, group * QUERIES), jnp.float32),
+            Vectors((SCORING, 2, QUERIES), jnp.int32),
+            Vectors((SCORING, blocks + ROWS, QUERIES), jnp.float32),
+            Vectors((2, 2, QUERIES), jnp.int32),
+            Vectors((MOST_SELECTED, QUERIES), jnp.int32),
+            Barriers(1, SCORING * (group + 3)),
+            Barriers(1, SCORING),
+            Barriers(slots),
+            Barriers(slots, SCORING),
+            Barriers(SCORING),
+            Barriers(SCORING),
+            Barriers(2, 2),
+        ),
+        warpgroups=SCORING + 2,
+        interpret=interpret,
+    )(grouped, strided, columns, jnp.stack([begin, end], axis=1), jnp.stack([first, own], axis=1), chunks)[0]
+    chosen = chosen[:, :, :n].swapaxes(2, 3).reshape(B, K, padded, n)
+    return chosen[:, :, :Tq]
+
+
+def _kernel(
+    products: Products,
+    q_ref: Any,
+    k_ref: Any,
+    lse_ref: Any,
+    bounds_ref: Any,
+    candidates_ref: Any,
+    chunks_ref: Any,
+    chosen_ref: Any,
+    q_shared: Any,
+    k_shared: Any,
+    lse_shared: Any,
+    bounds_shared: Any,
+    scores_shared: Any,
+    candidates_shared: Any,
+    chosen_shared: Any,
+    q_full: Any,
+    q_free: Any,
+    k_full: Any,
+    k_free: Any,
+    scores_full: Any,
+    scores_free: Any,
+    candidates_full: Any,
+    *,
+    config: Sizes,
+    scale_log2: float,
+    schedule: Schedule,
+    blocks: int,
+    slots: int,
+    group: int,
+) -> None:
+    warpgroup = lax.axis_index("warpgroup")
+    ring = Ring(k_full, k_free, slots)
+    per_block = config.select_block // config.compress_stride
+    overlap = config.compress_block != config.compress_stride
+    columns = group * QUERIES
+    # The last token of the blocks comes first: its other half waits in shared memory for the rest.
+    tokens = (per_block - 1, *range(per_block - 1))
+
+    def chunks_of(i: Any) -> tuple[Any, Any]:
+        batch, _, tile = schedule.item(i)
+        begin, end = (chunks_ref[batch, tile, i32(j)] for j in range(2))
+        return begin, jnp.maximum(end, begin)
+
+    @pl.when(warpgroup < SCORING)
+    def _score() -> None:
+        plgpu.set_max_registers(_REGISTERS[0], action="increase")
+
+        def work(i: Any, done: Any) -> Any:
+            begin, end = chunks_of(i)
+            plgpu.barrier_wait(q_full)
+            lse = load_numbers(lse_shared.at[warpgroup], OF_COLUMNS)
+            lse_log2 = jnp.where(lse > LEAST, lse * LOG2_E, NEVER)
+            first, stop = (load_numbers(bounds_shared.at[warpgroup, j], OF_COLUMNS) for j in range(2))
+            pl.when(i > 0)(lambda: plgpu.barrier_wait(scores_free.at[warpgroup]))
+
+            def importance(chunk: Any, c: int) -> Any:
+                """Of the c-th token of 64 blocks, summed over the heads: [64, 8]."""
+                count = done + (chunk - begin) * i32(per_block) + i32(tokens.index(c))
+                slot = ring.wait_full(count)
+
+                def product(accumulator: Any) -> Any:
+                    plgpu.wgmma(accumulator, k_shared.at[slot], q_shared.at[warpgroup].transpose((1, 0)))
+                    return accumulator[...]
+
+                s = accumulators(product, (ROWS, columns))
+                ring.free(count)
+                p = jnp.exp2(s * scale_log2 - along_columns(lse_log2, ROWS))
+                parts = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(group)]
+                while len(parts) > 1:  # always the same tree
+                    parts = [x + y for x, y in zip(parts[::2], parts[1::2], strict=True)]
+                key = (index((ROWS, QUERIES), 0) + chunk * i32(ROWS)) * i32(per_block) + i32(c)
+                seen = (key >= along_columns(first, ROWS)) & (key < along_columns(stop, ROWS))
+                return jnp.where(seen, parts[0], 0.0)
+
+            def pool(chunk: Any, _: Any) -> Any:
+                row = chunk * i32(ROWS)
+
+                def at(offset: int) -> Any:
+                    return scores_shared.at[warpgroup, pl.ds(row + i32(offset), ROWS)]
+
+                last = importance(chunk, tokens[0])
+                if not overlap:
+                    at(0)[...] = functools.reduce(lambda x, c: x + importance(chunk, c), tokens[1:], last)
+                    return i32(0)
+                # A token covers two strides. Those of a block's last token lie in the block and in the next one.
+                at(1)[...] = last
+                plgpu.commit_smem()
+                total = last
+                for c in tokens[1:]:
+                    total += 2.0 * importance(chunk, c)
+                from_before = load_matrix(at(0))
+                block = index((ROWS, QUERIES), 0) + row
+                total += jnp.where(block > begin * i32(ROWS), from_before, 0.0)
+                plgpu.commit_smem()
+                at(0)[...] = total
+                return i32(0)
+
+            lax.fori_loop(begin, end, pool, i32(0))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_free)
+            plgpu.barrier_arrive(scores_full.at[warpgroup])
+            return done + (end - begin) * i32(per_block)
+
+        lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        pl.when(schedule.count() > 0)(lambda: plgpu.barrier_wait(scores_free.at[warpgroup]))
+
+    @pl.when(warpgroup == SCORING)
+    def _pick() -> None:
+        plgpu.set_max_registers(_REGISTERS[1], action="increase")
+        jobs = schedule.count() * i32(SCORING)
+
+        def place(job: Any) -> tuple[Any, Any, Any, Any]:
+            """(batch entry, K/V head, which scoring warpgroup, number of 8 queries)."""
+            batch, head, tile = schedule.item(lax.div(job, i32(SCORING)))
+            scored_by = lax.rem(job, i32(SCORING))
+            return batch, head, scored_by, tile * i32(SCORING) + scored_by
+
+        def load_candidates(job: Any) -> None:
+            batch, _, _, eight = place(job)
+            buffer = lax.rem(job, i32(2))
+            for j in range(2):
+                source = candidates_ref.at[batch, i32(j), pl.ds(eight * i32(QUERIES), QUERIES)]
+                plgpu.copy_gmem_to_smem(source, candidates_shared.at[buffer, j], candidates_full.at[buffer])
+
+        pl.when(jobs > 0)(lambda: load_candidates(i32(0)))
+
+        def work(job: Any, _: Any) -> Any:
+            batch, head, scored_by, eight = place(job)
+            begin, end = chunks_of(lax.div(job, i32(SCORING)))
+            buffer = lax.rem(job, i32(2))
+            pl.when(job + i32(1) < jobs)(lambda: load_candidates(job + i32(1)))
+            plgpu.barrier_wait(candidates_full.at[buffer])
+            first, own = (load_numbers(candidates_shared.at[buffer, j], _BY_QUERY.reduce(0)) for j in range(2))
+            plgpu.barrier_wait(scores_full.at[scored_by])
+            x = load_matrix(scores_shared.at[scored_by, pl.ds(0, blocks)], _BY_QUERY)
+            plgpu.barrier_arrive(scores_free.at[scored_by])
+            chosen = _best(x, first, own, begin * i32(ROWS), end * i32(ROWS), config)
+            plgpu.wait_smem_to_gmem(0)
+            chosen_shared[...] = chosen
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(chosen_shared, chosen_ref.at[schedule.pair(batch, head), eight])
+            return i32(0)
+
+        lax.fori_loop(i32(0), jobs, work, i32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == SCORING + 1)
+    def _copy() -> None:
+        plgpu.set_max_registers(_REGISTERS[2], action="decrease")
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, tile = schedule.item(i)
+            begin, end = chunks_of(i)
+            pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
+            for w in range(SCORING):
+                eight = tile * i32(SCORING) + i32(w)
+                rows = pl.ds(eight * i32(QUERIES), QUERIES)
+                for g in range(group):
+                    part = q_shared.at[w, pl.ds(QUERIES * g, QUERIES)]
+                    plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head, i32(g)], part, q_full)
+                statistics = lse_ref.at[schedule.pair(batch, head), pl.ds(eight * i32(columns), columns)]
+                plgpu.copy_gmem_to_smem(statistics, lse_shared.at[w], q_full)
+                for j in range(2):
+                    plgpu.copy_gmem_to_smem(bounds_ref.at[batch, i32(j), rows], bounds_shared.at[w, j], q_full)
+
+            def step(j: Any, _: Any) -> Any:
+                chunk = begin + lax.div(j, i32(per_block))
+                turn = lax.rem(j, i32(per_block))
+                c = lax.rem(turn + i32(per_block - 1), i32(per_block))  # in the order of `tokens`
+                source = k_ref.at[batch, pl.ds(chunk * i32(ROWS), ROWS), c, head]
+                ring.fill(done + j, source, k_shared)
+                return i32(0)
+
+            copied = (end - begin) * i32(per_block)
+            lax.fori_loop(i32(0), copied, step, i32(0))
+            return done + copied
+
+        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        ring.drain(done)
+        pl.when(schedule.count() > 0)(lambda: plgpu.barrier_wait(q_free))
+
+
+def _best(x: Any, first: Any, own: Any, begin: Any, end: Any, config: Sizes) -> Any:
+    """The chosen blocks of 8 queries, ascending, int32 [32, 8], and -1 where there are fewer.
+
+    x are the importances [blocks, 8], defined for blocks begin .. end - 1 and zero elsewhere; first and own are the
+    queries' first and last candidates [8].
+    """
+    shape = x.shape
+    block = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_QUERY)
+    taken, never = -1.0, -2.0  # in place of an importance
+
+    def of_query(y: Any, rows: int) -> Any:
+        return lax.broadcast_in_dim(y, (rows, QUERIES), (1,))
+
+    x = jnp.where((block >= begin) & (block < end), x, 0.0)
+    low, high = of_query(first, shape[0]), of_query(own, shape[0])
+    forced = (block < low + i32(config.num_init)) | (block > high - i32(config.num_local))
+    x = jnp.where(forced, taken, x)
+    x = jnp.where((block >= low) & (block <= high), x, never)
+
+    # The forced blocks, each once: those at the start that are not among those at the end.
+    place = plgpu.broadcasted_iota(jnp.int32, (MOST_SELECTED, QUERIES), 0, layout=_BY_QUERY)
+    low, high = of_query(first, MOST_SELECTED), of_query(own, MOST_SELECTED)
+    at_start = low + place
+    at_end = high - (place - i32(config.num_init))
+    num_forced = config.num_init + config.num_local
+    found = jnp.where((place < i32(config.num_init)) & (at_start <= high - i32(config.num_local)), at_start, i32(_NONE))
+    is_end = (place >= i32(config.num_init)) & (place < i32(num_forced)) & (at_end >= low)
+    found = jnp.where(is_end, at_end, found)
+
+    def pick(i: Any, carry: Any) -> Any:
+        x, found = carry
+        best = x.max(axis=0)
+        b = jnp.where(x == of_query(best, shape[0]), block, i32(_NONE)).min(axis=0)  # of equal ones, the first
+        b = jnp.where(best >= 0.0, b, i32(_NONE))
+        found = jnp.where(place == i + i32(num_forced), of_query(b, MOST_SELECTED), found)
+        return jnp.where(block == of_query(b, shape[0]), taken, x), found
+
+    x, found = lax.fori_loop(i32(0), i32(config.num_selected - num_forced), pick, (x, found))
+
+    def sort(i: Any, carry: Any) -> Any:
+        least, result = carry
+        above = jnp.where(found > of_query(least, MOST_SELECTED), found, i32(_NONE))
+        least = above.min(axis=0)
+        value = jnp.where(least < i32(_NONE), least, i32(-1))
+        return least, jnp.where(place == i, of_query(value, MOST_SELECTED), result)
+
+    nothing = jnp.where(found < i32(0), found, i32(-1))
+    return lax.fori_loop(i32(0), i32(config.num_selected), sort, (first - i32(1), nothing))[1]

@@ -1,0 +1,54 @@
+"""Compressed attention on the Pallas Mosaic GPU backend: the forward pass."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.contract import Sizes
+from pallas_kernels.mosaic import intervals
+from pallas_kernels.mosaic.interval_forward import attend
+from pallas_kernels.mosaic.launch import check_version
+from pallas_kernels.mosaic.problem import check_supported
+
+
+def forward(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B Nc K Dk"],
+    v: Float[Array, "B Nc K Dv"],
+    segment_starts: Int[Array, "B Tq"] | None,
+    query_offset: int | Int[Array, ""],
+    *,
+    config: Sizes,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """(o, lse); see the contract.
+
+    Raises:
+      NotImplementedError: a version of JAX, dtype, head size, group size or scale that the kernels do not support.
+    """
+    check_version(interpret)
+    check_supported(q, k, v, scale=scale)
+    (B, Tq, H, _), (_, Nc, _, Dv) = q.shape, v.shape
+    if 0 in (Tq, Nc):
+        return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+    keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
+    return attend(q, k, v, keys, scale=scale, name="compressed_attention_forward", interpret=interpret)
+
+
+def visible(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_starts: jax.Array | None,
+    query_offset: int | jax.Array,
+    config: Sizes,
+) -> tuple[intervals.Intervals, tuple[jax.Array, jax.Array]]:
+    """The compressed tokens that each query sees; keys and values, with zeros for those that none sees."""
+    Nc, Tq = k.shape[1], q.shape[1]
+    keys = intervals.compressed_keys(intervals.positions(q.shape, query_offset), segment_starts, Nc, config)
+    last_end = (Tq - 1) + config.compress_stride + 1 - config.compress_block  # of the last query, times d
+    all_seen = isinstance(query_offset, int) and query_offset == 0 and last_end // config.compress_stride >= Nc
+    if segment_starts is None and all_seen:
+        return keys, (k, v)
+    return keys, (intervals.seen_alone(k, keys), intervals.seen_alone(v, keys))
