@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.attention import AttentionInputs, score_scale
@@ -43,6 +43,7 @@ def selection_recall(
     positions: Int[Array, " S"],
     *,
     scale: float | None = None,
+    tokens: Bool[Array, "B N S T"] | None = None,
 ) -> SelectionRecall:
     """The share of attention mass that the chosen blocks hold, for a sample of queries.
 
@@ -64,6 +65,9 @@ def selection_recall(
       config: sizes of the branches.
       positions: int32 [S], the queries to look at; those in their segment's first `window` tokens have no such mass.
       scale: see `nsa_attention`.
+      tokens: bool [B, N, S, T], what another choice than NSA's reads, for each K/V head (N = K) or each query head
+        (N = H). `random` and `best` are those of NSA's number of blocks for a group still, so that a choice of tokens,
+        or of each head for itself, can be better than the best. None: NSA's own choice.
 
     Returns:
       Float32 arrays [K]; NaN where no query of the sample has anything beyond its window.
@@ -83,13 +87,16 @@ def selection_recall(
 
     Nc = kv.cmp_k.shape[1]
     visible = compressed_visible(positions, starts, Nc, config)[:, None, None]
-    importance = pool_importance(_softmax(q, kv.cmp_k, visible, scale).sum(axis=2), blocks_scored(Nc, config), config)
+    importance = pool_importance(
+        probabilities(q, kv.cmp_k, visible, scale).sum(axis=2), blocks_scored(Nc, config), config
+    )
     indices = choose_blocks(importance, positions, starts, config)  # [B, K, S, n]
 
     s, Nb = config.select_block, num_blocks(T, config)
     key = jnp.arange(T, dtype=jnp.int32)[None, None, :]
     causal = (key <= positions[None, :, None]) & (key >= starts[:, :, None])
-    p = _softmax(q, kv.slc_k, causal[:, None, None], scale).sum(axis=2)  # [B, K, S, T], summed over the group
+    by_head = probabilities(q, kv.slc_k, causal[:, None, None], scale)  # [B, K, G, S, T]
+    p = by_head.sum(axis=2)
 
     block = jnp.arange(Nb, dtype=jnp.int32)[None, None, :]
     own, first = (positions // s)[None, :, None], (starts // s)[:, :, None]
@@ -108,17 +115,27 @@ def selection_recall(
     def total(x: Float[Array, "B K S"]) -> Float[Array, " K"]:
         return x.sum(axis=(0, 2))
 
+    held = jnp.where(is_chosen, mass, 0).sum(axis=-1)
+    if tokens is not None:
+        tokens = arguments.array("tokens", tokens)
+        if tokens.dtype != bool or tokens.shape not in ((B, K, S, T), (B, H, S, T)):
+            raise ValueError(f"tokens: {arguments.describe(tokens)}: expected bool [B, K or H, S, T] with T = {T}")
+        counted = far & jnp.repeat(free, s, axis=2)[..., :T]
+        read = tokens.reshape(B, K, -1, S, T) & counted[:, None, None]
+        held = jnp.where(read, by_head, 0).sum(axis=(2, 4))
     all_mass = mass.sum(axis=-1)
     beyond = total(all_mass)
     return SelectionRecall(
-        chosen=total(jnp.where(is_chosen, mass, 0).sum(axis=-1)) / beyond,
+        chosen=total(held) / beyond,
         random=total(all_mass * share) / beyond,
         best=total(jnp.where(taken, descending, 0).sum(axis=-1)) / beyond,
         beyond=beyond / (B * S * (H // K)),
     )
 
 
-def _softmax(q: Array, k: Array, visible: Array, scale: float) -> Float[Array, "B K G S N"]:
+def probabilities(
+    q: Float[Array, "B S H Dk"], k: Float[Array, "B N K Dk"], visible: Bool[Array, "#B #K #G S N"], scale: float
+) -> Float[Array, "B K G S N"]:
     """Probabilities in float32 of each query over keys [B, N, K, Dk]; a query that sees no key has zeros."""
     B, S, H, Dk = q.shape
     K = k.shape[2]

@@ -49,7 +49,7 @@ def compressed_attention(
     def attend(positions: Array, q: Array, starts: Array) -> tuple[Array, Array]:
         return _attend(q, keys, compressed_visible(positions, starts, Nc, config)[:, None], scale)
 
-    o, lse = _map_query_chunks(attend, query_offset, _elements(q.shape[0], q.shape[2], Nc), q, starts)
+    o, lse = map_query_chunks(attend, query_offset, _elements(q.shape[0], q.shape[2], Nc), q, starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
 
@@ -75,7 +75,7 @@ def select_blocks(
         importance = pool_importance(p.sum(axis=2), blocks_scored(Nc, config), config)
         return jnp.moveaxis(choose_blocks(importance, positions, starts, config), 2, 1)
 
-    chosen = _map_query_chunks(choose, query_offset, _elements(B, H, Nc), q, jnp.moveaxis(lse, 2, 1), starts)
+    chosen = map_query_chunks(choose, query_offset, _elements(B, H, Nc), q, jnp.moveaxis(lse, 2, 1), starts)
     return jnp.moveaxis(chosen, 1, 2)
 
 
@@ -121,7 +121,7 @@ def selected_attention(
         return o, lse
 
     elements = _elements(B, K, n, length, Dk + Dv)
-    o, lse = _map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
+    o, lse = map_query_chunks(attend, query_offset, elements, q, jnp.moveaxis(block_indices, 2, 1), starts)
     return o, jnp.moveaxis(lse, 1, 2)
 
 
@@ -150,7 +150,7 @@ def window_attention(
         near = (key[None, :] > positions[:, None] - window) & (key[None, :] <= positions[:, None])
         return _attend(q, keys, (near[None] & (key[None, None, :] >= starts[:, :, None]))[:, None], scale)
 
-    o, lse = _map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
+    o, lse = map_query_chunks(attend, query_offset, 0, q, starts, chunk=chunk)
     return o, jnp.moveaxis(lse, 1, 2)
 
 
@@ -230,7 +230,7 @@ def masked_attention(
     return _attend(q, _keys(k, v), mask, scale)
 
 
-def _map_query_chunks(
+def map_query_chunks(
     f: Callable[..., Any],
     query_offset: QueryOffset,
     elements_per_query: int,

@@ -27,6 +27,7 @@ from train.evaluate import evaluate, evaluate_positions, position_sums
 from train.generation.generator import generate
 from train.generation.sampling import Sampling
 from train.metrics import MetricsLog
+from train.model.attention import attention_kind
 from train.model.flops import active_parameters, device_peak_flops, total_parameters, train_flops_per_token
 from train.model.loss import LossSums, bits_per_byte
 from train.optimizer import learning_rate_schedule
@@ -229,7 +230,7 @@ class _StepReader:
         Raises:
           NonFiniteError: its loss or gradient is NaN or infinite.
         """
-        sums, grad_norm, router = jax.device_get(metrics)
+        sums, grad_norm, router, of_layers = jax.device_get(metrics)
         loss = float(sums.nll) / max(float(sums.weight), 1.0)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._not_finite(step, loss, float(grad_norm))
@@ -245,6 +246,8 @@ class _StepReader:
         }
         if router is not None:
             values |= {name: float(value) for name, value in router._asdict().items()}
+        if of_layers:
+            values["loss_of_layers"] = float(of_layers)
         if self._peak is not None:
             values["model_flop_utilisation"] = speed * self._flops_per_token / self._peak
         self._console.update(step, values)
@@ -285,7 +288,8 @@ def _selection(prepared: Prepared) -> Callable[[Any], dict[str, float]]:
     whole = NamedSharding(mesh, PartitionSpec())
     step = in_turn(on_mesh(jax.jit(make_selection_step(prepared.model), out_shardings=whole), mesh))
     batch = prepared.held_out[0]
-    return lambda params: logged(jax.device_get(step(params, put_batch(batch, mesh, config.model.nsa.compress_stride))))
+    stride = config.model.nsa.compress_stride
+    return lambda params: logged(jax.device_get(step(params, put_batch(batch, mesh, stride))), config)
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:
@@ -322,6 +326,9 @@ def _report(prepared: Prepared, state: TrainState, held_out: dict[str, float], c
         # No process has all parameters, and they need not fit into one.
         del files["sample"]
         console.print(f"several processes make no sample; for one: python -m train generate --run {config.run_dir}")
+    elif not all(attention_kind(kind).decodes for kind in config.model.attention_of_layers):
+        del files["sample"]
+        console.print(f"no sample: attention = {config.model.attention_name} is for training only")
     elif config.sample_tokens:
         seed = int(np.asarray(state.rng)[-1] % 2**31)
         sample = generate(

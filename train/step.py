@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from train.model.auxiliary import LOSSES, total_loss
 from train.model.loss import LossSums, cross_entropy
-from train.model.moe import COLLECTION, RouterMetrics, Routing, auxiliary_loss, rebalanced, router_metrics
+from train.model.moe import COLLECTION, RouterMetrics, Routing, rebalanced, router_metrics
 from train.model.transformer import Transformer, layer_stacks, output_kernel
 
 
@@ -28,6 +29,7 @@ class StepMetrics(NamedTuple):
     sums: LossSums
     grad_norm: Array  # before clipping
     router: RouterMetrics | None  # of a model with experts
+    of_layers: Array | float = 0.0  # what the losses of layers add to the objective; 0 where there are none
 
 
 def make_init(model: Transformer, optimizer: optax.GradientTransformation) -> Callable[[Array], TrainState]:
@@ -47,20 +49,25 @@ def loss_sums(model: Transformer, params: Any, batch: dict[str, Array]) -> LossS
     return _forward(model, params, batch)[0]
 
 
-def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[LossSums, Routing | None]:
-    """The loss of a batch, and where its tokens went if there are experts; tokens of weight 0 count in neither."""
+def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[LossSums, Array, Routing | None]:
+    """The loss of a batch, the losses of its layers, and where its tokens went if there are experts.
+
+    Tokens of weight 0 do not count in the loss, nor among the tokens of the experts.
+    """
     out: Any = model.apply(
         {"params": params},
         batch["tokens"],
         segment_ids=batch.get("segment_ids"),
         counted=batch["weights"] > 0,
-        mutable=[COLLECTION],
+        mutable=[COLLECTION, LOSSES],
     )
     hidden, left = out
     kernel = output_kernel(params, model.config)
     sums = cross_entropy(hidden, kernel, batch["targets"], batch["weights"], batch["target_bytes"])
-    routed = layer_stacks(model.config)["layers"].collect(left[COLLECTION]["layers"], "mlp", "sums") if left else None
-    return sums, routed
+    routed = None
+    if COLLECTION in left:
+        routed = layer_stacks(model.config)["layers"].collect(left[COLLECTION]["layers"], "mlp", "sums")
+    return sums, total_loss(left), routed
 
 
 def make_train_step(
@@ -69,32 +76,30 @@ def make_train_step(
     """One update, from a batch that is cut into `accumulate` microbatches along its rows.
 
     The gradient is that of the sum of all tokens' losses over the sum of all weights, however many tokens count in
-    each microbatch. The auxiliary loss of experts is that of each microbatch by itself, weighted by the tokens that
-    count in it. Their balancing bias moves once, by the loads of the whole batch.
+    each microbatch. The losses of layers (`train.model.auxiliary`) are those of each microbatch by itself, weighted by
+    the tokens that count in it. The balancing bias of experts moves once, by the loads of the whole batch.
     """
     moe = model.config.moe
 
     def objective(
         params: Any, batch: dict[str, Array], total_weight: Array, total_tokens: Array
-    ) -> tuple[Array, tuple[LossSums, Routing | None]]:
-        sums, routing = _forward(model, params, batch)
-        loss = (sums.nll + z_loss * sums.z) / total_weight
-        if routing is not None and moe.aux_loss:
-            loss += moe.aux_loss * jnp.sum(auxiliary_loss(routing, moe) * routing.tokens) / total_tokens
-        return loss, (sums, routing)
+    ) -> tuple[Array, tuple[LossSums, Array, Routing | None]]:
+        sums, of_layers, routing = _forward(model, params, batch)
+        of_layers = of_layers * _num_counted(batch) / total_tokens
+        return (sums.nll + z_loss * sums.z) / total_weight + of_layers, (sums, of_layers, routing)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepMetrics]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        total_tokens = jnp.maximum(jnp.sum(batch["weights"] > 0, dtype=jnp.float32), 1.0)
+        total_tokens = jnp.maximum(_num_counted(batch), 1.0)
 
         def parts(batch: dict[str, Array]) -> Any:
             (_, sums), grads = gradient(state.params, batch, total_weight, total_tokens)
             return sums, grads
 
         if accumulate == 1:
-            (sums, routing), grads = parts(batch)
+            (sums, of_layers, routing), grads = parts(batch)
         else:
             # Every accumulate-th row instead of neighbouring ones, so that each device keeps its rows.
             split = {key: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
@@ -105,7 +110,7 @@ def make_train_step(
             sums_shapes, _ = jax.eval_shape(parts, {key: x[0] for key, x in split.items()})
             zero_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_shapes)
             zero = (zero_sums, jax.tree.map(jnp.zeros_like, state.params))  # with the sharding of the parameters
-            ((sums, routing), grads), _ = jax.lax.scan(add, zero, split)
+            ((sums, of_layers, routing), grads), _ = jax.lax.scan(add, zero, split)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         router = None
@@ -116,6 +121,11 @@ def make_train_step(
             bias = rebalanced(stack.collect(params["layers"], *place), routing.assignments, moe.bias_speed)
             params = {**params, "layers": stack.replace(params["layers"], bias, *place)}
         rng = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(state.rng), 1)[0])
-        return TrainState(state.step + 1, params, opt_state, rng), StepMetrics(sums, optax.tree.norm(grads), router)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), router, of_layers)
+        return TrainState(state.step + 1, params, opt_state, rng), metrics
 
     return step
+
+
+def _num_counted(batch: dict[str, Array]) -> Array:
+    return jnp.sum(batch["weights"] > 0, dtype=jnp.float32)

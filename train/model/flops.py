@@ -51,13 +51,16 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, vocab_size:
     """Model FLOPs of training on one token of one full sequence, averaged over the T positions.
 
     These are the multiplications and additions of matrix products, 2 per multiply-add, times 3 for forward and
-    backward. Attention counts the keys that a query really reads (`AttentionKind.keys_read`). Of the routed experts,
-    those that a token chooses count. Not counted are operations without a matrix product, work that is done twice
-    (rematerialisation, and scoring blocks with the compressed branch's own logits), and document boundaries.
+    backward, where there is a backward pass. Attention counts the keys that a query really reads
+    (`AttentionKind.keys_read`). Of the routed experts, those that a token chooses count. Not counted are operations
+    without a matrix product, work that is done twice (rematerialisation, and scoring blocks with the compressed
+    branch's own logits), and document boundaries.
     """
     E, moe = config.embed_dim, config.moe
     num_dense = moe.first_dense if moe.num_routed else config.num_layers
     experts = E * moe.num_routed + 3 * E * moe.expert_dim * (moe.top_k + moe.num_shared)
     mlps = num_dense * 3 * E * config.mlp_dim + (config.num_layers - num_dense) * experts
-    attentions = sum(attention_kind(name).multiply_adds(config, sequence_length) for name in config.attention_of_layers)
-    return 3 * 2 * (attentions + mlps + E * padded_vocabulary(vocab_size))
+    kinds = [attention_kind(name) for name in config.attention_of_layers]
+    attentions = sum(kind.multiply_adds(config, sequence_length) for kind in kinds)
+    forward_only = sum(kind.multiply_adds_without_backward(config, sequence_length) for kind in kinds)
+    return 2 * (3 * (attentions + mlps + E * padded_vocabulary(vocab_size)) + forward_only)

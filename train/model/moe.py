@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.layer import Parameter
 from nsa_jax.sharding import free_axes, free_split, manual_axes
 from train.config import ModelConfig, MoEConfig
+from train.model.auxiliary import leave_loss
 from train.model.rounding import widened, with_gradient_to
 from train.parallel.sharding import RULES, logical
 
@@ -100,6 +101,8 @@ class MoE(nn.Module):
             for name, p in moe_parameters(self.config).items()
         }
         y, routing = moe_layer(parameters, x, counted, config=self.config)
+        if self.config.moe.aux_loss:
+            leave_loss(self, self.config.moe.aux_loss * auxiliary_loss(routing, self.config.moe))
         self.sow(COLLECTION, "sums", routing, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax import save_attention
 from nsa_jax.cache import Cache
 from train.config import ModelConfig, MoEConfig
+from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
+from train.model.auxiliary import LOSSES
 from train.model.embedding import embed
 from train.model.moe import COLLECTION, MoE
 from train.parallel.sharding import activation, weight
@@ -190,7 +192,13 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
       config: of the model.
       batch_size: rows.
       max_length: the most tokens a row can hold.
+
+    Raises:
+      ValueError: a kind of attention of the model has no cache.
     """
+    for kind in config.attention_of_layers:
+        if not attention_kind(kind).decodes:
+            raise ValueError(f"model.attention = {kind}: expected a kind that decodes; this one is for training only")
     attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
     return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for attention in attentions)
 
@@ -217,7 +225,7 @@ class Transformer(nn.Module):
             alone = len(stack.layers) == 1
             scanned = nn.scan(
                 _rematerialised(config) if alone else Group,
-                variable_axes={"params": 0, COLLECTION: 0, "intermediates": 0},
+                variable_axes={"params": 0, COLLECTION: 0, LOSSES: 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,) * 4,
                 length=stack.groups,

@@ -15,6 +15,11 @@ KINDS = {
     "nsa": "train.model.attention.nsa",
     "full": "train.model.attention.full",
     "window": "train.model.attention.window",
+    "per-head": "train.model.attention.per_head",
+    "per-token": "train.model.attention.per_token",
+    "min-max": "train.model.attention.min_max",
+    "clustering": "train.model.attention.clustering",
+    "auxiliary-loss": "train.model.attention.auxiliary_loss",
 }
 
 

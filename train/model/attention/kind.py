@@ -30,6 +30,8 @@ class AttentionKind(abc.ABC):
     values, and that has no other parameters.
     """
 
+    decodes: bool = True  # whether the layer has a cache and can generate text
+
     @abc.abstractmethod
     def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The Flax Linen layer, with the interface of `nsa_jax.FullAttention`.
@@ -59,6 +61,10 @@ class AttentionKind(abc.ABC):
         """Multiply-adds per token of matrix products besides projections, scores and values."""
         return 0.0
 
+    def multiply_adds_without_backward(self, config: ModelConfig, length: int) -> float:
+        """Multiply-adds per token of matrix products through which no gradient goes, and which count nowhere else."""
+        return 0.0
+
     def other_hidden_size(self, config: ModelConfig) -> int:
         """Numbers per token, besides x, whose gradient is summed over the tensor axis."""
         return 0
@@ -67,11 +73,21 @@ class AttentionKind(abc.ABC):
         """Whether the parameter of this name is whole on all devices along the tensor axis, though heads use it."""
         return False
 
+    def decoded_bytes(self, config: ModelConfig, length: int, union: float = 1.0) -> float:
+        """Bytes that the heads of a group read together to decode the last of `length` tokens.
+
+        Args:
+          config: of the model.
+          length: tokens of the row, the new one included.
+          union: tokens that a group reads in its selected branch, over those that one of its heads reads there.
+        """
+        return float(self.keys_read(config, length)[-1]) * sum(head_dims(config)) * itemsize(config)
+
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:  # noqa: B027, most have nothing to check
         """Raises ValueError, naming the setting, where this kind cannot do what the config and the mesh ask for."""
 
     def multiply_adds(self, config: ModelConfig, length: int) -> float:
-        """Multiply-adds of matrix products per token, averaged over the positions of a sequence."""
+        """Multiply-adds of matrix products with a backward pass per token, averaged over a sequence's positions."""
         E, H, K, Dk, Dv = config.embed_dim, config.num_heads, config.num_kv_heads, *head_dims(config)
         keys, values = self.kv_projections(config)
         projections = E * H * Dk + H * Dv * E + E * K * (keys * Dk + values * Dv)
@@ -82,6 +98,11 @@ class AttentionKind(abc.ABC):
 def head_dims(config: ModelConfig) -> tuple[int, int]:
     """Sizes of a key head and of a value head."""
     return config.head_dim, config.head_dim if config.v_head_dim is None else config.v_head_dim
+
+
+def itemsize(config: ModelConfig) -> int:
+    """Bytes of a number of the compute dtype."""
+    return jnp.dtype(config.dtype).itemsize
 
 
 def received_as(kind: Literal["nsa", "full", "window"], config: ModelConfig, split: Split) -> int:

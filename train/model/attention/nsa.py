@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from nsa_jax import NSAttention
 from train.config import ModelConfig, TrainConfig
-from train.model.attention.kind import AttentionKind, Split, head_dims, received_as
+from train.model.attention.kind import AttentionKind, Split, head_dims, itemsize, received_as
 from train.parallel.sharding import padded_length
 
 
@@ -28,9 +28,13 @@ class NSA(AttentionKind):
 
     def keys_read(self, config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
         """The visible compressed tokens, the tokens of the selected blocks up to the query's own, and the window."""
-        position, s = np.arange(length), config.nsa.select_block
-        selected = position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
-        return _visible_compressed(config, length) + selected + np.minimum(position + 1, config.nsa.window)
+        window = np.minimum(np.arange(length) + 1, config.nsa.window)
+        return _visible_compressed(config, length) + selected_tokens(config, length) + window
+
+    def decoded_bytes(self, config: ModelConfig, length: int, union: float = 1.0) -> float:
+        """The keys read, of which `union` multiplies those of the selected branch."""
+        more = (union - 1) * float(selected_tokens(config, length)[-1]) * sum(head_dims(config)) * itemsize(config)
+        return super().decoded_bytes(config, length) + more
 
     def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
         """One for each branch, unless they share it; the compressed branch has no keys of its own if they are tied."""
@@ -80,6 +84,12 @@ class NSA(AttentionKind):
                 f"data.sequence_length = {length}: expected more for mesh.context = {context}, whose chunks of {chunk} "
                 f"tokens are shorter than model.nsa.compress_block - model.nsa.compress_stride = {needed}"
             )
+
+
+def selected_tokens(config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
+    """Tokens that the query at each position reads in the selected branch, if its own block is always among them."""
+    position, s = np.arange(length), config.nsa.select_block
+    return position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
 
 
 def _visible_compressed(config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
