@@ -16,6 +16,7 @@ from nsa_jax.attention import AttentionInputs, score_scale
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.visibility import (
     blocks_scored,
+    candidate_blocks,
     choose_blocks,
     compressed_visible,
     pool_importance,
@@ -99,9 +100,8 @@ def selection_recall(
     p = by_head.sum(axis=2)
 
     block = jnp.arange(Nb, dtype=jnp.int32)[None, None, :]
-    own, first = (positions // s)[None, :, None], (starts // s)[:, :, None]
-    candidate = (block >= first) & (block <= own)
-    free = candidate & (block >= first + config.num_init) & (block <= own - config.num_local)
+    candidate, forced = candidate_blocks(positions, starts, Nb, config)
+    free = candidate & ~forced
     far = key <= positions[None, :, None] - config.window
     mass = jnp.pad(jnp.where(far[:, None], p, 0), ((0, 0),) * 3 + ((0, Nb * s - T),))
     mass = jnp.where(free[:, None], mass.reshape(B, K, S, Nb, s).sum(axis=-1), 0)

@@ -76,6 +76,17 @@ def blocks_scored(num_compressed: int, config: NSAConfig) -> int:
     return max(1, -(-longest // config.select_block))
 
 
+def candidate_blocks(
+    positions: Int[Array, " T"], starts: Int[Array, "B T"], num_blocks: int, config: NSAConfig
+) -> tuple[Bool[Array, "B T Nb"], Bool[Array, "B T Nb"]]:
+    """The blocks that a query may read, from the first of its segment to its own, and the forced ones of them."""
+    block = jnp.arange(num_blocks, dtype=jnp.int32)[None, None, :]
+    own = (positions // config.select_block)[None, :, None]
+    first = (starts // config.select_block)[:, :, None]
+    candidate = (block >= first) & (block <= own)
+    return candidate, candidate & ((block < first + config.num_init) | (block > own - config.num_local))
+
+
 def choose_blocks(
     importance: Float[Array, "B K T Nb"],
     positions: Int[Array, " T"],
@@ -83,11 +94,7 @@ def choose_blocks(
     config: NSAConfig,
 ) -> Int[Array, "B K T n"]:
     """The n best blocks, forced ones included: ascending, ties to the lower index, -1 where candidates run out."""
-    block = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, :]
-    own = (positions // config.select_block)[None, :, None]
-    first = (starts // config.select_block)[:, :, None]
-    candidate = (block >= first) & (block <= own)
-    forced = candidate & ((block < first + config.num_init) | (block > own - config.num_local))
+    candidate, forced = candidate_blocks(positions, starts, importance.shape[-1], config)
     score = jnp.where(forced[:, None], jnp.inf, jnp.where(candidate[:, None], importance, -jnp.inf))
     missing = max(0, config.num_selected - score.shape[-1])
     score = jnp.pad(score, ((0, 0),) * 3 + ((0, missing),), constant_values=-jnp.inf)

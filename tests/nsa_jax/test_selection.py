@@ -84,6 +84,37 @@ def test_the_blocks_measured_are_those_that_the_attention_reads():
     assert (blocks == select(inputs.q, inputs.kv.cmp_k, lse)).all()
 
 
+def test_what_another_choice_reads_is_measured_by_its_tokens_for_each_group_or_each_head():
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=96, B=2, num_segments=2, **HEADS)
+    positions = jnp.array([20, 47, 64, 80, 95], jnp.int32)
+    blocks = reference_selection(inputs, CONFIG)[1][:, :, positions]
+    of_groups = (blocks[..., None] == jnp.arange(96)[None, None, None, None, :] // CONFIG.select_block).any(axis=3)
+    own = measured(inputs, CONFIG, positions)
+    for tokens in (of_groups, jnp.repeat(of_groups, 2, axis=1)):
+        np.testing.assert_allclose(
+            np.stack(measured(inputs, CONFIG, positions, tokens=tokens)), np.stack(own), rtol=1e-5
+        )
+    for heads, share in (([1, 1, 1, 1], [1, 1]), ([0, 0, 0, 0], [0, 0])):
+        tokens = jnp.broadcast_to(jnp.array(heads, bool)[None, :, None, None], (2, 4, 5, 96))
+        np.testing.assert_allclose(measured(inputs, CONFIG, positions, tokens=tokens).chosen, share, rtol=1e-5)
+    parts = [
+        measured(
+            inputs, CONFIG, positions, tokens=jnp.broadcast_to(jnp.arange(4)[None, :, None, None] == h, (2, 4, 5, 96))
+        )
+        for h in range(4)
+    ]
+    # Each head has a part of the mass of its group, and none of the other's.
+    np.testing.assert_allclose(sum(part.chosen for part in parts), [1, 1], rtol=1e-5)
+    assert ((parts[0].chosen > 0) == jnp.array([True, False])).all()
+
+
+def test_tokens_that_do_not_fit_are_refused_by_name():
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=96, **HEADS)
+    for tokens in (jnp.zeros((1, 3, 2, 96), bool), jnp.zeros((1, 2, 2, 96))):
+        with pytest.raises(ValueError, match=r"tokens: .*: expected bool \[B, K or H, S, T\] with T = 96"):
+            selection_recall(inputs, CONFIG, jnp.array([50, 60], jnp.int32), tokens=tokens)
+
+
 def test_a_sample_without_anything_beyond_the_window_has_no_share():
     inputs = random_inputs(jax.random.key(4), CONFIG, T=64, **HEADS)
     assert jnp.isnan(measured(inputs, CONFIG, jnp.array([0, 5], jnp.int32)).chosen).all()

@@ -10,10 +10,13 @@ import pytest
 from helpers.models import SMALL
 
 from nsa_jax import NSAConfig
-from nsa_jax.selection import SelectionRecall
+from nsa_jax.selection import SelectionRecall, selection_recall
+from nsa_jax.tracing import trace_attention
 from train.__main__ import main
 from train.config import MeshConfig, TrainConfig
 from train.metrics import MetricsLog
+from train.model.attention import attention_kind
+from train.model.attention.choosing import Selection, sampled_positions
 from train.model.transformer import Transformer
 from train.parallel.sharding import make_mesh, on_mesh, put_batch
 from train.presets import tiny
@@ -38,24 +41,49 @@ def test_a_mesh_measures_what_one_device_does_in_every_layer_and_head():
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.asarray(batch["tokens"])))["params"]
     step = make_selection_step(model)
     alone = jax.jit(step)(params, batch)
-    assert [recall.chosen.shape for recall in alone] == [(2,), (2,)]
+    assert [layer.recall.chosen.shape for layer in alone] == [(2,), (2,)]
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, explicit=True))
     split = on_mesh(jax.jit(step), mesh)(params, put_batch(batch, mesh, 2))
     for here, there in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-5)
-    values = logged(alone)
+    config = TrainConfig(model=MODEL)
+    values = logged(alone, config)
+    read = attention_kind("nsa").decoded_bytes(MODEL, config.data.sequence_length)
+    assert all(values[f"decoded_bytes/{layer}/{head}"] == read for layer in range(2) for head in range(2))
     assert set(skills(values)) == {(layer, head) for layer in range(2) for head in range(2)}
+
+
+def test_layers_of_several_kinds_are_measured_in_their_order():
+    model = dataclasses.replace(MODEL, num_layers=6, pattern=("full", "nsa", "per-head"))
+    config = TrainConfig(model=model)
+    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, 50)
+    transformer = Transformer(model, 50)
+    params = nn.meta.unbox(jax.jit(transformer.init)(jax.random.key(1), tokens))["params"]
+    layers = jax.jit(make_selection_step(transformer))(params, {"tokens": tokens})
+    unions = [np.asarray(layer.union) for layer in layers]
+    assert [bool((union > 1).all()) for union in unions] == [False, True, False, True]
+    inputs = trace_attention(transformer, {"params": params}, tokens)
+    for layer, traced in zip(layers[::2], inputs.values(), strict=True):
+        expected = selection_recall(traced, MODEL.nsa, sampled_positions(64))
+        np.testing.assert_allclose(layer.recall.chosen, expected.chosen, rtol=1e-5)
+    assert sorted(name for name in logged(layers, config) if name.startswith("decoded_bytes")) == [
+        f"decoded_bytes/{layer}/{head}" for layer in range(4) for head in range(2)
+    ]
 
 
 def test_skill_is_0_for_random_blocks_and_1_for_the_best():
     chosen, random, best = (np.array([*shares, np.nan]) for shares in ((0.2, 0.8), (0.2, 0.2), (0.8, 0.8)))
-    found = skills(logged([SelectionRecall(chosen, random, best, np.zeros(3))]))
+    selection = Selection(SelectionRecall(chosen, random, best, np.zeros(3)), union=np.ones(3), imbalance=np.ones(3))
+    found = skills(logged([selection], TrainConfig(model=dataclasses.replace(MODEL, num_layers=1))))
     assert found == {(0, 0): pytest.approx(0.0), (0, 1): pytest.approx(1.0)}
 
 
 def test_only_a_run_that_selects_and_holds_whole_rows_is_measured():
     config = tiny()
     assert is_measured(config)
+    assert is_measured(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=("full", "min-max")))
+    )
     assert not is_measured(dataclasses.replace(config, eval_selection=False))
     assert not is_measured(dataclasses.replace(config, mesh=MeshConfig(context=2)))
     assert not is_measured(dataclasses.replace(config, model=dataclasses.replace(config.model, attention="full")))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from nsa_jax.config import num_blocks
 from nsa_jax.layer import NSALayerConfig, Parameter, rotate
 from nsa_jax.sharding import token_positions
+from nsa_jax.visibility import candidate_blocks
 from train.config import ModelConfig
 from train.model.attention.choosing import (
     Choice,
@@ -18,7 +19,6 @@ from train.model.attention.choosing import (
     accumulable,
     attention_mass,
     blocks_of_highest_product,
-    forced_blocks,
     in_chunks,
     in_whole_blocks,
     product,
@@ -55,7 +55,7 @@ class AuxiliaryLoss(ChoosingBlocks):
     ) -> dict[str, Array]:
         """The indexer's queries [B, T, K, Dk] and the blocks' representative keys [B, Nb, K, Dk], in float32."""
         x = jax.lax.stop_gradient(x)
-        positions = token_positions(x.shape[:2], segment_ids, batch_axes=config.batch_axes)
+        positions = token_positions((x.shape[0], x.shape[1]), segment_ids, batch_axes=config.batch_axes)
         axes = ("embed", "kv_heads", "head_dim")
         q, k = (
             rotate(jnp.einsum("bte,ehd->bthd", x, weight(parameters[name], axes, x.dtype)), positions, config)
@@ -76,8 +76,8 @@ class AuxiliaryLoss(ChoosingBlocks):
         def divergence(positions: Array, q: Array, index_q: Array, starts: Array) -> Array:
             mass = attention_mass(positions, q, starts, keys)
             mass = mass.reshape(*mass.shape[:3], blocks, sizes.select_block).sum(axis=-1)
-            free = seen_whole(positions, starts, blocks, sizes) & ~forced_blocks(positions, starts, blocks, sizes)
-            free = free[:, None]
+            _, forced = candidate_blocks(positions, starts, blocks, sizes)
+            free = (seen_whole(positions, starts, blocks, sizes) & ~forced)[:, None]
             scores = D**-0.5 * product("bckd,bnkd->bkcn", index_q, representatives)
             return jnp.moveaxis(_divergence(jnp.where(free, mass, 0), scores, free), 2, 1)
 

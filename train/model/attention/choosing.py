@@ -34,7 +34,7 @@ from nsa_jax.layer import (
 )
 from nsa_jax.selection import SelectionRecall, probabilities, selection_recall
 from nsa_jax.sharding import sharded
-from nsa_jax.visibility import choose_blocks, gated_sum, segment_starts
+from nsa_jax.visibility import candidate_blocks, choose_blocks, gated_sum, segment_starts
 from nsa_jax.xla import map_query_chunks, masked_attention
 from train.config import ModelConfig, TrainConfig
 from train.model.attention.kind import Split, itemsize
@@ -106,7 +106,7 @@ class Choosing(NSA):
         """Numbers that a group reads to choose for the last of `length` tokens, besides the compressed tokens."""
         return 0
 
-    def layer(self, config: ModelConfig, **common: Any) -> "ChoosingLayer":
+    def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The layer with its three branches."""
         name = common.pop("name")
         layer = NSALayerConfig(
@@ -230,10 +230,11 @@ def _layer(
     choice = Choice(q, kv, lse, starts, segment_ids, kind.own(parameters, x, segment_ids, config))
     y = join_heads(gated_sum(gates, o_cmp, kind.attend(choice, config), o_win), weights["o_kernel"])
     loss = kind.loss(choice, config) if learning else None
-    return y, loss, _selection(kind, choice, inputs, config) if measured else None
+    return y, loss, measured_selection(kind, choice, inputs, config) if measured else None
 
 
-def _selection(kind: Choosing, choice: Choice, inputs: AttentionInputs, config: NSALayerConfig) -> Selection:
+def measured_selection(kind: Choosing, choice: Choice, inputs: AttentionInputs, config: NSALayerConfig) -> Selection:
+    """How a layer selects, at `sampled_positions`; `inputs` are those that NSA would give to the attention."""
     positions = sampled_positions(choice.q.shape[1])
     tokens = kind.tokens_read(choice, positions, config)
     B, N, S, T = tokens.shape
@@ -262,16 +263,6 @@ def seen_whole(
     first = config.select_block * jnp.arange(blocks, dtype=jnp.int32)[None, None, :]
     last = first + config.select_block - 1
     return (first >= starts[:, :, None]) & (last <= positions[None, :, None])
-
-
-def forced_blocks(
-    positions: Int[Array, " C"], starts: Int[Array, "B C"], blocks: int, config: NSAConfig
-) -> Bool[Array, "B C Nb"]:
-    """The blocks that a query reads whatever they hold, as in `nsa_jax.visibility.choose_blocks`."""
-    block = jnp.arange(blocks, dtype=jnp.int32)[None, None, :]
-    own, first = (positions // config.select_block)[None, :, None], (starts // config.select_block)[:, :, None]
-    candidate = (block >= first) & (block <= own)
-    return candidate & ((block < first + config.num_init) | (block > own - config.num_local))
 
 
 def group_sum(q: Float[Array, "B T H D"], groups: int) -> Float[Array, "B T K D"]:
@@ -336,7 +327,8 @@ def best_tokens(
     s, S = config.select_block, importance.shape[3]
     key = jnp.arange(S, dtype=jnp.int32)
     seen = _seen(positions, starts, key)
-    forced = jnp.repeat(forced_blocks(positions, starts, S // s, config), s, axis=2)[:, None]
+    _, forced = candidate_blocks(positions, starts, S // s, config)
+    forced = jnp.repeat(forced, s, axis=2)[:, None]
     score = jnp.where(forced, jnp.inf, jnp.where(seen, importance, -jnp.inf))
     count = min(config.num_selected * s, S)
     threshold = jnp.sort(score, axis=-1)[..., S - count, None]

@@ -1,6 +1,6 @@
 """Native Sparse Attention whose selected branch reads clusters of similar keys instead of blocks, as in ClusterKV."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +94,11 @@ class Clustering(Choosing):
 
     def multiply_adds_without_backward(self, config: ModelConfig, length: int) -> float:
         """K-means, in which every key before an interval meets every centroid twice, and the scores of centroids."""
-        clustered = np.arange(0, length, interval(config.nsa))
-        clusters = clustered // config.nsa.select_block
-        kmeans = 2 * ITERATIONS * float((clustered * clusters).sum()) / length
-        return config.num_kv_heads * config.head_dim * (kmeans + float(clusters.mean()))
+        step, s = interval(config.nsa), config.nsa.select_block
+        ends = np.arange(0, length, step)
+        kmeans = 2 * ITERATIONS * float((ends * (ends // s)).sum()) / length
+        scores = float((np.arange(length) // step * step // s).mean())
+        return config.num_kv_heads * config.head_dim * (kmeans + scores)
 
     def numbers_read_to_choose(self, config: ModelConfig, length: int) -> int:
         """The centroids. The table of which token is in which cluster is left out."""
@@ -133,17 +134,16 @@ def cluster(k: Float[Array, "B S K Dk"], end: Int[Array, ""], starts: Int[Array,
         best = jnp.argmax(jnp.where(allowed, cosine, -jnp.inf), axis=-1)
         return (best[..., None] == jnp.arange(blocks)[None, None, None, :]) & allowed
 
-    def iterate(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        centroids, _ = state
+    def iterate(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        centroids = state[0]
         members = nearest(centroids)
         sizes = members.sum(axis=2)[..., None]
         sums = product("bksn,bksd->bknd", members, keys)
         return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), centroids), members
 
     blocked = keys.reshape(B, K, blocks, s, D).mean(axis=3)
-    centroids, members = jax.lax.fori_loop(
-        0, ITERATIONS, iterate, (blocked, jnp.zeros((B, K, S, blocks), bool)), unroll=False
-    )
+    none = jnp.zeros((B, K, S, blocks), bool)
+    centroids, members = jax.lax.fori_loop(0, ITERATIONS, iterate, (blocked, none))
     cluster_of = jnp.where(members.any(axis=-1), jnp.argmax(members, axis=-1), -1).astype(jnp.int32)
     return Clusters(centroids, cluster_of, members.sum(axis=2, dtype=jnp.int32))
 

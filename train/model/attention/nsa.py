@@ -15,7 +15,7 @@ from train.parallel.sharding import padded_length
 class NSA(AttentionKind):
     """`nsa_jax.NSAttention`."""
 
-    def layer(self, config: ModelConfig, **common: Any) -> NSAttention:
+    def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The layer with its three branches."""
         return NSAttention(
             **common,
