@@ -13,9 +13,8 @@ from nsa_jax.layer import NSALayerConfig, Parameter, rotate
 from nsa_jax.sharding import token_positions
 from nsa_jax.visibility import candidate_blocks
 from train.config import ModelConfig
-from train.model.attention.choosing import (
-    Choice,
-    ChoosingBlocks,
+from train.model.attention.choosing import Choice, ChoosingBlocks
+from train.model.attention.scores import (
     accumulable,
     attention_mass,
     blocks_of_highest_product,
@@ -39,6 +38,8 @@ class AuxiliaryLoss(ChoosingBlocks):
       sees whole and is free to choose. It is averaged over queries and K/V heads, and summed over layers with weight 1.
     * It trains the indexer alone: its gradient goes neither to the attention nor to the layer's input.
     """
+
+    has_loss = True
 
     def parameters(self, config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
         """The indexer's two projections."""
@@ -67,7 +68,7 @@ class AuxiliaryLoss(ChoosingBlocks):
         """The blocks of the indexer's highest scores."""
         return blocks_of_highest_product(choice.own["q"], choice.own["k"], choice.starts, config.config)
 
-    def loss(self, choice: Choice, config: NSALayerConfig) -> Float[Array, ""]:
+    def loss(self, choice: Choice, config: NSALayerConfig) -> Float[Array, "B K"]:
         """The divergence, computed for a chunk of queries at a time: no array of T x T is kept."""
         sizes, keys = config.config, accumulable(jax.lax.stop_gradient(choice.kv.slc_k), config.config)
         B, S, _, D = keys.shape
@@ -82,7 +83,7 @@ class AuxiliaryLoss(ChoosingBlocks):
             return jnp.moveaxis(_divergence(jnp.where(free, mass, 0), scores, free), 2, 1)
 
         arrays = jax.lax.stop_gradient(choice.q), choice.own["q"], choice.starts
-        return in_chunks(divergence, B * choice.q.shape[2] * S, *arrays).mean()
+        return in_chunks(divergence, B * choice.q.shape[2] * S, *arrays).mean(axis=1)
 
     def multiply_adds(self, config: ModelConfig, length: int) -> float:
         """NSA's, the indexer's projections and its scores of the blocks that a query sees whole."""

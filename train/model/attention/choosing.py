@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import compressed_attention, selected_attention, window_attention
 from nsa_jax.attention import AttentionInputs, BranchKV
-from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.explicit import split_like
 from nsa_jax.layer import (
     NSALayerConfig,
@@ -32,18 +31,16 @@ from nsa_jax.layer import (
     nsa_layer_inputs,
     nsa_parameters,
 )
-from nsa_jax.selection import SelectionRecall, probabilities, selection_recall
-from nsa_jax.sharding import sharded
-from nsa_jax.visibility import candidate_blocks, choose_blocks, gated_sum, segment_starts
-from nsa_jax.xla import map_query_chunks, masked_attention
+from nsa_jax.selection import SelectionRecall, selection_recall
+from nsa_jax.sharding import free_axes, manual_axes, sharded
+from nsa_jax.visibility import gated_sum, segment_starts
 from train.config import ModelConfig, TrainConfig
 from train.model.attention.kind import Split, itemsize
 from train.model.attention.nsa import NSA
+from train.model.attention.scores import repeated, seen_tokens
 from train.model.auxiliary import LOSSES, leave_loss
 
 QUERIES = 64  # of a row, evenly over its second half, at which a selection is measured
-# The most scores of one chunk of queries. It is larger than in `nsa_jax.xla`: a query here may score all tokens.
-CHUNK_ELEMENTS = 1 << 26
 
 
 class Choice(NamedTuple):
@@ -69,6 +66,7 @@ class Choosing(NSA):
     """A kind of attention that is NSA but for what the selected branch reads."""
 
     decodes = False
+    has_loss = False
 
     def parameters(self, config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
         """Parameters of the design itself, beside those of NSA."""
@@ -94,13 +92,13 @@ class Choosing(NSA):
     ) -> Bool[Array, "B N S T"]:
         """The tokens that the queries at some positions read, for each K/V head (N = K) or each query head (N = H)."""
 
-    def imbalance(self, choice: Choice, config: NSALayerConfig) -> Float[Array, " K"]:
+    def imbalance(self, choice: Choice, config: NSALayerConfig) -> Float[Array, "B K"]:
         """The fullest of the units that are stored and read together over the mean of them: 1 for blocks and tokens."""
-        return jnp.ones(choice.kv.slc_k.shape[2])
+        return jnp.ones((choice.q.shape[0], choice.kv.slc_k.shape[2]))
 
-    def loss(self, choice: Choice, config: NSALayerConfig) -> Float[Array, ""] | None:
-        """What is added to the objective for this layer, a mean over tokens; None: nothing."""
-        return None
+    def loss(self, choice: Choice, config: NSALayerConfig) -> Float[Array, "B K"]:
+        """With `has_loss`, a mean over the tokens of each row and K/V head, whose mean the layer leaves as its loss."""
+        raise NotImplementedError
 
     def numbers_read_to_choose(self, config: ModelConfig, length: int) -> int:
         """Numbers that a group reads to choose for the last of `length` tokens, besides the compressed tokens."""
@@ -168,7 +166,7 @@ class ChoosingBlocks(Choosing):
         key = jnp.arange(choice.q.shape[1], dtype=jnp.int32)
         indices = self.blocks(choice, config)[:, :, positions]
         block = (key // config.config.select_block)[None, None, None, None, :]
-        return jnp.any(indices[..., None] == block, axis=3) & _seen(positions, choice.starts[:, positions], key)
+        return jnp.any(indices[..., None] == block, axis=3) & seen_tokens(positions, choice.starts[:, positions], key)
 
 
 class ChoosingLayer(nn.Module):
@@ -228,143 +226,65 @@ def _layer(
     o_win = sharded(window_attention, **config.mesh_axes)(q, kv.win_k, kv.win_v, **options)
     starts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_starts(segment_ids)
     choice = Choice(q, kv, lse, starts, segment_ids, kind.own(parameters, x, segment_ids, config))
-    y = join_heads(gated_sum(gates, o_cmp, kind.attend(choice, config), o_win), weights["o_kernel"])
-    loss = kind.loss(choice, config) if learning else None
+    o_slc = _on_each_device(kind.attend, choice, config, _TOKENS)
+    y = join_heads(gated_sum(gates, o_cmp, o_slc, o_win), weights["o_kernel"])
+    loss = _on_each_device(kind.loss, choice, config, _ROWS_AND_HEADS).mean() if learning and kind.has_loss else None
     return y, loss, measured_selection(kind, choice, inputs, config) if measured else None
+
+
+# How arrays are split over the mesh: rows as "batch", K/V heads with their groups as "heads".
+_TOKENS = PartitionSpec("batch", None, "heads", None)
+_ROWS_AND_HEADS = PartitionSpec("batch", "heads")
+_SPLITS = {
+    "q": _TOKENS,
+    "kv": _TOKENS,
+    "lse": PartitionSpec("batch", "heads", None),
+    "starts": PartitionSpec("batch", None),
+    "segment_ids": PartitionSpec("batch", None),
+    "own": _TOKENS,
+}
+
+
+def _on_each_device(
+    f: Callable[[Choice, NSALayerConfig], Array], choice: Choice, config: NSALayerConfig, results: PartitionSpec
+) -> Array:
+    """f(choice, config), where every device of the mesh in context has its rows and heads. Nothing is sent."""
+    axes = {"batch": free_axes(config.batch_axes), "heads": free_axes(config.head_axes)}
+    if not any(axes.values()):
+        return f(choice, config)
+
+    def placed(split: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(name and (axes[name] or None) for name in split))
+
+    splits: dict[str, Any] = {name: placed(split) for name, split in _SPLITS.items()}
+    run = jax.shard_map(
+        lambda choice: f(choice, config),
+        in_specs=(Choice(**splits),),
+        out_specs=placed(results),
+        axis_names=manual_axes(sum(axes.values(), ()), jax.sharding.get_abstract_mesh()),
+        check_vma=False,  # the kernels inside do not say over which axes their outputs vary
+    )
+    return jax.jit(run)(choice)  # outside of jit, `shard_map` knows no Auto axes
 
 
 def measured_selection(kind: Choosing, choice: Choice, inputs: AttentionInputs, config: NSALayerConfig) -> Selection:
     """How a layer selects, at `sampled_positions`; `inputs` are those that NSA would give to the attention."""
     positions = sampled_positions(choice.q.shape[1])
-    tokens = kind.tokens_read(choice, positions, config)
+
+    def read(choice: Choice, config: NSALayerConfig) -> Array:
+        return kind.tokens_read(choice, positions, config)
+
+    tokens = _on_each_device(read, choice, config, PartitionSpec("batch", "heads", None, None))
     B, N, S, T = tokens.shape
     K = choice.kv.slc_k.shape[2]
     by_head = tokens.reshape(B, K, N // K, S, T)
     together = jnp.any(by_head, axis=2).sum(axis=(0, 2, 3))
     union = together * (N // K) / by_head.sum(axis=(0, 2, 3, 4))
     recall = selection_recall(inputs, config.config, positions, tokens=tokens)
-    return Selection(recall, union, kind.imbalance(choice, config))
+    imbalance = _on_each_device(kind.imbalance, choice, config, _ROWS_AND_HEADS).mean(axis=0)
+    return Selection(recall, union, imbalance)
 
 
 def sampled_positions(length: int) -> Int[Array, " S"]:
     """The queries of a row at which a selection is measured."""
     return jnp.asarray(np.linspace(length // 2, length - 1, QUERIES), jnp.int32)
-
-
-def repeated(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T N D"]:
-    """Keys or values with each head as often in turn as makes `heads` of them."""
-    return jnp.repeat(x, heads // x.shape[2], axis=2)
-
-
-def seen_whole(
-    positions: Int[Array, " C"], starts: Int[Array, "B C"], blocks: int, config: NSAConfig
-) -> Bool[Array, "B C Nb"]:
-    """The blocks of which a query sees every token. What is made of a whole block may score no other."""
-    first = config.select_block * jnp.arange(blocks, dtype=jnp.int32)[None, None, :]
-    last = first + config.select_block - 1
-    return (first >= starts[:, :, None]) & (last <= positions[None, :, None])
-
-
-def group_sum(q: Float[Array, "B T H D"], groups: int) -> Float[Array, "B T K D"]:
-    """The sum of the queries of a group, in float32. Its product with a key is the sum of theirs."""
-    B, T, H, D = q.shape
-    return q.astype(jnp.float32).reshape(B, T, groups, H // groups, D).sum(axis=3)
-
-
-def in_whole_blocks(x: Float[Array, "B T K D"], config: NSAConfig) -> Float[Array, "B Nb s K D"]:
-    """Cut into blocks, the last one filled up with zeros."""
-    B, T, K, D = x.shape
-    blocks, s = num_blocks(T, config), config.select_block
-    return jnp.pad(x, ((0, 0), (0, blocks * s - T), (0, 0), (0, 0))).reshape(B, blocks, s, K, D)
-
-
-def accumulable(x: Float[Array, "B T K D"], config: NSAConfig) -> Float[Array, "B S K D"]:
-    """Up to whole blocks, and in float32, so that the gradients of chunks are added up in it."""
-    return in_whole_blocks(x.astype(jnp.float32), config).reshape(x.shape[0], -1, *x.shape[2:])
-
-
-def product(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
-    """An einsum in float32, which is not rounded to TF32."""
-    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
-def blocks_of_highest_product(
-    q: Float[Array, "B T K D"], k: Float[Array, "B Nb K D"], starts: Int[Array, "B T"], config: NSAConfig
-) -> Int[Array, "B K T n"]:
-    """The n blocks whose one key has the highest products with a group's one query, forced blocks included.
-
-    A block is a candidate beyond the forced ones only if the query sees it whole.
-    """
-
-    def choose(positions: Array, q: Array, starts: Array) -> Array:
-        score = product("bckd,bnkd->bkcn", q, k)
-        whole = seen_whole(positions, starts, k.shape[1], config)[:, None]
-        return jnp.moveaxis(choose_blocks(jnp.where(whole, score, -jnp.inf), positions, starts, config), 2, 1)
-
-    elements = q.shape[0] * k.shape[1] * k.shape[2]
-    return jnp.moveaxis(in_chunks(choose, elements, q, starts), 1, 2)
-
-
-def attention_mass(
-    positions: Int[Array, " C"],
-    q: Float[Array, "B C H Dk"],
-    starts: Int[Array, "B C"],
-    k: Float[Array, "B S K Dk"],
-) -> Float[Array, "B K C S"]:
-    """The probability of every token up to a query's own in the softmax over all of them, summed over the group."""
-    seen = _seen(positions, starts, jnp.arange(k.shape[1], dtype=jnp.int32))
-    return probabilities(q, k, seen[:, None], q.shape[-1] ** -0.5).sum(axis=2)
-
-
-def best_tokens(
-    importance: Float[Array, "B K C S"], positions: Int[Array, " C"], starts: Int[Array, "B C"], config: NSAConfig
-) -> Bool[Array, "B K C S"]:
-    """The n s tokens of highest importance that a query reads, those of the forced blocks included.
-
-    As in NSA, the tokens of the query's own block that come after it take up places and are not read. Ties go to the
-    lower position. S is a multiple of s.
-    """
-    s, S = config.select_block, importance.shape[3]
-    key = jnp.arange(S, dtype=jnp.int32)
-    seen = _seen(positions, starts, key)
-    _, forced = candidate_blocks(positions, starts, S // s, config)
-    forced = jnp.repeat(forced, s, axis=2)[:, None]
-    score = jnp.where(forced, jnp.inf, jnp.where(seen, importance, -jnp.inf))
-    count = min(config.num_selected * s, S)
-    threshold = jnp.sort(score, axis=-1)[..., S - count, None]
-    above, equal = score > threshold, score == threshold
-    places = count - above.sum(axis=-1, keepdims=True, dtype=jnp.int32)
-    return (above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= places))) & seen
-
-
-def _seen(positions: Int[Array, " C"], starts: Int[Array, "B C"], key: Int[Array, " S"]) -> Bool[Array, "B 1 C S"]:
-    """The tokens of a query's segment up to its own."""
-    return ((key[None, None, :] <= positions[None, :, None]) & (key[None, None, :] >= starts[:, :, None]))[:, None]
-
-
-def attend_to_tokens(
-    mask: Callable[[Array, Array, Array], Bool[Array, "B K C S"]],
-    q: Float[Array, "B Tq H Dk"],
-    k: Float[Array, "B S K Dk"],
-    v: Float[Array, "B S K Dv"],
-    starts: Int[Array, "B Tq"],
-    query_offset: int | Int[Array, ""] = 0,
-) -> Float[Array, "B Tq H Dv"]:
-    """Attention under mask(positions [C], queries [B, C, H, Dk], starts [B, C]), a chunk of queries at a time.
-
-    This scores every key: for training it costs no more than dense attention, and gathers nothing.
-    """
-
-    def attend(positions: Array, q: Array, starts: Array) -> Array:
-        chosen = mask(positions, jax.lax.stop_gradient(q), starts)
-        return masked_attention(q, k, v, chosen, q.shape[-1] ** -0.5)[0]
-
-    return in_chunks(attend, q.shape[0] * q.shape[2] * k.shape[1], q, starts, query_offset=query_offset)
-
-
-def in_chunks(
-    f: Callable[..., Any], elements_per_query: int, *arrays: Array, query_offset: int | Int[Array, ""] = 0
-) -> Any:
-    """`nsa_jax.xla.map_query_chunks` in chunks of `CHUNK_ELEMENTS`."""
-    chunk = max(1, min(arrays[0].shape[1], CHUNK_ELEMENTS // elements_per_query))
-    return map_query_chunks(f, query_offset, elements_per_query, *arrays, chunk=chunk)

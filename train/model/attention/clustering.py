@@ -10,15 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.layer import NSALayerConfig
 from train.config import ModelConfig
-from train.model.attention.choosing import (
-    Choice,
-    Choosing,
-    accumulable,
-    attend_to_tokens,
-    best_tokens,
-    group_sum,
-    product,
-)
+from train.model.attention.choosing import Choice, Choosing
+from train.model.attention.scores import accumulable, attend_to_tokens, best_tokens, group_sum, product
 
 ITERATIONS = 8  # of k-means
 
@@ -84,13 +77,13 @@ class Clustering(Choosing):
 
         return jnp.moveaxis(jax.lax.map(one, positions), 0, 2)
 
-    def imbalance(self, choice: Choice, config: NSALayerConfig) -> Float[Array, " K"]:
+    def imbalance(self, choice: Choice, config: NSALayerConfig) -> Float[Array, "B K"]:
         """The fullest cluster over the mean of those that hold a key, the last time that a row is clustered."""
         k, length = accumulable(choice.kv.slc_k, config.config), interval(config.config)
         end = jnp.asarray((choice.q.shape[1] - 1) // length * length, jnp.int32)
         sizes = cluster(k, end, _starts_of_blocks(choice, k.shape[1]), config.config).sizes.astype(jnp.float32)
         mean = sizes.sum(axis=-1) / jnp.maximum((sizes > 0).sum(axis=-1), 1)
-        return (sizes.max(axis=-1) / jnp.maximum(mean, 1)).mean(axis=0)
+        return sizes.max(axis=-1) / jnp.maximum(mean, 1)
 
     def multiply_adds_without_backward(self, config: ModelConfig, length: int) -> float:
         """K-means, in which every key before an interval meets every centroid twice, and the scores of centroids."""

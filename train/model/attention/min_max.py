@@ -7,13 +7,8 @@ from jaxtyping import Array, Int
 from nsa_jax.config import num_blocks
 from nsa_jax.layer import NSALayerConfig
 from train.config import ModelConfig
-from train.model.attention.choosing import (
-    Choice,
-    ChoosingBlocks,
-    blocks_of_highest_product,
-    group_sum,
-    in_whole_blocks,
-)
+from train.model.attention.choosing import Choice, ChoosingBlocks
+from train.model.attention.scores import blocks_of_highest_product, group_sum, in_whole_blocks
 
 
 class MinMax(ChoosingBlocks):

@@ -5,7 +5,8 @@ from jaxtyping import Array, Int
 from nsa_jax import select_blocks
 from nsa_jax.layer import NSALayerConfig
 from nsa_jax.sharding import sharded
-from train.model.attention.choosing import Choice, ChoosingBlocks, repeated
+from train.model.attention.choosing import Choice, ChoosingBlocks
+from train.model.attention.scores import repeated
 
 
 class PerHead(ChoosingBlocks):

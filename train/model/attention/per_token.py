@@ -6,15 +6,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.layer import NSALayerConfig
 from train.config import ModelConfig
-from train.model.attention.choosing import (
-    Choice,
-    Choosing,
-    accumulable,
-    attend_to_tokens,
-    attention_mass,
-    best_tokens,
-)
+from train.model.attention.choosing import Choice, Choosing
 from train.model.attention.nsa import selected_tokens
+from train.model.attention.scores import accumulable, attend_to_tokens, attention_mass, best_tokens
 
 
 class PerToken(Choosing):

@@ -17,14 +17,17 @@ from nsa_jax.visibility import segment_starts
 from train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.loop import run
 from train.metrics import read_metrics
-from train.model.attention import attention_kind, choosing
+from train.model.attention import attention_kind, scores
 from train.model.attention.choosing import Choice, measured_selection, sampled_positions
 from train.model.attention.clustering import ITERATIONS
 from train.model.attention.kind import Split, make_attention
 from train.model.auxiliary import LOSSES, total_loss
 from train.model.flops import train_flops_per_token
 from train.model.transformer import init_caches
+from train.parallel.communication import collectives, received_bytes
+from train.parallel.lowering import compile_here
 from train.parallel.sharding import check_divisible, make_mesh, tree_shardings
+from train.parallel.traffic import predicted_bytes
 from train.prepare import prepare
 from train.presets import tiny
 
@@ -39,7 +42,7 @@ SEGMENTS = np.array([[0] * T, [0] * 20 + [1] * (T - 20)], np.int32)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks of queries, the last of them not full."""
-    monkeypatch.setattr(choosing, "CHUNK_ELEMENTS", 8 * B * H * T)
+    monkeypatch.setattr(scores, "CHUNK_ELEMENTS", 8 * B * H * T)
 
 
 def layer_of(name):
@@ -243,6 +246,23 @@ def test_a_mesh_computes_what_one_device_does(name, explicit):
         np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
+@EVERY_DESIGN
+def test_a_choice_sends_nothing(name):
+    config = TrainConfig(
+        model=dataclasses.replace(MODEL, embed_dim=32, head_dim=32, implementation="xla"),
+        data=DataConfig(batch_size=8, sequence_length=64, isolate_documents=False),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    mesh, sent, predicted = make_mesh(MeshConfig(data=4, tensor=2)), [], []
+    for kind in ("nsa", name):
+        run_config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kind))
+        sent.append(sum(received_bytes(collectives(compile_here(run_config, 50, mesh).as_text())).values()))
+        predicted.append(sum(predicted_bytes(run_config, 50, mesh.shape).values()))
+    # The gradients of an indexer are summed over the devices, as those of all parameters are.
+    assert sent[1] - sent[0] == pytest.approx(predicted[1] - predicted[0], abs=200)
+
+
 @EVERY_DESIGN
 def test_a_run_trains_measures_its_selection_and_makes_no_sample(name, tmp_path):
     model = dataclasses.replace(MODEL, attention=name, num_layers=2)
@@ -330,7 +350,7 @@ def test_the_auxiliary_loss_is_the_divergence_from_the_attention_to_blocks_that_
             terms.append((target * np.log(target / predicted)).sum())
     assert len(terms) == B * K * T
     found = jax.jit(lambda c: kind.loss(c, config_of("auxiliary-loss")))(choice)
-    assert float(found) == pytest.approx(np.mean(terms), rel=1e-4)
+    np.testing.assert_allclose(found, np.reshape(terms, (B, K, T)).mean(axis=-1), rtol=1e-4)
 
 
 def test_the_auxiliary_loss_trains_the_indexer_and_nothing_else_does():
