@@ -325,5 +325,3 @@ def test_the_initial_output_projection_is_scaled_and_nothing_else():
     for name, value in plain["params"].items():
         factor = 0.25 if name == "o_kernel" else 1.0
         assert_trees_close(scaled["params"][name], factor * value, 1e-6)
-
-
