@@ -88,7 +88,8 @@ def nsa_attention(
       kv: keys and values of each branch, in the dtype of `q`. `cmp_*` [B, Nc, K, Dk|Dv] with
         Nc = `num_compressed(T, config)`, the others [B, T, K, Dk|Dv].
       gates: [B, Tq, H, 3] in the order compressed, selected, window; any float dtype.
-      config: the sizes of the branches.
+      config: the sizes of the branches. Of a branch that is off (size 0), keys, values and gates are not read: pass
+        any that fit, such as those of another branch.
       scale: factor of the scores; Dk ** -0.5 if None.
       segment_ids: integers [B, T]; a run of equal ids is a segment. A query sees its own segment only.
       query_offset: position of the first query (int, or integer scalar, traced or not). `q` then holds positions
@@ -215,6 +216,7 @@ def select_blocks(
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
     """
+    check_config(config, "num_selected")
     q, k, _ = checked_attention(q, k, None, config, values=False)
     lse = arguments.array("lse", lse)
     expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide_dtype(q.dtype)
@@ -256,6 +258,7 @@ def selected_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
     """
+    check_config(config, "num_selected")
     q, k, v = checked_attention(q, k, v, config)
     expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
     block_indices = arguments.integers("block_indices", block_indices, expected, "(B, K, Tq, n)")
@@ -293,6 +296,7 @@ def window_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`.
     """
+    check_config(config, "window")
     q, k, v = checked_attention(q, k, v, config)
     positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
     scale = score_scale(q, scale)

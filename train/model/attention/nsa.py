@@ -30,6 +30,7 @@ class NSA(AttentionKind):
         """The visible compressed tokens, the tokens of the selected blocks up to the query's own, and the window."""
         position, s = np.arange(length), config.nsa.select_block
         selected = position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
+        selected = selected if config.nsa.num_selected else 0
         return _visible_compressed(config, length) + selected + np.minimum(position + 1, config.nsa.window)
 
     def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
@@ -65,7 +66,7 @@ class NSA(AttentionKind):
 
     def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """The selected keys and values, unless remat keeps what attention computed."""
-        if config.remat == "attention":
+        if config.remat == "attention" or not config.nsa.num_selected:
             return 0
         keys_and_values = split.length * (config.num_kv_heads // split.tensor) * sum(head_dims(config))
         return (split.context - 1) / split.context * keys_and_values * split.itemsize
