@@ -349,8 +349,8 @@ def _checked(
             )
         if step_tokens(cache, config.config) < 1:
             raise ValueError(
-                f"cache has a window of {cache.win_k.shape[1]} positions and a tail of {cache.tail_k.shape[1]}: expected at "
-                f"least window = {config.config.window} and compress_block = {config.config.compress_block}"
+                f"cache has rings of {cache.win_k.shape[1]} and {cache.tail_k.shape[1]} positions: expected at least "
+                f"window = {config.config.window} and compress_block = {config.config.compress_block}"
             )
     if num_tokens is None:
         return cache, x, counts
