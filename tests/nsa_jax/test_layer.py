@@ -31,10 +31,12 @@ def embeddings(seed=0, B=2):
     return jax.random.normal(jax.random.key(seed), (B, T, E))
 
 
+EVERY_PHI = [{"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)]
 OPTIONS = pytest.mark.parametrize(
     "options",
     [
-        *({"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)),
+        # By default every phi once, with the keys and values of branches in turn independent and shared.
+        *(pytest.param(x, marks=pytest.mark.exhaustive if i in (1, 2, 5) else ()) for i, x in enumerate(EVERY_PHI)),
         {"share_kv": True, "qk_norm": True},
         {"tie_keys": True, "qk_norm": True, "output_init_scale": 0.5},
     ],
