@@ -106,6 +106,7 @@ class Functions(BuiltIn):
 _MOSAIC_FUNCTIONS = {
     "compressed_attention": "compressed_attention.mosaic:forward",
     "select_blocks": "block_selection.mosaic:select_blocks",
+    "selected_attention": "selected_attention.mosaic:forward",
     "window_attention": "window_attention.mosaic:forward",
 }
 # A pass is taken out of `only_by_name` once it has been measured to be faster than Triton's.

@@ -30,10 +30,12 @@ KERNELS = {
     "mosaic": {
         "compressed_attention": ("compressed_attention_forward",),
         "select_blocks": ("block_selection",),
+        "selected_attention": ("selected_attention_union", "selected_attention_forward"),
         "window_attention": ("window_attention_forward",),
     },
 }
-KERNELS["triton"]["nsa_attention"] = tuple(itertools.chain(*KERNELS["triton"].values()))
+for names in KERNELS.values():
+    names["nsa_attention"] = tuple(itertools.chain(*names.values()))
 
 
 def programs() -> list[Any]:

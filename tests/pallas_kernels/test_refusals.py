@@ -108,7 +108,7 @@ def test_every_op_refuses_the_same_with_the_same_words(backend, op, change, mess
 @pytest.mark.parametrize("size", [0, 1])
 def test_the_smallest_and_the_largest_head_are_taken_by_every_op(backend, op, size):
     head_dim = SIZES[backend][size]
-    call(backend, op, dataclasses.replace(CASE, H=4, K=2, Dk=head_dim, Dv=head_dim))
+    call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), Dk=head_dim, Dv=head_dim))
 
 
 @pytest.mark.parametrize("select_block", [8, 144])
@@ -125,6 +125,23 @@ def test_triton_takes_so_many_blocks_and_no_more():
         jax.eval_shape(decode, *decode_shapes(CASE, jnp.float32, num_blocks=40000))
     with pytest.raises(NotImplementedError, match="num_blocks = 33001: expected at most 32768"):
         call("triton", "select_blocks", dataclasses.replace(CASE, T=16 * 33000, query_offset=16 * 33000 - 8))
+
+
+@pytest.mark.parametrize("backward", ["", "_backward"])
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"H": 8}, NSAConfig(), "query heads per K/V head = 4: expected at least 8"),
+        ({}, NSAConfig(16, 8, 32, 4, 1, 1), "select_block = 32: expected 64"),
+        ({}, NSAConfig(num_selected=20), "num_selected = 20: expected at most 16"),
+    ],
+)
+def test_mosaic_attends_to_selected_blocks_of_64_with_8_heads_or_more(change, config, message, backward):
+    if not hasattr(backends.get("mosaic"), "selected_attention" + backward):
+        pytest.skip("mosaic has no such pass")
+    case = dataclasses.replace(cases.fitted("mosaic", CASE), config=config, **change)
+    with pytest.raises(NotImplementedError, match=message):
+        call("mosaic", "selected_attention" + backward, case)
 
 
 @pytest.mark.parametrize(
