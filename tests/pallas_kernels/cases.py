@@ -205,7 +205,7 @@ LONG_CASES = {
 
 
 def fitted(backend: str, case: Case) -> Case:
-    """A case as the backend takes it: if its tiles are 64 rows, with heads of 64, 8 of them a group, and blocks of 64."""
+    """A case as the backend takes it: if its tiles are 64 rows, with heads and blocks of 64, and groups of 8 heads."""
     if backend == "triton":
         return case
     config = dataclasses.replace(case.config, select_block=64)
