@@ -26,7 +26,7 @@ CONFIG = NSAConfig(4, 2, 8, 3, 1, 1, 10)
 B, T, H, K, D = 1, 12, 2, 1, 4
 SIZES = {"num_kv_heads": K, "head_dim": D}
 INPUTS = random_inputs(jax.random.key(0), CONFIG, B=B, T=T, num_heads=H, **SIZES)
-PHI = {"position": np.zeros((4, D), np.float32)}
+PHI = {"position": np.zeros((4, D), np.float32), "in_kernel": np.zeros((4, D, D), np.float32)}
 TEXT = "text"
 
 
@@ -47,7 +47,7 @@ def calls():
         nsa_jax.window_attention: {"q": q, "k": kv.win_k, "v": kv.win_v, **options},
         nsa_jax.decode_attention: {**decode, "config": CONFIG, "scale": 0.5},
         causal_attention: {"q": q, "k": kv.slc_k, "v": kv.slc_v, "window": 3, "segment_ids": options["segment_ids"]},
-        nsa_jax.compress: {"x": kv.slc_k, "parameters": PHI, "config": CONFIG, "method": "mean"},
+        nsa_jax.compress: {"x": kv.slc_k, "parameters": PHI, "config": CONFIG, "method": "linear"},
         apply_rope: {"x": kv.slc_k, "positions": jnp.arange(T, dtype=jnp.int32)[None], "theta": 100.0},
     }
 
@@ -328,7 +328,7 @@ def test_a_batch_of_zero_gives_zero_rows_and_no_tokens_or_heads_are_refused():
     assert jax.eval_shape(no_values).shape == (B, T, H, 0)
     with pytest.raises(NotImplementedError, match=r"triton.*q.shape = \(0, 12, 2, 4\): expected a batch"):
         nsa_jax.window_attention(q[:0], kv.win_k[:0], kv.win_v[:0], config=CONFIG, implementation="triton")
-    assert nsa_jax.compress(kv.slc_k[:, :0], PHI, config=CONFIG, method="mean").shape == (B, 0, K, D)
+    assert nsa_jax.compress(kv.slc_k[:, :0], config=CONFIG).shape == (B, 0, K, D)
 
 
 @pytest.mark.parametrize("kind", [nsa_jax.nnx.NSAttention, nsa_jax.nnx.FullAttention])

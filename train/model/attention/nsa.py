@@ -66,9 +66,11 @@ class NSA(AttentionKind):
 
     def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """The selected keys and values, unless remat keeps what attention computed."""
-        if config.remat == "attention" or not config.nsa.num_selected:
+        heads = config.num_kv_heads // split.tensor
+        # A loop over one head is none, and the compiler sees that its second pass gathers the same.
+        if config.remat == "attention" or not config.nsa.num_selected or heads == 1:
             return 0
-        keys_and_values = split.length * (config.num_kv_heads // split.tensor) * sum(head_dims(config))
+        keys_and_values = split.length * heads * sum(head_dims(config))
         return (split.context - 1) / split.context * keys_and_values * split.itemsize
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
