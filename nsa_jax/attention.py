@@ -355,13 +355,17 @@ def decode_attention(
             f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
             f"batch of q, and config.select_block = {config.select_block}"
         )
-    for name, pool in cache._asdict().items():
-        ring = cache.win_k if name.endswith("_k") else cache.win_v
-        if name[:4] in ("cmp_", "slc_") and (pool.shape[1], pool.shape[3]) != ring.shape[2:]:
-            raise ValueError(
-                f"cache.{name}: {describe(pool)} (pages, heads, tokens, head size): expected {ring.shape[2]} heads of "
-                f"size {ring.shape[3]}, as in the window's ring"
-            )
+    for branch, pages, tokens in (
+        ("cmp", cache.cmp_k.shape[0], config.select_block // config.compress_stride),
+        ("slc", cache.cmp_k.shape[0] if config.num_selected else 0, config.select_block),
+    ):
+        for name, ring in ((f"{branch}_k", cache.win_k), (f"{branch}_v", cache.win_v)):
+            pool, shape = getattr(cache, name), (pages, ring.shape[2], tokens, ring.shape[3])
+            if pool.shape != shape:
+                raise ValueError(
+                    f"cache.{name}: {describe(pool)}: expected shape {shape}, of pages, heads, tokens and head size, "
+                    "as in cache.cmp_k and the window's ring"
+                )
     if m > step_tokens(cache, config):
         raise ValueError(
             f"q: {describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"
