@@ -103,6 +103,15 @@ def test_every_op_refuses_the_same_with_the_same_words(backend, op, change, mess
         call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), **fields), **others)
 
 
+@pytest.mark.parametrize(("index", "name"), list(enumerate(("cmp_k", "cmp_v", "slc_k", "slc_v", "k", "v"), 1)), ids=str)
+def test_triton_decodes_over_no_array_of_another_dtype(index, name):
+    arrays = decode_shapes(CASE, jnp.float32)
+    arrays[index] = jax.ShapeDtypeStruct(arrays[index].shape, jnp.bfloat16)
+    decode = functools.partial(cases.function("triton", "decode_attention"), config=CASE.config, scale=1.0)
+    with pytest.raises(NotImplementedError, match=rf"^{name}\.dtype = bfloat16: expected q's, float32"):
+        jax.eval_shape(decode, *arrays)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", PASSES)
 @pytest.mark.parametrize("size", [0, 1])
