@@ -88,7 +88,7 @@ def _write_loads(path: Path) -> None:
 PICTURES = {
     "speed.png": Picture(SPEED, _write_speed),
     "h100_60m.png": Picture(H100_60M, functools.partial(_write_curves, nsa=H100_60M[0], full=H100_60M[1])),
-    "tiny.png": Picture(TINY, functools.partial(_write_curves, nsa=TINY[0], full=TINY[1])),
+    "tiny.png": Picture(TINY[:2], functools.partial(_write_curves, nsa=TINY[0], full=TINY[1])),
     "long_context.png": Picture(tuple(LONG_CONTEXT.values()), _write_positions),
     "tiny_moe_loads.png": Picture(MOE, _write_loads),
 }

@@ -285,7 +285,8 @@ def quality(*records: Any) -> list[Row]:
         end = run["steps"][-1]
         tokens = end["step"] * run["tokens_per_step"]
         shown = f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k"
-        table.append((ATTENTIONS[run["attention"]], shown, f"{end['held_out_bits_per_byte']:.3f}"))
+        layout = f", {run['layout']} layout" if "layout" in run else ""
+        table.append((ATTENTIONS[run["attention"]] + layout, shown, f"{end['held_out_bits_per_byte']:.3f}"))
     return table
 
 
@@ -399,7 +400,7 @@ POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
 EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS)  # files with a line for each run
 SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
-TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full"))
+TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full", "nsa_paper"))
 MOE = tuple(TRAINING / f"tiny_moe_{name}.jsonl" for name in ("balanced", "unbalanced"))
 LONG_CONTEXT = {
     "1k model, no scaling": TRAINING / "long_context_1k_plain.json",

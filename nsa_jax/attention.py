@@ -88,7 +88,8 @@ def nsa_attention(
       kv: keys and values of each branch, in the dtype of `q`. `cmp_*` [B, Nc, K, Dk|Dv] with
         Nc = `num_compressed(T, config)`, the others [B, T, K, Dk|Dv].
       gates: [B, Tq, H, 3] in the order compressed, selected, window; any float dtype.
-      config: the sizes of the branches.
+      config: the sizes of the branches. Of a branch that is off (size 0), keys, values and gates are not read: pass
+        any that fit, such as those of another branch.
       scale: factor of the scores; Dk ** -0.5 if None.
       segment_ids: integers [B, T]; a run of equal ids is a segment. A query sees its own segment only.
       query_offset: position of the first query (int, or integer scalar, traced or not). `q` then holds positions
@@ -215,6 +216,7 @@ def select_blocks(
     Returns:
       int32 [B, K, Tq, n], ascending, padded at the end with -1 where fewer than n blocks exist. Carries no gradient.
     """
+    check_config(config, "num_selected")
     q, k, _ = checked_attention(q, k, None, config, values=False)
     lse = arguments.array("lse", lse)
     expected, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide_dtype(q.dtype)
@@ -256,6 +258,7 @@ def selected_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
     """
+    check_config(config, "num_selected")
     q, k, v = checked_attention(q, k, v, config)
     expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
     block_indices = arguments.integers("block_indices", block_indices, expected, "(B, K, Tq, n)")
@@ -293,6 +296,7 @@ def window_attention(
     Returns:
       [B, Tq, H, Dv] in the dtype of `q`.
     """
+    check_config(config, "window")
     q, k, v = checked_attention(q, k, v, config)
     positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
     scale = score_scale(q, scale)
@@ -351,13 +355,17 @@ def decode_attention(
             f"cache has {cache.lengths.shape[0]} rows and pages of {cache.slc_k.shape[2]} tokens: expected {B}, the "
             f"batch of q, and config.select_block = {config.select_block}"
         )
-    for name, pool in cache._asdict().items():
-        ring = cache.win_k if name.endswith("_k") else cache.win_v
-        if name[:4] in ("cmp_", "slc_") and (pool.shape[1], pool.shape[3]) != ring.shape[2:]:
-            raise ValueError(
-                f"cache.{name}: {describe(pool)} (pages, heads, tokens, head size): expected {ring.shape[2]} heads of "
-                f"size {ring.shape[3]}, as in the window's ring"
-            )
+    for branch, pages, tokens in (
+        ("cmp", cache.cmp_k.shape[0], config.select_block // config.compress_stride),
+        ("slc", cache.cmp_k.shape[0] if config.num_selected else 0, config.select_block),
+    ):
+        for name, ring in ((f"{branch}_k", cache.win_k), (f"{branch}_v", cache.win_v)):
+            pool, shape = getattr(cache, name), (pages, ring.shape[2], tokens, ring.shape[3])
+            if pool.shape != shape:
+                raise ValueError(
+                    f"cache.{name}: {describe(pool)}: expected shape {shape}, of pages, heads, tokens and head size, "
+                    "as in cache.cmp_k and the window's ring"
+                )
     if m > step_tokens(cache, config):
         raise ValueError(
             f"q: {describe(q)}: expected at most {step_tokens(cache, config)} queries a row, the cache's step_tokens"

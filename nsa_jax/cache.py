@@ -37,7 +37,7 @@ class NSACache(NamedTuple):
     *Bytes.* Let z be the bytes of a number. Pages take z K (Dk + Dv) (1 + 1/d) per token, where full attention takes
     z K (Dk + Dv). Rings take z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row. In bfloat16 with K = 4, Dk = Dv = 128
     and the default sizes, that is 2176 bytes per token (full attention: 2048) and 1.1 MB per row. A step reads
-    z K (Dk + Dv) (Nc + n s + w) per row.
+    z K (Dk + Dv) (Nc + n s + w) per row. For a branch that is off there are arrays without places.
     """
 
     slc_k: Float[Array, "P K s Dk"]
@@ -131,10 +131,10 @@ def init_nsa_cache(
     def zeros(*shape: int) -> list[Array]:
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
 
-    slc_k, slc_v = zeros(P, num_kv_heads, config.select_block)
+    slc_k, slc_v = zeros(P if config.num_selected else 0, num_kv_heads, config.select_block)
     cmp_k, cmp_v = zeros(P, num_kv_heads, config.select_block // config.compress_stride)
     tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1, num_kv_heads)
-    win_k, win_v = zeros(batch_size, config.window + step_tokens - 1, num_kv_heads)
+    win_k, win_v = zeros(batch_size, config.window + step_tokens - 1 if config.window else 0, num_kv_heads)
     lengths = jnp.zeros((batch_size,), jnp.int32)
     # A copy, so that the cache can be donated while the caller keeps its own tables.
     block_tables = jnp.array(block_tables, copy=True)
@@ -172,7 +172,8 @@ def max_length(cache: Cache) -> int:
 
 def step_tokens(cache: NSACache, config: NSAConfig) -> int:
     """The most tokens that one decode step may add to this cache."""
-    return cache.win_k.shape[1] - config.window + 1
+    ring, least = (cache.win_k, config.window) if config.window else (cache.tail_k, config.compress_block)
+    return ring.shape[1] - least + 1
 
 
 def cache_bytes(caches: Any) -> int:
@@ -322,7 +323,7 @@ def write_nsa_tokens(
     slc_k, slc_v = to_pages((cache.slc_k, cache.slc_v), selected, positions, new)
     cmp_k, cmp_v = to_pages((cache.cmp_k, cache.cmp_v), compressed, index * d, finished)
     tail_k, tail_v = to_rings((cache.tail_k, cache.tail_v), raw)
-    win_k, win_v = to_rings((cache.win_k, cache.win_v), window)
+    win_k, win_v = to_rings((cache.win_k, cache.win_v), window) if config.window else (cache.win_k, cache.win_v)
     return NSACache(slc_k, slc_v, cmp_k, cmp_v, tail_k, tail_v, win_k, win_v, lengths, cache.block_tables)
 
 

@@ -9,7 +9,8 @@ from nsa_jax import arguments
 class NSAConfig:
     """Sizes of the three branches of Native Sparse Attention (arXiv 2502.11089, section 3.3).
 
-    It is frozen and hashable, so it can be a static argument of `jax.jit`. The defaults are the paper's.
+    It is frozen and hashable, so it can be a static argument of `jax.jit`. The defaults are the paper's. With
+    `num_selected` or `window` 0 there is no such branch, and nothing of it is computed or cached.
 
     Example:
       >>> NSAConfig(window=256).num_selected
@@ -26,14 +27,14 @@ class NSAConfig:
     compress_block: int = 32  # l: tokens that one compressed token stands for
     compress_stride: int = 16  # d: tokens between the starts of neighbouring compressed tokens
     select_block: int = 64  # s: tokens in a selection block
-    num_selected: int = 16  # n: blocks that a query reads, the forced ones included
+    num_selected: int = 16  # n: blocks that a query reads, the forced ones included; 0: no selected branch
     num_init: int = 1  # blocks at the start of the sequence that are always read
     num_local: int = 2  # blocks up to and including the query's own that are always read
-    window: int = 512  # w: tokens of the sliding window, the query's own included
+    window: int = 512  # w: tokens of the sliding window, the query's own included; 0: no window
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            least = 0 if field.name in ("num_init", "num_local") else 1
+            least = 0 if field.name in ("num_selected", "num_init", "num_local", "window") else 1
             value = arguments.size(f"NSAConfig.{field.name}", getattr(self, field.name), least=least)
             object.__setattr__(self, field.name, value)  # a Python int, so that equal configs have equal hashes
         for name in ("compress_block", "select_block"):
@@ -46,17 +47,20 @@ class NSAConfig:
             raise ValueError(
                 f"NSAConfig.compress_block = {self.compress_block}: expected at most select_block = {self.select_block}"
             )
-        if self.num_init + self.num_local > self.num_selected:
+        if self.num_selected and self.num_init + self.num_local > self.num_selected:
             raise ValueError(
-                f"NSAConfig.num_selected = {self.num_selected}: expected at least "
+                f"NSAConfig.num_selected = {self.num_selected}: expected 0, for no such branch, or at least "
                 f"num_init + num_local = {self.num_init + self.num_local}"
             )
 
 
-def check_config(config: object) -> None:
-    """Raises ValueError for anything that is not an `NSAConfig`."""
+def check_config(config: object, *needed: str) -> None:
+    """Raises ValueError for anything that is not an `NSAConfig`, and where a size that is needed is 0."""
     if not isinstance(config, NSAConfig):
         raise ValueError(f"config = {config!r}: expected an nsa_jax.NSAConfig")
+    for name in needed:
+        if getattr(config, name) == 0:
+            raise ValueError(f"config.{name} = 0: expected at least 1; with 0 there is no such branch")
 
 
 def num_compressed(T: int, config: NSAConfig) -> int:

@@ -115,7 +115,8 @@ def received_bytes(
         return others * heads * (1 + group) * pair * itemsize
     tokens = 2 * _window_reach(config, T, devices)
     if kind == "nsa":
-        tokens += others + others // config.compress_stride + 2 * (config.compress_block - config.compress_stride)
+        tokens += others // config.compress_stride + 2 * (config.compress_block - config.compress_stride)
+        tokens += others if config.num_selected else 0
     return tokens * num_kv_heads * pair * itemsize
 
 
@@ -142,7 +143,9 @@ def nsa_attention(
     options: dict[str, Any] = {"config": config, "scale": attention.score_scale(q, scale)}
 
     def one_head(q: Array, gates: Array, kv: BranchKV, near: list[Chunks]) -> Array:
-        slc_k, slc_v = _whole(kv.slc_k, axes), _whole(kv.slc_v, axes)
+        slc_k, slc_v = kv.slc_k, kv.slc_v
+        if config.num_selected:
+            slc_k, slc_v = _whole(slc_k, axes), _whole(slc_v, axes)
         outputs = []
         for i, (part, part_gates) in enumerate(zip(_chunks(q), _chunks(gates), strict=True)):
             part_kv = BranchKV(kv.cmp_k, kv.cmp_v, slc_k, slc_v, *(x[i] for x in near))

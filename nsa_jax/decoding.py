@@ -255,24 +255,28 @@ def _attend_continuing(
     T, w = q.shape[1], config.config.window
     options: dict[str, Any] = {"config": config.config, "implementation": config.implementation}
 
-    # The chunk may have overwritten ring entries that its first queries see. Read them from `before`. Positions below 0
-    # become a segment of their own, which contains no query.
-    first = before.lengths - (w - 1)
-    keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
-    values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
-    exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
-    o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
+    o_win = None
+    if w:
+        # The chunk may have overwritten ring entries that its first queries see. Read them from `before`. Positions
+        # below 0 become a segment of their own, which contains no query.
+        first = before.lengths - (w - 1)
+        keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
+        values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
+        exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
+        o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
 
     # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
     tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
 
     compressed = next_compressed(after.lengths, config.config)
 
-    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array | None, Array]:
         q, offset, length, finished, table = row
         k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
-        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
         o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
+        if not config.config.num_selected:
+            return o_cmp[0], None, jnp.zeros((k.shape[2], T, 0), jnp.int32)
+        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
         block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
         o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
         return o_cmp[0], o_slc[0], block_indices[0]
@@ -345,8 +349,8 @@ def _checked(
             )
         if step_tokens(cache, config.config) < 1:
             raise ValueError(
-                f"cache has a window of {cache.win_k.shape[1]} positions: expected at least window = "
-                f"{config.config.window}"
+                f"cache has rings of {cache.win_k.shape[1]} and {cache.tail_k.shape[1]} positions: expected at least "
+                f"window = {config.config.window} and compress_block = {config.config.compress_block}"
             )
     if num_tokens is None:
         return cache, x, counts

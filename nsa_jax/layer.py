@@ -267,14 +267,16 @@ def project_branches(
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV]:
     """Queries, keys and values of the three branches, rotated. `cmp_*` are one per token still, and not rotated."""
     q = rotate(_project_normed(x, weights, "q", config), positions, config)
-    kv = {}
-    for branch in BRANCHES:
-        prefix = "" if config.share_kv else f"{branch}_"
-        key_prefix = "slc_" if config.tie_keys and branch == "cmp" and not config.share_kv else prefix
-        k = _project_normed(x, weights, f"{key_prefix}k", config)
-        kv[f"{branch}_k"] = k if branch == "cmp" else rotate(k, positions, config)
-        kv[f"{branch}_v"] = _project(x, weights[f"{prefix}v_kernel"])
-    return q, BranchKV(**kv)
+    if config.share_kv:  # projected once, so that gradients are added up before they go through the projection
+        k, v = _project_normed(x, weights, "k", config), _project(x, weights["v_kernel"])
+        rotated = rotate(k, positions, config)
+        return q, BranchKV(k, v, rotated, v, rotated, v)
+    slc_k = _project_normed(x, weights, "slc_k", config)
+    cmp_k = slc_k if config.tie_keys else _project_normed(x, weights, "cmp_k", config)
+    win_k = _project_normed(x, weights, "win_k", config)
+    cmp_v, slc_v, win_v = (_project(x, weights[f"{branch}_v_kernel"]) for branch in BRANCHES)
+    slc_k, win_k = (rotate(k, positions, config) for k in (slc_k, win_k))
+    return q, BranchKV(cmp_k, cmp_v, slc_k, slc_v, win_k, win_v)
 
 
 def compressed_tokens(

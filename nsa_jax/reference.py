@@ -142,19 +142,22 @@ def decode_attention(
     def one_row(
         q: Array, win_k: Array, win_v: Array, gates: Array, offset: Array, length: Array, table: Array
     ) -> tuple[Array, Array]:
-        compressed, held = next_compressed(length[None], config), length[None]
-        k, v = (read_pages(pool, table[None], compressed) for pool in (cmp_k, cmp_v))
-        keys, values = (read_pages(pool, table[None], held) for pool in (slc_k, slc_v))
-        # Positions that the ring no longer holds are outside the window.
-        recent_keys, recent_values = (
-            jnp.where((positions < length)[None, :, None, None], ring[None, positions % ring.shape[0]], 0)
-            for ring in (win_k, win_v)
-        )
         sizes: dict[str, Any] = {"config": config, "scale": scale}
+        k, v = (read_pages(pool, table[None], next_compressed(length[None], config)) for pool in (cmp_k, cmp_v))
         o_cmp, lse = compressed_attention(q[None], k, v, None, offset, **sizes)
-        indices = select_blocks(q[None], k, lse, None, offset, **sizes)
-        o_slc, _ = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
-        o_win, _ = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
+        o_slc = o_win = None
+        indices = jnp.zeros((1, k.shape[2], q.shape[0], 0), jnp.int32)
+        if config.num_selected:
+            indices = select_blocks(q[None], k, lse, None, offset, **sizes)
+            keys, values = (read_pages(pool, table[None], length[None]) for pool in (slc_k, slc_v))
+            o_slc, _ = selected_attention(q[None], keys, values, indices, None, offset, **sizes)
+        if config.window:
+            # Positions that the ring no longer holds are outside the window.
+            recent_keys, recent_values = (
+                jnp.where((positions < length)[None, :, None, None], ring[None, positions % ring.shape[0]], 0)
+                for ring in (win_k, win_v)
+            )
+            o_win, _ = window_attention(q[None], recent_keys, recent_values, None, offset, **sizes)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)

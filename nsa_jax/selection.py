@@ -73,7 +73,7 @@ def selection_recall(
     Returns:
       Float32 arrays [K]; NaN where no query of the sample has anything beyond its window.
     """
-    check_config(config)
+    check_config(config, "num_selected")
     if not isinstance(inputs, AttentionInputs):
         raise ValueError(f"inputs = {type(inputs).__name__}: expected nsa_jax.AttentionInputs")
     positions = arguments.array("positions", positions)

@@ -5,12 +5,14 @@ position of the first token of its segment. The query sees keys at positions sta
 blocks that follow from these.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.config import NSAConfig
-from nsa_jax.finite import finite_part, is_finite
+from nsa_jax.finite import finite_part
 from nsa_jax.precision import wide_dtype
 
 QueryOffset = int | Int[Array, ""]  # position of the first query
@@ -107,17 +109,16 @@ def choose_blocks(
 def gated_sum(
     gates: Float[Array, "B T H 3"],
     o_cmp: Float[Array, "B T H Dv"],
-    o_slc: Float[Array, "B T H Dv"],
-    o_win: Float[Array, "B T H Dv"],
+    o_slc: Float[Array, "B T H Dv"] | None,
+    o_win: Float[Array, "B T H Dv"] | None,
 ) -> Float[Array, "B T H Dv"]:
     """The sum of the branches' outputs, each times its gate (equation 5). It is summed in float32 at least.
 
-    What is not finite makes the sum NaN and sends no gradient (`nsa_jax.finite`).
+    None stands for a branch that there is not; its gate is not read. What is not finite makes the sum NaN and sends no
+    gradient (`nsa_jax.finite`).
     """
-    branches = (o_cmp, o_slc, o_win)
-    g = gates.astype(wide_dtype(o_cmp.dtype))
-    finite = is_finite(g)[..., None] & jnp.isfinite(o_cmp) & jnp.isfinite(o_slc) & jnp.isfinite(o_win)
-    first, second, third = (
-        finite_part(g[..., i : i + 1]) * finite_part(o).astype(g.dtype) for i, o in enumerate(branches)
-    )
-    return jnp.where(finite, first + second + third, jnp.nan).astype(o_cmp.dtype)
+    branches = [(gates[..., i : i + 1], o) for i, o in enumerate((o_cmp, o_slc, o_win)) if o is not None]
+    wide = wide_dtype(o_cmp.dtype)
+    finite = functools.reduce(jnp.logical_and, (jnp.isfinite(gate) & jnp.isfinite(o) for gate, o in branches))
+    parts = (finite_part(gate.astype(wide)) * finite_part(o).astype(wide) for gate, o in branches)
+    return jnp.where(finite, functools.reduce(jnp.add, parts), jnp.nan).astype(o_cmp.dtype)

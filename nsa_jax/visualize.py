@@ -275,7 +275,7 @@ def plot_bytes_read(
     Args:
       config: sizes of the branches.
       num_kv_heads, head_dim, v_head_dim, dtype: of the layer. If `v_head_dim` is None, it is `head_dim`.
-      lengths: tokens in the cache.
+      lengths: tokens in the cache. By default, powers of two from 512 to 131072.
 
     Raises:
       ValueError: there are no lengths, or one is not positive.

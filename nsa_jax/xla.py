@@ -181,14 +181,18 @@ def decode_attention(
         q, positions = q[None], offset + jnp.arange(q.shape[0], dtype=jnp.int32)
         k, v = (read_pages(pool, table[None], next_compressed(length[None], config)) for pool in (cmp_k, cmp_v))
         o_cmp, lse = compressed_attention(q, k, v, None, offset, config=config, scale=scale)
-        indices = select_blocks(q, k, lse, None, offset, config=config, scale=scale)
-        o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, length, table, scale)
-        # The ring's slots hold the positions that lead up to the last query's.
-        ring, slot = win_k.shape[0], jnp.arange(win_k.shape[0], dtype=jnp.int32)
-        key = positions[-1] - (positions[-1] - slot) % ring
-        near = (key[None, :] > positions[:, None] - config.window) & (key[None, :] <= positions[:, None])
-        near &= ((key >= 0) & (key < length))[None, :]
-        o_win, _ = masked_attention(q, win_k[None], win_v[None], near[None, None], scale)
+        o_slc = o_win = None
+        indices = jnp.zeros((1, k.shape[2], q.shape[1], 0), jnp.int32)
+        if config.num_selected:
+            indices = select_blocks(q, k, lse, None, offset, config=config, scale=scale)
+            o_slc = _attend_to_pages(q, slc_k, slc_v, indices[0], positions, length, table, scale)
+        if config.window:
+            # The ring's slots hold the positions that lead up to the last query's.
+            ring, slot = win_k.shape[0], jnp.arange(win_k.shape[0], dtype=jnp.int32)
+            key = positions[-1] - (positions[-1] - slot) % ring
+            near = (key[None, :] > positions[:, None] - config.window) & (key[None, :] <= positions[:, None])
+            near &= ((key >= 0) & (key < length))[None, :]
+            o_win, _ = masked_attention(q, win_k[None], win_v[None], near[None, None], scale)
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)

@@ -1,5 +1,6 @@
 """The strict test environment: eight simulated CPU devices, equal bits on GPUs; rank promotion and warnings raise."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+# Python searches for garbage a tenth as often: what JAX has traced is many objects, and hardly any of them are garbage.
+gc.set_threshold(7_000)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs of the tests. A program is found by all of its text, the compiler's flags and
 # its version, so that results do not depend on what is there. `make clean` removes them.

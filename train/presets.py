@@ -61,8 +61,8 @@ def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfi
 def tiny() -> TrainConfig:
     """A byte model on the standard library's source, for two CPU cores.
 
-    Measured on two cores of a shared machine, Python 3.11, compilation, evaluations and sample included:
-    2.52 held-out bits per byte in 3 min 17 s with NSA, 2.69 in 2 min 50 s with --attention full.
+    Measured on two cores of a shared machine, Python 3.11: 2.62 held-out bits per byte with NSA, 2.69 with
+    --attention full.
     """
     return TrainConfig(
         model=ModelConfig(
@@ -120,10 +120,10 @@ def tiny_moe() -> TrainConfig:
 
 @preset
 def h100_60m() -> TrainConfig:
-    """67M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
+    """63M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
 
-    Measured on one H100 80GB, JAX 0.11.2, bytes of Python source: 0.940 held-out bits per byte in 7 min 8 s with NSA,
-    0.885 in 6 min 1 s with --attention full.
+    Measured on one H100 80GB, JAX 0.11.2, bytes of Python source: 0.885 held-out bits per byte in 6 min 1 s with
+    --attention full; 0.940 in 7 min 8 s with NSA in the paper's layout (--model.compression mlp --no-model.share-kv).
     """
     return TrainConfig(
         model=ModelConfig(
@@ -148,10 +148,10 @@ def h100_60m() -> TrainConfig:
 
 @preset
 def h100_350m() -> TrainConfig:
-    """405M parameters (334M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
+    """340M parameters (334M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
 
-    Measured on one H100 80GB, JAX 0.11.2, random tokens: 62,531 tokens/s with NSA, 21,497 with --attention full. No
-    run of it to its end was made.
+    Measured on one H100 80GB, JAX 0.11.2, random tokens: 21,497 tokens/s with --attention full, 62,531 with NSA in the
+    paper's layout (--model.compression mlp --no-model.share-kv). No run of it to its end was made.
     """
     return TrainConfig(
         model=ModelConfig(

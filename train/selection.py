@@ -21,7 +21,8 @@ SHARES = ("chosen", "random", "best")
 
 def is_measured(config: TrainConfig) -> bool:
     """Whether a run can measure its selection: it has one, and no device has but a part of a row."""
-    return config.eval_selection and bool(_selecting(config.model)) and config.mesh.context == 1
+    selects = bool(_selecting(config.model)) and config.model.nsa.num_selected > 0
+    return config.eval_selection and selects and config.mesh.context == 1
 
 
 def make_selection_step(model: Transformer) -> Callable[[Any, dict[str, jax.Array]], list[Selection]]:

@@ -91,7 +91,8 @@ def make_train_step(
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepMetrics]:
-        total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        total_weight = jnp.sum(batch["weights"])
+        total_weight = jnp.where(total_weight > 0, total_weight, 1.0)
         total_tokens = jnp.maximum(_num_counted(batch), 1.0)
 
         def parts(batch: dict[str, Array]) -> Any:

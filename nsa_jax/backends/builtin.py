@@ -105,8 +105,11 @@ class Functions(BuiltIn):
 
 _MOSAIC_FUNCTIONS = {
     "compressed_attention": "compressed_attention.mosaic:forward",
+    "compressed_attention_backward": "compressed_attention.mosaic:backward",
     "select_blocks": "block_selection.mosaic:select_blocks",
+    "selected_attention": "selected_attention.mosaic:forward",
     "window_attention": "window_attention.mosaic:forward",
+    "window_attention_backward": "window_attention.mosaic:backward",
 }
 # A pass is taken out of `only_by_name` once it has been measured to be faster than Triton's.
 MOSAIC = Kernels(

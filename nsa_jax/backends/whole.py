@@ -96,7 +96,10 @@ def _fused(
 ) -> Float[Array, "B Tq H Dv"]:
     if kv.cmp_k.shape[1] == 0:
         raise NotImplementedError("no compressed token")
+    there_is = {"selected_attention": config.num_selected > 0, "window_attention": config.window > 0}
     for op in BRANCHES:
+        if not there_is.get(op, True):
+            continue
         first = _first_that_may_take(op, implementation)
         if first is None or choice.is_differentiable(first):
             raise NotImplementedError(f"no kernel for {op}" + (f" before {first.name}" if first else ""))
@@ -128,10 +131,13 @@ def _one_after_the_other(
     def run(op: str, *arguments: Any) -> Any:
         return choice.run(op, implementation, arguments, config=config, scale=scale)
 
+    o_slc = o_win = None
     o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v, *positions)
-    block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)), *positions)
-    o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices, *positions)
-    o_win = run("window_attention", q, kv.win_k, kv.win_v, *window_positions)
+    if config.num_selected:
+        block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)), *positions)
+        o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices, *positions)
+    if config.window:
+        o_win = run("window_attention", q, kv.win_k, kv.win_v, *window_positions)
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 

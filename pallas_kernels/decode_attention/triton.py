@@ -59,6 +59,9 @@ def decode_attention(
       NotImplementedError: a dtype, head size, group size, scale or number of blocks that the kernels do not take.
     """
     check_supported(q, win_k, win_v, scale=scale)
+    for name in ("num_selected", "window"):
+        if getattr(config, name) == 0:
+            raise NotImplementedError(f"config.{name} = 0: expected all three branches")
     for name, pool in {"cmp_k": cmp_k, "cmp_v": cmp_v, "slc_k": slc_k, "slc_v": slc_v}.items():
         if pool.dtype != q.dtype:
             raise NotImplementedError(f"{name}.dtype = {pool.dtype}: expected q's, {q.dtype}")

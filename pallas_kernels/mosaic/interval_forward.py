@@ -176,7 +176,7 @@ def _kernel(
                 p, m, total, decay = softmax_step(masked(s, step) if edge else s, m, total, scale_log2, edge)
                 acc = acc * down_rows(decay, Dv)
                 slot = values_ring.wait_full(done + step)
-                acc = products.add(acc, p.astype(v_shared.dtype), v_shared.at[slot])
+                acc = products.add(acc, (p.astype(v_shared.dtype), v_shared.at[slot]))
                 values_ring.free(done + step)
                 return acc, m, total
 

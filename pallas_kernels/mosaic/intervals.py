@@ -55,21 +55,30 @@ def queries_of_keys(keys: Intervals, num_keys: int) -> Intervals:
     return Intervals(begin, jnp.maximum(count(keys.begin), begin))
 
 
-def steps(seen: Intervals, tile: int, step: int) -> jax.Array:
+def steps(seen: Intervals, tile: int, step: int, alignment: int = ALIGNMENT) -> jax.Array:
     """How a tile of `tile` adjacent rows walks along what they see, `step` at a time: int32 [B, tiles, 4].
 
-    (first, n, inner, outer): n steps from 8 x `first` on. Every row sees steps inner .. outer - 1 whole.
+    (first, n, inner, outer): n steps from `alignment` x first on. Every row sees steps inner .. outer - 1 whole.
     """
     pad = -seen.begin.shape[1] % tile
     begin, end = (
         jnp.pad(x, ((0, 0), (0, pad)), mode="edge").reshape(x.shape[0], -1, tile) for x in (seen.begin, seen.end)
     )
-    first = begin[:, :, 0] // ALIGNMENT * ALIGNMENT
+    first = begin[:, :, 0] // alignment * alignment
     n = jnp.maximum(-(-(end[:, :, -1] - first) // step), 0)
     n = jnp.where(end[:, :, -1] > begin[:, :, 0], n, 0)
     inner = jnp.clip(-(-(begin[:, :, -1] - first) // step), 0, n)
     outer = jnp.clip((end[:, :, 0] - first) // step, inner, n)
-    return jnp.stack([first // ALIGNMENT, n, inner, outer], axis=-1).astype(jnp.int32)
+    return jnp.stack([first // alignment, n, inner, outer], axis=-1).astype(jnp.int32)
+
+
+def cut_into_runs(walk: jax.Array, step: int, run: int, runs: int) -> jax.Array:
+    """`steps` aligned to whole steps, cut where the rows are cut into runs of `run`: int32 [B, tiles, runs, 4]."""
+    first, n, inner, outer = (walk[:, :, None, j] for j in range(4))
+    cuts = jnp.arange(runs + 1, dtype=jnp.int32) * (run // step)
+    low, high = (jnp.clip(cut[None, None] - first, 0, n) for cut in (cuts[:-1], cuts[1:].at[-1].set(2**30)))
+    inner, outer = (jnp.clip(x - low, 0, high - low) for x in (inner, outer))
+    return jnp.stack([first + low, high - low, inner, outer], axis=-1).astype(jnp.int32)
 
 
 def row_bounds(seen: Intervals, padded: int, packing: Packing | None) -> jax.Array:

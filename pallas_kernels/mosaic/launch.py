@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import current_device
@@ -93,7 +94,7 @@ def launch(
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = _versioned.InterpretGPUParams()
-        dtype = next(x.dtype for x in scratch if isinstance(x, Matrix))
+        dtype = next((x.dtype for x in scratch if isinstance(x, Matrix)), jnp.bfloat16)
         types.append(Matrix((warpgroups, 64, 256), dtype).ref())  # see `Products`
 
     def body(*refs: Any) -> None:

@@ -38,6 +38,11 @@ def index(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
+def row_index() -> jax.Array:
+    """0 .. 63, as numbers of the rows of a warpgroup."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_ROWS)
+
+
 def load_numbers(ref: Any, layout: Any = OF_ROWS) -> jax.Array:
     """Numbers of the rows or of the columns of a matrix, from shared memory."""
     numbers: jax.Array = _versioned.load(ref, layout=layout)
@@ -50,10 +55,10 @@ def load_matrix(ref: Any, layout: Any = MATRIX) -> jax.Array:
     return matrix
 
 
-def filled(shape: tuple[int, ...], value: float) -> jax.Array:
-    """A matrix, or the numbers of its rows, float32."""
+def filled(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> jax.Array:
+    """A matrix, or the numbers of its rows."""
     layout = MATRIX if len(shape) == 2 else OF_ROWS
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
 def accumulators(body: Callable[..., Any], *shapes: tuple[int, int]) -> Any:
@@ -82,13 +87,18 @@ class Products:
         plgpu.wgmma(accumulator, factor, b)
         plgpu.wgmma_wait(0)
 
-    def add(self, total: Any, a: Any, b: Any) -> jax.Array:
-        """Total + a b."""
+    def add(self, total: Any, *factors: tuple[Any, Any]) -> jax.Array:
+        """Total + the products a b of all pairs."""
+
+        def issue_all(accumulator: Any) -> None:
+            for a, b in factors:
+                self.issue(accumulator, a, b)
+
         if self.spare is None:
-            return pl.run_state(lambda accumulator: self.issue(accumulator, a, b))(plgpu.ACC.init(total))
+            return pl.run_state(issue_all)(plgpu.ACC.init(total))
 
         def product(accumulator: Any) -> jax.Array:
-            self.issue(accumulator, a, b)
+            issue_all(accumulator)
             return accumulator[...]
 
         return total + accumulators(product, total.shape)

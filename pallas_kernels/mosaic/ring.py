@@ -16,12 +16,14 @@ class Schedule:
     """Every tile of every pair, shared out among the programs: tiles from the last on, and pairs side by side.
 
     The last tiles of a causal sequence are the longest and go first, so that the short ones fill the end of the run.
+    Pair by pair, the keys that programs read at a time are those of few pairs, which the L2 cache holds.
     """
 
     tiles: int
     batch: int
     num_kv_heads: int
     programs: int
+    pair_by_pair: bool = False
 
     @property
     def pairs(self) -> int:
@@ -36,8 +38,11 @@ class Schedule:
     def item(self, i: Any) -> tuple[Any, Any, Any]:
         """(batch entry, K/V head, tile) of this program's i-th tile."""
         number = lax.axis_index("program") + i * i32(self.programs)
-        pair = lax.rem(number, i32(self.pairs))
-        tile = i32(self.tiles - 1) - lax.div(number, i32(self.pairs))
+        if self.pair_by_pair:
+            pair, turn = lax.div(number, i32(self.tiles)), lax.rem(number, i32(self.tiles))
+        else:
+            turn, pair = lax.div(number, i32(self.pairs)), lax.rem(number, i32(self.pairs))
+        tile = i32(self.tiles - 1) - turn
         return lax.div(pair, i32(self.num_kv_heads)), lax.rem(pair, i32(self.num_kv_heads)), tile
 
     def pair(self, batch: Any, head: Any) -> Any:

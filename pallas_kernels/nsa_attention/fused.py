@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.contract import Sizes
+from pallas_kernels.contract import Gradients, Sizes
 from pallas_kernels.differentiable import Positions
 from pallas_kernels.nsa_attention.contract import Keys, Parts
 from pallas_kernels.residuals import named
@@ -61,14 +61,19 @@ def _forward(
     positions, window_positions = places
     options: dict[str, Any] = {"config": config, "scale": scale}
     compressed = named(parts.compressed_attention(q, keys.cmp_k, keys.cmp_v, *positions, **options))
-    block_indices = given
-    if block_indices is None:
-        block_indices = named(parts.select_blocks(q, keys.cmp_k, compressed[1], *positions, **options))
-    selected = named(parts.selected_attention(q, keys.slc_k, keys.slc_v, block_indices, *positions, **options))
-    window = named(parts.window_attention(q, keys.win_k, keys.win_v, *window_positions, **options))
-    o_cmp, o_slc, o_win = (branch[0].astype(gates.dtype) for branch in (compressed, selected, window))
-    o = gates[..., 0:1] * o_cmp + gates[..., 1:2] * o_slc + gates[..., 2:3] * o_win
-    return o.astype(q.dtype), (q, keys, gates, places, block_indices, (compressed, selected, window))
+    block_indices, selected, window = given, None, None
+    if config.num_selected:
+        if block_indices is None:
+            block_indices = named(parts.select_blocks(q, keys.cmp_k, compressed[1], *positions, **options))
+        selected = named(parts.selected_attention(q, keys.slc_k, keys.slc_v, block_indices, *positions, **options))
+    if config.window:
+        window = named(parts.window_attention(q, keys.win_k, keys.win_v, *window_positions, **options))
+    outputs = (compressed, selected, window)
+    o = functools.reduce(
+        jnp.add,
+        (gates[..., i : i + 1] * branch[0].astype(gates.dtype) for i, branch in enumerate(outputs) if branch),
+    )
+    return o.astype(q.dtype), (q, keys, gates, places, block_indices, outputs)
 
 
 def _backward(parts: Parts, config: Sizes, scale: float, residuals: Any, do: Array) -> tuple[Any, ...]:
@@ -79,14 +84,23 @@ def _backward(parts: Parts, config: Sizes, scale: float, residuals: Any, do: Arr
     cmp = parts.compressed_attention_backward(
         q, keys.cmp_k, keys.cmp_v, *compressed, do, *positions, gate=g_cmp, **options
     )
-    slc = parts.selected_attention_backward(
-        q, keys.slc_k, keys.slc_v, block_indices, *selected, do, *positions, gate=g_slc, dq=cmp.dq, **options
-    )
-    win = parts.window_attention_backward(
-        q, keys.win_k, keys.win_v, *window, do, *window_positions, gate=g_win, dq=slc.dq, **options
-    )
+    slc = _of_no_branch(cmp, keys.slc_k, keys.slc_v)
+    if selected:
+        slc = parts.selected_attention_backward(
+            q, keys.slc_k, keys.slc_v, block_indices, *selected, do, *positions, gate=g_slc, dq=cmp.dq, **options
+        )
+    win = _of_no_branch(slc, keys.win_k, keys.win_v)
+    if window:
+        win = parts.window_attention_backward(
+            q, keys.win_k, keys.win_v, *window, do, *window_positions, gate=g_win, dq=slc.dq, **options
+        )
     dgates = jnp.stack([jnp.swapaxes(branch.delta, 1, 2) for branch in (cmp, slc, win)], axis=-1)
     return win.dq, Keys(cmp.dk, cmp.dv, slc.dk, slc.dv, win.dk, win.dv), dgates, None, None
+
+
+def _of_no_branch(before: Gradients, k: Array, v: Array) -> Gradients:
+    """What the backward pass of a branch that there is not would return, after that of another."""
+    return before._replace(dk=jnp.zeros_like(k), dv=jnp.zeros_like(v), delta=jnp.zeros_like(before.delta))
 
 
 _attend.defvjp(_forward, _backward)

@@ -12,8 +12,9 @@ from whole_layers import segments
 
 import nsa_jax
 import nsa_jax.nnx
-from nsa_jax import BranchKV, NSAConfig, RopeScaling
+from nsa_jax import BranchKV, NSAConfig, RopeScaling, num_compressed
 from nsa_jax.cache import put_row, take_row
+from nsa_jax.compression import phi_shapes
 from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
 from nsa_jax.dense import causal_attention
 from nsa_jax.layer import HeadConfig, NSALayerConfig
@@ -26,7 +27,7 @@ CONFIG = NSAConfig(4, 2, 8, 3, 1, 1, 10)
 B, T, H, K, D = 1, 12, 2, 1, 4
 SIZES = {"num_kv_heads": K, "head_dim": D}
 INPUTS = random_inputs(jax.random.key(0), CONFIG, B=B, T=T, num_heads=H, **SIZES)
-PHI = {"position": np.zeros((4, D), np.float32)}
+PHI = {"position": np.zeros((4, D), np.float32), "in_kernel": np.zeros((4, D, D), np.float32)}
 TEXT = "text"
 
 
@@ -47,7 +48,7 @@ def calls():
         nsa_jax.window_attention: {"q": q, "k": kv.win_k, "v": kv.win_v, **options},
         nsa_jax.decode_attention: {**decode, "config": CONFIG, "scale": 0.5},
         causal_attention: {"q": q, "k": kv.slc_k, "v": kv.slc_v, "window": 3, "segment_ids": options["segment_ids"]},
-        nsa_jax.compress: {"x": kv.slc_k, "parameters": PHI, "config": CONFIG, "method": "mean"},
+        nsa_jax.compress: {"x": kv.slc_k, "parameters": PHI, "config": CONFIG, "method": "linear"},
         apply_rope: {"x": kv.slc_k, "positions": jnp.arange(T, dtype=jnp.int32)[None], "theta": 100.0},
     }
 
@@ -152,6 +153,61 @@ def test_every_wrong_argument_of_an_op_is_refused_by_name(op):
             with pytest.raises(ValueError, match=rf"^{name}\b.*: expected ") as caught:
                 op(**{**arguments, name: value})
             assert len(str(caught.value)) < 400
+
+
+# Axes whose size an op takes from this array alone, or within bounds: fewer queries, more tokens than are compressed.
+FREE = {
+    nsa_jax.compressed_attention: {("q", 1), ("q", 2), ("v", 3), ("segment_ids", 1)},
+    nsa_jax.select_blocks: {("k", 2), ("segment_ids", 1)},
+    nsa_jax.selected_attention: {("q", 2), ("v", 3)},
+    nsa_jax.window_attention: {("q", 1), ("q", 2), ("v", 3)},
+    nsa_jax.decode_attention: {("cache.block_tables", 1), *((f"cache.tail_{x}", i) for x in "kv" for i in range(4))},
+    causal_attention: {("q", 2), ("v", 3)},
+    nsa_jax.compress: {("x", 0), ("x", 1), ("x", 2)},
+    apply_rope: {("x", 0), ("x", 2)},
+}
+
+
+def resized(arguments, free):
+    """The arguments, with one array after the other one entry shorter or longer along each axis."""
+    for name, argument in arguments.items():
+        parts = argument._asdict() if hasattr(argument, "_asdict") else argument
+        for part, x in parts.items() if isinstance(parts, dict) else [("", argument)]:
+            whole = f"{name}.{part}" if part else name
+            for axis in range(np.ndim(x)):
+                for size in (np.shape(x)[axis] - 1, np.shape(x)[axis] + 1) if (whole, axis) not in free else ():
+                    changed = jnp.take(jnp.asarray(x), jnp.arange(size) % np.shape(x)[axis], axis)
+                    if part:
+                        replaced = {**parts, part: changed}
+                        changed = type(argument)(**replaced) if hasattr(argument, "_asdict") else replaced
+                    yield whole, {**arguments, name: changed}
+
+
+@pytest.mark.parametrize("op", calls(), ids=lambda op: op.__name__)
+def test_arrays_of_sizes_that_do_not_fit_together_are_refused_by_name(op):
+    def answer(arguments):
+        try:
+            return str(jax.eval_shape(functools.partial(op, **arguments)))
+        except ValueError as error:
+            return str(error)
+
+    answers = [(name, answer(arguments)) for name, arguments in resized(calls()[op], FREE.get(op, ()))]
+    named = re.compile(r"[\w.\[\]']+( =|:| has) .*(: expected | needs )")
+    assert answers
+    assert [pair for pair in answers if not named.match(pair[1])] == []
+
+
+@pytest.mark.parametrize("method", ["linear", "mlp"])
+def test_parameters_of_phi_of_another_shape_are_refused_by_name(method):
+    shapes = phi_shapes(method, D, 3, CONFIG)
+    arguments = {"x": INPUTS.kv.slc_k, "parameters": {name: jnp.zeros(shape) for name, shape in shapes.items()}}
+    compress = functools.partial(nsa_jax.compress, config=CONFIG, method=method)
+    assert jax.eval_shape(functools.partial(compress, **arguments)).shape == (B, num_compressed(T, CONFIG), K, D)
+    for name, changed in resized(arguments, FREE[nsa_jax.compress] | {("x", 3)}):
+        with pytest.raises(ValueError, match=r"^parameters\['\w+'\]: float32 .*: expected shape") as error:
+            compress(**changed)
+        # The width of an mlp is that of its bias, so that the others do not fit one that is wrong.
+        assert name.removeprefix("parameters.") in str(error.value) or name == "parameters.in_bias"
 
 
 SIZE = [0, -1, 1.5, "8", True, np.float32(3), np.array([1, 2]), np.bool_(True)]
@@ -328,7 +384,7 @@ def test_a_batch_of_zero_gives_zero_rows_and_no_tokens_or_heads_are_refused():
     assert jax.eval_shape(no_values).shape == (B, T, H, 0)
     with pytest.raises(NotImplementedError, match=r"triton.*q.shape = \(0, 12, 2, 4\): expected a batch"):
         nsa_jax.window_attention(q[:0], kv.win_k[:0], kv.win_v[:0], config=CONFIG, implementation="triton")
-    assert nsa_jax.compress(kv.slc_k[:, :0], PHI, config=CONFIG, method="mean").shape == (B, 0, K, D)
+    assert nsa_jax.compress(kv.slc_k[:, :0], config=CONFIG).shape == (B, 0, K, D)
 
 
 @pytest.mark.parametrize("kind", [nsa_jax.nnx.NSAttention, nsa_jax.nnx.FullAttention])

@@ -25,13 +25,16 @@ def inputs():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": 0}, "NSAConfig.window = 0: expected an integer of at least 1"),
+        ({"window": -1}, "NSAConfig.window = -1: expected an integer of at least 0"),
         ({"num_init": -1}, "NSAConfig.num_init = -1"),
         ({"select_block": 64.0}, "NSAConfig.select_block = 64.0"),
         ({"compress_block": 24}, "NSAConfig.compress_block = 24: expected a multiple of compress_stride = 16"),
         ({"select_block": 40}, "NSAConfig.select_block = 40: expected a multiple of compress_stride = 16"),
         ({"compress_block": 128}, "NSAConfig.compress_block = 128: expected at most select_block = 64"),
-        ({"num_selected": 2}, "NSAConfig.num_selected = 2: expected at least num_init + num_local = 3"),
+        (
+            {"num_selected": 2},
+            "NSAConfig.num_selected = 2: expected 0, for no such branch, or at least num_init + num_local = 3",
+        ),
     ],
 )
 def test_impossible_configs_are_refused_by_name(fields, message):

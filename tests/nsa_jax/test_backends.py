@@ -1,5 +1,6 @@
 """The registry of backends, and which of them computes what."""
 
+import dataclasses
 import functools
 import logging
 from types import SimpleNamespace
@@ -214,6 +215,15 @@ def test_pure_jax_of_ones_own_takes_its_op_from_the_fused_one_on_an_h100(registe
     assert dict(made["nsa_attention"].refusals)["fused"] == "no kernel for window_attention before one_op"
     for op in ("compressed_attention", "select_blocks", "selected_attention"):
         assert made[op].backend == "triton"
+
+
+@pytest.mark.parametrize("kind", [choice.Forward, choice.FirstForward, choice.Backward])
+def test_passes_that_are_equal_are_one_static_argument(kind):
+    """JAX finds what it has traced by such arguments, so that they are compared, hashed and never changed."""
+    a, b, other = (kind("window_attention", name) for name in ("xla", "xla", "triton"))
+    assert {a, b, other} == {a, other}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.op = "selected_attention"
 
 
 def test_outputs_without_lse_have_the_right_gradients(inputs, register):

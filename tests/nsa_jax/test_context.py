@@ -215,6 +215,12 @@ def test_what_cannot_be_split_is_refused_by_name():
             sharded(window_attention, **over)(q[:, :120], kv.win_k, kv.win_v, **options)
         with pytest.raises(ValueError, match=r"x: chunks of 6 tokens, two for each of 8 devices: .*stride = 8"):
             sharded(compress, **over)(q[:, :96], phi, config=CONFIG)
+        with pytest.raises(ValueError, match=r"x: chunks of 12 tokens, two for each of 8 devices: .*stride = 8"):
+            sharded(compress, **over)(jnp.zeros((2, 192, 2, D)), phi, config=CONFIG)
+        longer = dataclasses.replace(CONFIG, compress_block=24, select_block=24)
+        with pytest.raises(ValueError, match=r"x: chunks of 8 tokens, .*compress_block - config.compress_stride = 16"):
+            sharded(compress, **over)(jnp.zeros((2, 128, 2, D)), config=longer)
+        assert jax.eval_shape(functools.partial(sharded(compress, **over), config=longer), jnp.zeros((2, 256, 2, D)))
         layer, x = nsa_jax.NSAttention(**LAYER, config=CONFIG, context_axes="context"), jnp.zeros((1, 128, 24))
         variables = jax.jit(layer.init)(jax.random.key(0), x)
         cache = layer.init_cache(batch_size=1, max_length=128)

@@ -1,5 +1,6 @@
 """Caches, prefill and decode steps against the forward pass of the whole sequence."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,6 +33,8 @@ LAYERS = {
         **HEADS, config=CONFIG, compression="mlp", share_kv=False, tie_keys=True, qk_norm=True
     ),
     "nsa, blocks that do not overlap": nsa_jax.NSAttention(**HEADS, config=NSAConfig(4, 4, 4, 3, 1, 1, 7)),
+    "nsa, no window": nsa_jax.NSAttention(**HEADS, config=dataclasses.replace(CONFIG, window=0)),
+    "nsa, no selection": nsa_jax.NSAttention(**HEADS, config=dataclasses.replace(CONFIG, num_selected=0)),
     "full": nsa_jax.FullAttention(**HEADS),
     "full, normalised": nsa_jax.FullAttention(**HEADS, qk_norm=True),
     "window": nsa_jax.FullAttention(**HEADS, window=10),

@@ -32,10 +32,12 @@ def embeddings(seed=0, B=2):
 
 
 PAPER = {"compression": "mlp", "share_kv": False}  # the paper's layout
+EVERY_PHI = [{"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)]
 OPTIONS = pytest.mark.parametrize(
     "options",
     [
-        *({"compression": phi, "share_kv": share} for phi in ("mlp", "linear", "mean") for share in (False, True)),
+        # By default every phi once, with the keys and values of branches in turn independent and shared.
+        *(pytest.param(x, marks=pytest.mark.exhaustive if i in (1, 2, 5) else ()) for i, x in enumerate(EVERY_PHI)),
         {"share_kv": True, "qk_norm": True},
         {**PAPER, "tie_keys": True, "qk_norm": True, "output_init_scale": 0.5},
         {"compression": "mlp", "tie_keys": True},
@@ -325,5 +327,3 @@ def test_the_initial_output_projection_is_scaled_and_nothing_else():
     for name, value in plain["params"].items():
         factor = 0.25 if name == "o_kernel" else 1.0
         assert_trees_close(scaled["params"][name], factor * value, 1e-6)
-
-

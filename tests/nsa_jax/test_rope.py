@@ -149,6 +149,8 @@ def test_both_flavours_scale_alike_and_decoding_equals_the_whole_forward_pass(ki
         ({"factor": 4.0}, r"RopeScaling.factor = 4.0: expected 1 with kind = none"),
         ({"kind": "yarn", "factor": 4.0}, r"RopeScaling.original_length = None: expected the tokens trained on"),
         ({"kind": "yarn", "original_length": 0}, r"RopeScaling.original_length = 0: expected an integer of at least 1"),
+        ({"beta_slow": 0.0}, r"RopeScaling.beta_slow = 0.0: expected above 0 and below beta_fast = 32.0"),
+        ({"beta_slow": 32.0}, r"RopeScaling.beta_slow = 32.0: expected above 0 and below beta_fast = 32.0"),
         ({"beta_slow": 40.0}, r"RopeScaling.beta_slow = 40.0: expected above 0 and below beta_fast = 32.0"),
     ],
 )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import nsa_jax
 import nsa_jax.sharding
 from nsa_jax import NSAConfig
-from nsa_jax.sharding import ARGUMENTS, sharded
+from nsa_jax.sharding import ARGUMENTS, free_split, sharded
 from nsa_jax.testing import assert_trees_close, random_inputs, reference_selection
 
 CONFIG = NSAConfig(
@@ -233,6 +233,16 @@ def test_without_devices_to_split_over_it_is_the_op(mesh):
         assert "shard_map" not in str(jax.make_jaxpr(attention)(q, kv, gates))
     with jax.set_mesh(make_mesh(AxisType.Auto, data=2)):
         assert "shard_map" in str(jax.make_jaxpr(attention)(q, kv, gates))
+
+
+@KINDS
+def test_a_split_keeps_the_axes_of_more_than_one_device_that_the_mesh_has(kind):
+    mesh = make_mesh(kind, data=2, fsdp=2, tensor=1)
+    split = PartitionSpec("data", None, ("fsdp", "tensor", "elsewhere"), "tensor", "elsewhere")
+    free = free_split(split, mesh)
+    assert [tuple(axes) if isinstance(axes, tuple) else axes for axes in free] == ["data", None, "fsdp", None, None]
+    with jax.set_mesh(mesh):
+        assert free_split(split) == free
 
 
 def test_what_does_not_fit_is_refused_by_name():

@@ -12,6 +12,7 @@ from nsa_jax.testing import (
     assert_trees_close,
     normwise_error,
     random_inputs,
+    reference_selection,
 )
 
 CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
@@ -38,11 +39,21 @@ def test_assert_same_blocks_excuses_only_what_rounding_cannot_tell_apart():
     expected = jnp.array([[[[0, 2]]]], jnp.int32)
     assert_same_blocks(expected, expected, importance)
     assert_same_blocks(expected.at[..., 1].set(1), expected, importance)
-    for wrong in ([0, 3], [2, 0], [0, -1], [0, 0], [1, 2]):
+    for wrong in ([0, 3], [2, 0], [0, -1], [0, 0], [1, 2], [0, 5], [0, 6]):  # of blocks 0 to 4
         with pytest.raises(AssertionError, match="select_blocks at"):
             assert_same_blocks(jnp.array([[[wrong]]], jnp.int32), expected, importance)
     with pytest.raises(AssertionError, match="select_blocks at"):  # zero importance: the lower index must win
         assert_same_blocks(jnp.array([[[[0, 4]]]]), jnp.array([[[[0, 3]]]]), importance)
+
+
+def test_the_reference_selects_by_scores_over_the_root_of_the_head_size_if_no_scale_is_given():
+    inputs = random_inputs(jax.random.key(0), CONFIG, T=40, num_heads=2, num_kv_heads=1, head_dim=9)
+    of_default = reference_selection(inputs, CONFIG)
+    assert_trees_close(of_default, reference_selection(inputs, CONFIG, scale=1 / 3), 1e-6)
+    # What it selects are the blocks of highest importance, after the first block and the two newest.
+    _, blocks, importance = of_default
+    free = np.asarray(importance)[0, 0, -1, 1 : 40 // CONFIG.select_block - 2]
+    assert set(np.asarray(blocks)[0, 0, -1]) == {0, 1 + int(np.argmax(free)), 3, 4}
 
 
 @pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "window_attention", "select_blocks"])

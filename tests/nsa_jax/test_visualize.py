@@ -171,8 +171,32 @@ def test_bytes_are_those_of_the_compressed_tokens_blocks_and_window():
     per_key = 2 * (64 + 32) * 2 / 2**20
     sparse, dense = axes.lines
     np.testing.assert_allclose(dense.get_ydata(), [T * per_key for T in lengths])
+    assert sparse.get_xdata().tolist() == dense.get_xdata().tolist() == list(lengths)
     expected = [(256 // 16 - 1 + 256 + 256), (4096 // 16 - 1 + 1024 + 512), (65536 // 16 - 1 + 1024 + 512)]
     np.testing.assert_allclose(sparse.get_ydata(), [keys * per_key for keys in expected])
+
+
+def test_bytes_are_shown_from_one_token_on_and_by_default_for_contexts_of_512_to_131072():
+    (axes,) = plot_bytes_read(NSAConfig(), num_kv_heads=1, head_dim=8).axes
+    assert [line.get_xdata()[[0, -1]].tolist() for line in axes.lines] == [[512, 131072]] * 2
+    (axes,) = plot_bytes_read(NSAConfig(), num_kv_heads=1, head_dim=8, lengths=(1,)).axes
+    sparse, dense = (line.get_ydata()[0] for line in axes.lines)
+    assert sparse == 2 * dense  # the token in its block and in the window
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda layers: plot_selection(layers, CONFIG),
+        plot_gates,
+        lambda layers: plot_recall(layers, CONFIG, jnp.arange(20, T, 8)),
+    ],
+    ids=["selection", "gates", "recall"],
+)
+def test_every_layer_takes_the_same_height(draw, inputs):
+    heights = [draw({str(i): inputs for i in range(count)}).get_figheight() for count in (1, 2, 4)]
+    assert heights[2] - heights[1] == pytest.approx(2 * (heights[1] - heights[0]))
+    assert heights[0] < heights[1]
 
 
 def test_every_axis_is_labelled(inputs):
@@ -202,6 +226,10 @@ def test_every_axis_is_labelled(inputs):
         (
             lambda i: plot_bytes_read(CONFIG, num_kv_heads=1, head_dim=8, lengths=()),
             r"lengths = \(\): expected positive",
+        ),
+        (
+            lambda i: plot_bytes_read(CONFIG, num_kv_heads=1, head_dim=8, lengths=(9, 0)),
+            r"lengths = \(9, 0\): expected positive",
         ),
         (
             lambda i: trace_attention(nn.RMSNorm(use_scale=False), {}, i.q),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ import pytest
 from nsa_jax import NSAConfig, num_compressed, reference
 from nsa_jax.testing import normwise_error, tolerance_of
 from nsa_jax.visibility import gated_sum
+from pallas_kernels.decode_attention.contract import bytes_read
+from pallas_kernels.triton.tiles import DecodeTile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS
 
@@ -162,6 +165,30 @@ def test_equals_the_reference_on_whole_rows(backend, name):
     run, results = check(backend, STEPS[name], jnp.float32, 2e-6)
     for a, b in zip(results, run(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_reads_the_keys_that_it_attends_to_and_a_dense_one_all():
+    sizes = {"num_kv_heads": 2, "head_dim": 32, "v_head_dim": 16, "itemsize": 2}
+    for T, compressed in ((7, 0), (8, 1), (150, 36)):
+        keys = compressed + min(T, 4 * 16) + min(T, 20)
+        assert bytes_read(T, SMALL, **sizes) == bytes_read(T, SMALL, **sizes, dense=False) == keys * 2 * (32 + 16) * 2
+        assert bytes_read(T, SMALL, **sizes, dense=True) == T * 2 * (32 + 16) * 2
+
+
+@pytest.mark.parametrize("batch", [1, 20, 300])
+def test_triton_cuts_a_long_cache_into_at_most_128_parts_or_as_its_tile_says(batch):
+    blocks, per_block = 32768, SMALL.select_block // SMALL.compress_stride
+    step = dataclasses.replace(STEPS["few blocks, group of 16"], lengths=(1,) * batch)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(step, jnp.float32).arguments(jnp.float32)]
+    shapes[-1] = jax.ShapeDtypeStruct((batch, blocks), jnp.int32)
+
+    def parts(tile: DecodeTile | None) -> int:
+        decode = functools.partial(cases.function("triton", "decode_attention"), **step.options, tile=tile)
+        grids = re.findall(r"grid=\((\d+), ", str(jax.make_jaxpr(decode)(*shapes)))
+        return int(grids[0])  # of the first kernel
+
+    assert 64 < parts(None) - 1 <= 128  # one is for the window
+    assert parts(DecodeTile(32, 4, chunk=32)) - 1 == blocks * per_block // 32
 
 
 def programs() -> list[Any]:

@@ -146,3 +146,10 @@ def test_shared_memory_is_looked_up_by_capability():
     assert [shared_memory_kib(x) for x in ((8, 0), (8, 6), (8, 9), (9, 0))] == [163, 99, 99, 227]
     assert shared_memory_kib((99, 0)) == 0
     assert set(SHARED_MEMORY_KIB) == {*KINDS.values(), (8, 7), (10, 3), (12, 1)}
+
+
+@pytest.mark.parametrize(("capability", "kib"), SHARED_MEMORY_KIB.items())
+def test_shared_memory_is_an_l1_cache_without_what_cuda_keeps_of_it(capability, kib):
+    """CUDA keeps 32 KiB of each multiprocessor's L1 cache; from 8.0 on 28, and another 1 for each thread block."""
+    kept, caches = (32, (96, 128)) if capability < (8, 0) else (28 + 1, (128, 192, 256))
+    assert kib + kept in caches

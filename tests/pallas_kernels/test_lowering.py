@@ -28,12 +28,22 @@ KERNELS = {
         "window_attention": ("window_attention_",),
     },
     "mosaic": {
-        "compressed_attention": ("compressed_attention_forward",),
+        "compressed_attention": (
+            "compressed_attention_forward",
+            "compressed_attention_query_gradient",
+            "compressed_attention_key_gradient",
+        ),
         "select_blocks": ("block_selection",),
-        "window_attention": ("window_attention_forward",),
+        "selected_attention": ("selected_attention_union", "selected_attention_forward"),
+        "window_attention": (
+            "window_attention_forward",
+            "window_attention_query_gradient",
+            "window_attention_key_gradient",
+        ),
     },
 }
-KERNELS["triton"]["nsa_attention"] = tuple(itertools.chain(*KERNELS["triton"].values()))
+for names in KERNELS.values():
+    names["nsa_attention"] = tuple(itertools.chain(*names.values()))
 
 
 def programs() -> list[Any]:
@@ -80,7 +90,7 @@ def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
         elif op == "select_blocks":
             call = functools.partial(cases.function(backend, op), **case.options)
         else:
-            passes = (cases.function(backend, op), cases.function(backend, op + "_backward"))
+            passes = (cases.function(backend, op), cases.function(backend, op + "_backward", case))
             call = functools.partial(cases.results, *passes, op, case)
         if not case.traced:
             known = functools.partial(lambda call, *shaped: call(*shaped, case.query_offset), call)

@@ -28,14 +28,14 @@ each_dtype = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.fl
 def each(ops, of: dict[str, Case], exhaustive=()):
     """Every backend and op with every case that is for them."""
     found = [
-        (backend, op, name)
+        (op, name, backend)
         for backend in BACKENDS
         for name, case in of.items()
         for op in ops
         if op in case.ops and backend in case.backends
     ]
-    marked = [pytest.param(*one, marks=[pytest.mark.exhaustive] * (one[1:] in exhaustive)) for one in found]
-    return pytest.mark.parametrize(("backend", "op", "name"), marked)
+    marked = [pytest.param(*one, marks=[pytest.mark.exhaustive] * (one[:2] in exhaustive)) for one in found]
+    return pytest.mark.parametrize(("op", "name", "backend"), marked)
 
 
 def skip_unless_taken(backend: str, dtype: Any) -> None:
@@ -57,7 +57,7 @@ def check_branch(
     backend: str, op: str, case: Case, dtype: Any, tolerance: float, *, tile: Any = None, **backward_tiles: Any
 ) -> tuple[Any, Inputs, Results]:
     """Both passes of a branch; returns the compiled call, its inputs and what it gave."""
-    forward, backward = cases.function(backend, op), cases.function(backend, op + "_backward")
+    forward, backward = cases.function(backend, op), cases.function(backend, op + "_backward", case)
     if tile is not None:
         forward = functools.partial(forward, tile=tile)
     inputs = cases.inputs(case, dtype)

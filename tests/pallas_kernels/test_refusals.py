@@ -103,12 +103,23 @@ def test_every_op_refuses_the_same_with_the_same_words(backend, op, change, mess
         call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), **fields), **others)
 
 
+@pytest.mark.parametrize(("index", "name"), list(enumerate(("cmp_k", "cmp_v", "slc_k", "slc_v", "k", "v"), 1)), ids=str)
+def test_triton_decodes_over_no_array_of_another_dtype(index, name):
+    arrays = decode_shapes(CASE, jnp.float32)
+    arrays[index] = jax.ShapeDtypeStruct(arrays[index].shape, jnp.bfloat16)
+    decode = functools.partial(cases.function("triton", "decode_attention"), config=CASE.config, scale=1.0)
+    with pytest.raises(NotImplementedError, match=rf"^{name}\.dtype = bfloat16: expected q's, float32"):
+        jax.eval_shape(decode, *arrays)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", PASSES)
 @pytest.mark.parametrize("size", [0, 1])
 def test_the_smallest_and_the_largest_head_are_taken_by_every_op(backend, op, size):
     head_dim = SIZES[backend][size]
-    call(backend, op, dataclasses.replace(CASE, H=4, K=2, Dk=head_dim, Dv=head_dim))
+    if op.endswith("_backward"):
+        head_dim = min(head_dim, cases.LARGEST_BACKWARD.get(backend, 512) // 2)
+    call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), Dk=head_dim, Dv=head_dim))
 
 
 @pytest.mark.parametrize("select_block", [8, 144])
@@ -125,6 +136,30 @@ def test_triton_takes_so_many_blocks_and_no_more():
         jax.eval_shape(decode, *decode_shapes(CASE, jnp.float32, num_blocks=40000))
     with pytest.raises(NotImplementedError, match="num_blocks = 33001: expected at most 32768"):
         call("triton", "select_blocks", dataclasses.replace(CASE, T=16 * 33000, query_offset=16 * 33000 - 8))
+
+
+@pytest.mark.parametrize("op", ["compressed_attention_backward", "window_attention_backward"])
+def test_mosaic_has_no_gradients_of_keys_whose_heads_do_not_fit_in_registers(op):
+    case = dataclasses.replace(cases.fitted("mosaic", CASE), Dk=192, Dv=128)
+    with pytest.raises(NotImplementedError, match="192 and 128: expected at most 256 together"):
+        call("mosaic", op, case)
+
+
+@pytest.mark.parametrize("backward", ["", "_backward"])
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"H": 8}, NSAConfig(), "query heads per K/V head = 4: expected at least 8"),
+        ({}, NSAConfig(16, 8, 32, 4, 1, 1), "select_block = 32: expected 64"),
+        ({}, NSAConfig(num_selected=20), "num_selected = 20: expected at most 16"),
+    ],
+)
+def test_mosaic_attends_to_selected_blocks_of_64_with_8_heads_or_more(change, config, message, backward):
+    if not hasattr(backends.get("mosaic"), "selected_attention" + backward):
+        pytest.skip("mosaic has no such pass")
+    case = dataclasses.replace(cases.fitted("mosaic", CASE), config=config, **change)
+    with pytest.raises(NotImplementedError, match=message):
+        call("mosaic", "selected_attention" + backward, case)
 
 
 @pytest.mark.parametrize(

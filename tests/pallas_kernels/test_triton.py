@@ -42,6 +42,8 @@ def selection(case: Case) -> tuple[Any, ...]:
 
 def test_cuts_and_chunks_change_nothing(monkeypatch):
     (q, k, lse), expected = selection(SELECTION)
+    uncut = functools.partial(block_selection.select_blocks, **SELECTION.options, interpret=True)
+    assert "scan" not in str(jax.make_jaxpr(uncut)(q, k, lse, None, 0))  # what fits into the scratch is one chunk
     first = 100  # so that both cuts, at 128 and 256, fall among the queries
     arrays = (q[:, first:], k, lse[:, :, first:])
     monkeypatch.setattr(block_selection, "_LEAST_BLOCKS_TO_CUT", 2)
@@ -85,7 +87,9 @@ def test_kernels_are_sized_for_all_that_the_last_query_sees():
 
 def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     monkeypatch.setattr(block_union, "_ADAPTIVE_FROM", 8)
-    case = Case(70, 8, 1, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1), query_offset=37, segments=(43,))
+    case = Case(70, 8, 1, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1), query_offset=37, segments=(9, 61))
+    chosen = np.asarray(cases.inputs(case).block_indices)[0, 0]
+    assert np.mean(np.any(chosen[:-1:2] != chosen[1::2], axis=-1)) >= 0.5  # of two that share a tile
     tile = QueryTile(16, 2, 2, shared=QueryTile(32, 4, 2))
     query_tile = QueryTile(32, 4, 2)
     compiled, inputs, actual = check_branch(
@@ -112,8 +116,15 @@ def test_a_head_is_cut_into_few_pieces_with_little_padding(widest):
     assert [(piece.width, piece.used) for piece in head_pieces(112)] == [(64, 64), (64, 48)]
 
 
-def test_compressed_tokens_of_several_tiles_equal_the_reference():
-    case = Case(150, 6, 2, 32, 24, NSAConfig(8, 4, 16, 3, 1, 1), query_offset=29, segments=(43,))  # 36, 16 a tile
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(150, 6, 2, 32, 24, NSAConfig(8, 4, 16, 3, 1, 1), query_offset=29, segments=(43,)),  # 36, 16 a tile
+        Case(96, 2, 1, 16, 16, NSAConfig(8, 4, 16, 3, 1, 1), traced=False),  # whole tiles of rows see the first keys
+    ],
+    ids=["segments and offset", "full tiles"],
+)
+def test_compressed_tokens_of_several_tiles_equal_the_reference(case):
     tile = Tile(16, 16, 4, 1)
     tiles = {"tile": tile, "query_tile": tile, "key_tile": tile}
     compiled, inputs, actual = check_branch("triton", "compressed_attention", case, jnp.float32, INTERPRETED, **tiles)
@@ -149,16 +160,23 @@ def test_every_op_takes_a_tile_of_ones_own():
     assert "num_warps=8" in program("select_blocks", *shapes[:2], inputs.dlse)
 
 
-@pytest.mark.parametrize("most_keys", [2**31, 0], ids=["one key", "two keys"])
-def test_inverse_index_lists_every_choice_once_in_order(most_keys, monkeypatch):
+def test_keys_before_the_first_query_get_the_gradients_of_the_queries_that_there_are():
+    case = Case(70, 2, 1, 16, 16, NSAConfig(16, 8, 16, 3, 1, 1, 20), query_offset=37, traced=False)
+    check_branch("triton", "window_attention", case, jnp.float32, INTERPRETED)
+
+
+@pytest.mark.parametrize(
+    ("most_keys", "item_size"), [(2**31, 32), (0, 30)], ids=["one key", "two keys, items that divide the choices"]
+)
+def test_inverse_index_lists_every_choice_once_in_order(most_keys, item_size, monkeypatch):
     monkeypatch.setattr(inverse_index, "_MOST_KEYS", most_keys)
     case = Case(90, 2, 1, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1), B=2)
     indices = cases.inputs(case).block_indices[:, 0]
-    index = jax.tree.map(np.asarray, jax.jit(lambda indices: inverse_index.invert(indices, 6, 32))(indices))
+    index = jax.tree.map(np.asarray, jax.jit(lambda indices: inverse_index.invert(indices, 6, item_size))(indices))
     for row, chosen in enumerate(np.asarray(indices)):
         for block in range(6):
             items = range(*index.block_items[row, block : block + 2])
-            assert all(index.block[row, i] == block and 0 < index.length[row, i] <= 32 for i in items)
+            assert all(index.block[row, i] == block and 0 < index.length[row, i] <= item_size for i in items)
             spans = [
                 index.choices[row, index.first[row, i] : index.first[row, i] + index.length[row, i]] for i in items
             ]
@@ -167,17 +185,27 @@ def test_inverse_index_lists_every_choice_once_in_order(most_keys, monkeypatch):
         assert not index.length[row, used:].any()
 
 
+def launched(kernel, grid):
+    """A kernel whose result is four numbers."""
+    options = {"out_shape": jax.ShapeDtypeStruct((4,), jnp.float32), "num_warps": 4, "num_stages": 1}
+    return launch(kernel, name="long", grid=grid, interpret=True, **options)
+
+
 def test_vmap_of_a_grid_too_long_for_cuda_is_refused():
-    call = launch(
-        lambda x_ref, o_ref: None,
-        name="long",
-        grid=(65536, 1),
-        out_shape=jax.ShapeDtypeStruct((4,), jnp.float32),
-        num_warps=4,
-        num_stages=1,
-        interpret=True,
-    )
     x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    vmapped = [jax.vmap(launched(lambda x_ref, o_ref: None, (programs, 1))) for programs in (65535, 65536)]
+    assert jax.eval_shape(vmapped[0], x).shape == (3, 4)
     # No other backend could serve the call either, so that it is not a refusal to be passed over.
     with pytest.raises(ValueError, match="vmap of long with 65536 programs"):
-        jax.eval_shape(jax.vmap(call), x)
+        jax.eval_shape(vmapped[1], x)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_vmap_runs_a_kernel_on_each_row_with_what_all_rows_share(axes):
+    def difference(x_ref, y_ref, o_ref):
+        o_ref[...] = x_ref[...] - 2 * y_ref[...]
+
+    rows, shared = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(4, dtype=np.float32)
+    x, y = (shared if axis is None else rows + i for i, axis in enumerate(axes))
+    actual = jax.jit(jax.vmap(launched(difference, (1,)), in_axes=axes))(x, y)
+    np.testing.assert_array_equal(actual, x - 2 * y)

@@ -11,7 +11,7 @@ from pallas_kernels.benchmarks import tune
 from pallas_kernels.benchmarks.cases import Shape
 from pallas_kernels.devices import Device
 from pallas_kernels.triton import tiles
-from pallas_kernels.triton.tiles import Key, QueryTile, Row, Tile, find_row
+from pallas_kernels.triton.tiles import Key, QueryTile, Row, Tile, find_row, key_of
 
 SMALL = Shape(
     T=64, H=16, K=1, Dk=32, Dv=32, compress_block=16, select_block=16, num_selected=4, window=20, dtype="bfloat16"
@@ -53,6 +53,16 @@ def test_devices_with_too_little_shared_memory_take_the_least(monkeypatch):
     on(monkeypatch, (8, 9))
     table = tuple(Row(cap, 2, 256, 64, Tile(16, 16, 4, 1)) for cap in ((8, 0), (9, 0)))
     assert find_row(table, Key(2, 128, 4)).capability == (8, 0)
+
+
+def test_a_call_is_known_by_its_bytes_its_larger_head_and_its_query_heads_a_group():
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, k, v = array(2, 9, 12, 32), array(2, 9, 3, 32), array(2, 9, 3, 48)
+    assert key_of(q, k) == key_of(q, k, array(2, 9, 3, 16)) == Key(2, 32, 4)
+    assert key_of(q, k, v) == Key(2, 48, 4)
+    assert key_of(array(12, 32, dtype="float32"), array(12, 32, dtype="float32")) == Key(4, 32, 1)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])

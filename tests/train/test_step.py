@@ -115,6 +115,19 @@ def test_loss_norm_and_clipped_gradient_equal_those_written_out_by_hand(accumula
     assert np.all(np.isfinite(state.params["embedding"]))
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_gradient_is_over_the_sum_of_the_weights_even_where_they_sum_to_less_than_a_token(accumulate):
+    z_loss, model, optimizer = 0.2, Lookup(MODEL), optax.identity()
+    step = jax.jit(make_train_step(model, optimizer, accumulate=accumulate, z_loss=z_loss))
+    state = make_init(model, optimizer)(jax.random.key(0))
+    alone = np.zeros((B, T), np.float32)
+    alone[2, 3] = 1
+    _, _, gradient = loss_and_gradient(np.float64(state.params["embedding"]), batch() | {"weights": alone}, z_loss)
+    for weight in (2**-20, 0.5, 1, 1.5, 3):
+        _, metrics = step(state, batch() | {"weights": np.float32(weight) * alone})
+        np.testing.assert_allclose(metrics.grad_norm, np.linalg.norm(gradient), rtol=1e-5)
+
+
 def test_muons_state_lies_on_a_mesh_as_its_parameters_do():
     model, mesh = Transformer(MODEL, VOCABULARY), make_mesh(MeshConfig(fsdp=2))
     init = make_init(model, make_optimizer(OptimizerConfig(kind="muon", warmup_steps=0), 10))

@@ -70,6 +70,16 @@ def test_flops_of_nsa_equal_the_hand_count_of_its_branches(changes):
     assert train_flops_per_token(model, T, VOCABULARY) == pytest.approx(by_hand(model, keys, 4))
 
 
+def test_a_branch_that_is_off_costs_nothing():
+    compressed = [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
+    for off, keys in (
+        ({"num_selected": 0, "window": 0}, compressed),
+        ({"num_selected": 0}, [x + y for x, y in zip(compressed, [1, 2, *[3] * 8], strict=True)]),
+    ):
+        model = dataclasses.replace(MODEL, nsa=dataclasses.replace(NSA, **off))
+        assert train_flops_per_token(model, T, VOCABULARY) == pytest.approx(by_hand(model, keys, 4))
+
+
 def test_peaks_are_known_by_device_kind():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -191,6 +191,9 @@ def test_the_bias_moves_up_where_the_load_is_low_and_down_where_it_is_high():
     moved = rebalanced(bias, assignments, 0.125)
     assert moved.tolist() == [[0.375, 0.125, -0.5, 0.25], [0.125, 0.125, 0.125, -0.125]]
     assert np.array_equal(rebalanced(bias, assignments, 0.0), bias)
+    # Each layer by itself, alone or in a stack of any shape.
+    assert np.array_equal(rebalanced(bias[0], assignments[0], 0.125), moved[0])
+    assert np.array_equal(rebalanced(bias[:, None], assignments[:, None], 0.125), moved[:, None])
 
 
 def spec(sizes, *names):

@@ -132,9 +132,11 @@ class Choosing(NSA):
         return 0
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
-        """Rows must be whole."""
+        """Rows must be whole, and there must be something to choose."""
+        name = config.model.attention_name
+        if not config.model.nsa.num_selected:
+            raise ValueError(f"model.nsa.num_selected = 0: expected at least 1 with model.attention = {name}")
         if mesh["context"] > 1:
-            name = ", ".join(config.model.pattern or (config.model.attention,))
             raise ValueError(f"mesh.context = {mesh['context']}: expected 1 with model.attention = {name}")
 
 
@@ -223,7 +225,9 @@ def _layer(
         "implementation": config.implementation,
     }
     o_cmp, lse = sharded(compressed_attention, **config.mesh_axes)(q, kv.cmp_k, kv.cmp_v, **options)
-    o_win = sharded(window_attention, **config.mesh_axes)(q, kv.win_k, kv.win_v, **options)
+    o_win = None
+    if config.config.window:
+        o_win = sharded(window_attention, **config.mesh_axes)(q, kv.win_k, kv.win_v, **options)
     starts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_starts(segment_ids)
     choice = Choice(q, kv, lse, starts, segment_ids, kind.own(parameters, x, segment_ids, config))
     o_slc = _on_each_device(kind.attend, choice, config, _TOKENS)

@@ -34,7 +34,8 @@ class Clustering(Choosing):
 
     A query takes the clusters of the highest product of its group's summed queries with the centroid, one after the
     other and the last of them in part, until it reads n s tokens, those of NSA's forced blocks among them. Tokens that
-    are not in a cluster yet have the last places. The window sees them: `interval` is no longer than that.
+    are not in a cluster yet have the last places. The window sees them: `interval` is no longer than that, unless the
+    window is shorter than a block.
     """
 
     def attend(self, choice: Choice, config: NSALayerConfig) -> Float[Array, "B T H Dv"]:

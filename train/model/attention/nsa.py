@@ -69,9 +69,11 @@ class NSA(AttentionKind):
 
     def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
         """The selected keys and values, unless remat keeps what attention computed."""
-        if config.remat == "attention":
+        heads = config.num_kv_heads // split.tensor
+        # A loop over one head is none, and the compiler sees that its second pass gathers the same.
+        if config.remat == "attention" or not config.nsa.num_selected or heads == 1:
             return 0
-        keys_and_values = split.length * (config.num_kv_heads // split.tensor) * sum(head_dims(config))
+        keys_and_values = split.length * heads * sum(head_dims(config))
         return (split.context - 1) / split.context * keys_and_values * split.itemsize
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
@@ -89,6 +91,8 @@ class NSA(AttentionKind):
 def selected_tokens(config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
     """Tokens that the query at each position reads in the selected branch, if its own block is always among them."""
     position, s = np.arange(length), config.nsa.select_block
+    if not config.nsa.num_selected:
+        return np.zeros_like(position)
     return position % s + 1 + s * np.minimum(position // s, config.nsa.num_selected - 1)
 
 

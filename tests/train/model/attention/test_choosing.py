@@ -293,7 +293,7 @@ def test_a_run_trains_measures_its_selection_and_makes_no_sample(name, tmp_path)
 
 
 @EVERY_DESIGN
-def test_decoding_and_a_split_of_the_tokens_are_refused_by_name(name):
+def test_decoding_a_split_of_the_tokens_and_no_selected_branch_are_refused_by_name(name):
     model = dataclasses.replace(MODEL, attention=name)
     with pytest.raises(ValueError, match=rf"model.attention = {name}: expected a kind that decodes"):
         init_caches(model, batch_size=1, max_length=8)
@@ -301,6 +301,9 @@ def test_decoding_and_a_split_of_the_tokens_are_refused_by_name(name):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
     with pytest.raises(ValueError, match=rf"mesh.context = 2: expected 1 with model.attention = {name}"):
         check_divisible(config, 64, 8)
+    nothing = dataclasses.replace(model, mlp_dim=64, nsa=dataclasses.replace(SIZES, num_selected=0))
+    with pytest.raises(ValueError, match=rf"num_selected = 0: expected at least 1 with model.attention = {name}"):
+        check_divisible(dataclasses.replace(config, model=nothing, mesh=MeshConfig()), 64, 8)
     assert attention_kind(name).received_over_context(model, Split(64, 1, 1, 4)) == 0
 
 
@@ -395,6 +398,14 @@ def test_work_to_choose_is_counted_by_hand():
         assert kind.multiply_adds(model, T) == pytest.approx(nsa + indexer)
         found = train_flops_per_token(dataclasses.replace(model, attention=name), T, 50)
         assert found == pytest.approx(flops + 6 * indexer + 2 * expected / T)
+
+
+def test_a_model_without_a_window_has_finite_gradients():
+    layer = make_attention(dataclasses.replace(MODEL, attention="clustering", nsa=dataclasses.replace(SIZES, window=0)))
+    x = jax.random.normal(jax.random.key(0), (B, T, MODEL.embed_dim))
+    params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x))["params"]
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(layer.apply({"params": params}, x)))))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_bytes_of_a_decoded_token_are_counted_by_hand():

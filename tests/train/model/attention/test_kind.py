@@ -1,5 +1,7 @@
 """A kind of attention is one module and one line of the table: the trainer asks it for all that it must know."""
 
+import contextlib
+import dataclasses
 import sys
 import types
 import typing
@@ -119,6 +121,28 @@ def test_nsa_fetches_other_devices_keys_again_unless_what_attention_computed_is_
     }
     # 96 tokens of others, keys and values of 2 heads, in 2 bytes each
     assert again == {"none": 18432, "dots": 18432, "attention": 0, "full": 18432}
+
+
+@pytest.mark.parametrize("name", ["nsa", "full", "window"])
+def test_devices_of_the_tensor_axis_receive_what_their_own_heads_need(name):
+    model = ModelConfig(num_heads=8, num_kv_heads=4, head_dim=32, v_head_dim=16)
+    half = dataclasses.replace(model, num_heads=4, num_kv_heads=2)
+    received = [
+        attention_kind(name).received_over_context(config, Split(length=128, context=4, tensor=tensor, itemsize=2))
+        for config, tensor in ((model, 2), (half, 1))
+    ]
+    assert received[0] == received[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("context", "T", "taken"), [(1, 16, True), (2, 64, False), (2, 96, True), (2, 128, True), (4, 128, False)]
+)
+def test_nsa_takes_chunks_as_long_as_the_overlap_of_compressed_blocks_and_no_shorter(context, T, taken):
+    nsa = NSAConfig(compress_block=32, compress_stride=8, select_block=32)  # which overlap by 24 tokens
+    config = TrainConfig(ModelConfig(attention="nsa", nsa=nsa), DataConfig(sequence_length=T))
+    message = rf"sequence_length = {T}: .*mesh.context = {context}, whose chunks of 16 .* = 24$"
+    with contextlib.nullcontext() if taken else pytest.raises(ValueError, match=message):
+        attention_kind("nsa").check(config, {"context": context})
 
 
 def test_a_new_kind_refuses_what_it_cannot_do():

@@ -1,0 +1,473 @@
+"""The gradients of attention to an interval of the keys, of compressed and of window attention.
+
+With p = exp(s - lse), delta = rowsum(do * o) - dlse and dp = do v^T, ds = p (dp - delta). Where the output is gate * o,
+every term is gate times that. One kernel holds queries and walks along their keys. The other holds keys and walks along
+the queries that see them, in runs whose float32 partial sums are added in a fixed order.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.contract import Gradients
+from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.intervals import Intervals, cut_into_runs, queries_of_keys, row_bounds, steps
+from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, launch, num_programs
+from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
+from pallas_kernels.mosaic.products import (
+    OF_COLUMNS,
+    ROWS,
+    Products,
+    accumulators,
+    along_columns,
+    down_rows,
+    i32,
+    index,
+    load_numbers,
+)
+from pallas_kernels.mosaic.ring import Ring, Schedule
+from pallas_kernels.mosaic.softmax import LOG2_E, NEVER
+
+CONSUMERS = 2
+LARGEST_HEADS = 256  # of keys and values together: both gradients are in registers
+_MOST_SLOTS = 4
+_SMALL = 8192  # bytes of shared memory for what is no matrix
+
+
+def check_heads(q: jax.Array, v: jax.Array) -> None:
+    """Raises NotImplementedError for heads whose gradients do not fit in registers."""
+    if q.shape[3] + v.shape[3] > LARGEST_HEADS:
+        raise NotImplementedError(
+            f"head_dim of q and of v = {q.shape[3]} and {v.shape[3]}: expected at most {LARGEST_HEADS} together"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What the kernels know of each packed row, float32 [B K, rows]."""
+
+    lse_log2: jax.Array  # above every score where a row sees nothing
+    delta: jax.Array
+    gate: jax.Array | None
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Those that are there."""
+        return (self.lse_log2, self.delta) if self.gate is None else (self.lse_log2, self.delta, self.gate)
+
+
+def gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    o: jax.Array,
+    lse: jax.Array,
+    do: jax.Array,
+    keys: Intervals,
+    *,
+    scale: float,
+    dlse: jax.Array | None,
+    gate: jax.Array | None,
+    dq: jax.Array | None,
+    run: int | None,
+    name: str,
+    interpret: bool,
+) -> Gradients:
+    """Gradients of gate * o and of lse, for queries that see an interval of the keys each.
+
+    `run` is how many queries one partial sum of dk and dv is of; None: all that see a key.
+    """
+    (B, Tq, H, _), K = q.shape, k.shape[2]
+    packing = Packing(H // K)
+    delta = jnp.swapaxes(jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1), 1, 2)
+    if dlse is not None:
+        delta = delta - dlse
+    # Rows that see nothing take no part: whatever cotangent came with their lse of -inf is dropped here.
+    seen = lse > -jnp.inf
+    delta = jnp.where(seen, delta, 0.0)
+    padded = -(-Tq // (CONSUMERS * packing.queries)) * CONSUMERS * packing.queries
+    pack = functools.partial(packing.pack, num_kv_heads=K, padded=padded)
+    statistics = Statistics(
+        pack(jnp.where(seen, lse * LOG2_E, NEVER), value=NEVER),
+        pack(delta, value=0.0),
+        None if gate is None else pack(jnp.swapaxes(gate, 1, 2), value=0.0),
+    )
+
+    def grouped(x: jax.Array) -> jax.Array:
+        return pad_rows(x.reshape(B, Tq, K, H // K, x.shape[3]), packing.padded(Tq))
+
+    arrays = (grouped(q), grouped(do), pad_keys(k), pad_keys(v))
+    options: dict[str, Any] = dict(packing=packing, scale=scale, interpret=interpret)
+    before = None if dq is None else grouped(dq)
+    dq = _query_gradient(*arrays, statistics, keys, before, name=name + "_query_gradient", **options)
+    dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], run, name=name + "_key_gradient", **options)
+    return Gradients(dq[:, :Tq].reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), delta)
+
+
+def _query_gradient(
+    q: jax.Array,
+    do: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    statistics: Statistics,
+    keys: Intervals,
+    before: jax.Array | None,
+    *,
+    packing: Packing,
+    scale: float,
+    name: str,
+    interpret: bool,
+) -> jax.Array:
+    (B, _, K, _, Dk), Dv = q.shape, v.shape[3]
+    queries = CONSUMERS * packing.queries
+    num_tiles = pl.cdiv(keys.begin.shape[1], queries)
+    slots = min(_MOST_SLOTS, (SHARED_MEMORY - _SMALL - 2 * CONSUMERS * ROWS * (Dk + Dv)) // (2 * ROWS * (Dk + Dv)))
+    known = statistics.arrays()
+    dq: jax.Array = launch(
+        functools.partial(
+            _query_gradient_kernel,
+            packing=packing,
+            schedule=Schedule(num_tiles, B, K, num_programs(interpret)),
+            scale=scale,
+            slots=slots,
+            gated=statistics.gate is not None,
+            added=before is not None,
+        ),
+        name=name,
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        scratch=(
+            Matrix((CONSUMERS, ROWS, Dk), q.dtype),
+            Matrix((CONSUMERS, ROWS, Dv), q.dtype),
+            Matrix((slots, ROWS, Dk), q.dtype),
+            Matrix((slots, ROWS, Dv), q.dtype),
+            Vectors((CONSUMERS, 2, ROWS), jnp.int32),
+            Vectors((CONSUMERS, len(known), ROWS), jnp.float32),
+            Barriers(CONSUMERS, 2 * packing.copies + 2 + len(known)),
+            Barriers(CONSUMERS, packing.copies),
+            Barriers(slots),
+            Barriers(slots),
+            Barriers(slots, CONSUMERS),
+            Barriers(slots, CONSUMERS),
+        ),
+        warpgroups=CONSUMERS + 1,
+        interpret=interpret,
+    )(
+        q,
+        do,
+        k,
+        v,
+        steps(keys, queries, ROWS),
+        row_bounds(keys, num_tiles * queries, packing),
+        *known,
+        *(() if before is None else (before,)),
+    )[0]
+    return dq
+
+
+def _query_gradient_kernel(
+    products: Products,
+    q_ref: Any,
+    do_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    walk_ref: Any,
+    bounds_ref: Any,
+    *refs: Any,
+    packing: Packing,
+    schedule: Schedule,
+    scale: float,
+    slots: int,
+    gated: bool,
+    added: bool,
+) -> None:
+    known_refs, others = refs[: 2 + gated], refs[2 + gated :]
+    before_ref, others = (others[0], others[1:]) if added else (None, others)
+    dq_ref, q_shared, do_shared, k_shared, v_shared, bounds_shared, known_shared, *barriers = others
+    full, before_full, k_full, v_full, k_free, v_free = barriers
+    keys_ring, values_ring = Ring(k_full, k_free, slots), Ring(v_full, v_free, slots)
+    Dk, queries = q_ref.shape[-1], CONSUMERS * packing.queries
+    warpgroup = lax.axis_index("warpgroup")
+    shape = (ROWS, ROWS)
+
+    def walk_of(i: Any) -> tuple[Any, ...]:
+        batch, _, number = schedule.item(i)
+        first, *others = (walk_ref[batch, number, i32(j)] for j in range(4))
+        return first * i32(ALIGNMENT), *others
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _consume() -> None:
+        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
+        queries_here, do_here = q_shared.at[warpgroup], do_shared.at[warpgroup]
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, number = schedule.item(i)
+            first, n, inner, outer = walk_of(i)
+            query = number * i32(queries) + warpgroup * i32(packing.queries)
+            rows = pl.ds((number * i32(CONSUMERS) + warpgroup) * i32(ROWS), ROWS)
+            here = full.at[warpgroup]
+            plgpu.wait_smem_to_gmem(0)
+            packing.load(q_ref, queries_here, here, batch, query, head)
+            packing.load(do_ref, do_here, here, batch, query, head)
+            for j in range(2):
+                plgpu.copy_gmem_to_smem(bounds_ref.at[batch, i32(j), rows], bounds_shared.at[warpgroup, j], here)
+            for j, ref in enumerate(known_refs):
+                source = ref.at[schedule.pair(batch, head), rows]
+                plgpu.copy_gmem_to_smem(source, known_shared.at[warpgroup, j], here)
+            plgpu.barrier_wait(here)
+            begin, end = (load_numbers(bounds_shared.at[warpgroup, j]) for j in range(2))
+            lse_log2, delta, *gate = (load_numbers(known_shared.at[warpgroup, j]) for j in range(2 + gated))
+
+            def body(dq: Any) -> Any:
+                def step(j: Any, carry: Any, edge: bool) -> Any:
+                    slot = keys_ring.wait_full(done + j)
+                    values_ring.wait_full(done + j)
+
+                    def products_of(s: Any, dp: Any) -> Any:
+                        plgpu.wgmma(s, queries_here, k_shared.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp, do_here, v_shared.at[slot].transpose((1, 0)))
+                        scores = plgpu.wgmma_accumulator_load(s, wait_n=1)  # exponentials under the second product
+                        return jnp.exp2(scores * (scale * LOG2_E) - down_rows(lse_log2, ROWS)), dp[...]
+
+                    p, dp = accumulators(products_of, shape, shape)
+                    values_ring.free(done + j)
+                    if edge:
+                        key = index(shape, 1) + (first + j * i32(ROWS))
+                        p = jnp.where((key >= down_rows(begin, ROWS)) & (key < down_rows(end, ROWS)), p, 0.0)
+                    ds = p * (dp - down_rows(delta, ROWS))
+                    products.issue(dq, ds.astype(q_ref.dtype), k_shared.at[slot])
+                    plgpu.wgmma_wait(0)
+                    keys_ring.free(done + j)
+                    return carry
+
+                for low, high, edge in ((i32(0), inner, True), (inner, outer, False), (outer, n, True)):
+                    lax.fori_loop(low, high, functools.partial(step, edge=edge), i32(0))
+                return dq[...]
+
+            dq = accumulators(body, (ROWS, Dk)) * scale
+            if gated:
+                dq = dq * down_rows(gate[0], Dk)
+            if added:
+                plgpu.commit_smem()  # all have read the queries, whose place is taken
+                packing.load(before_ref, queries_here, before_full.at[warpgroup], batch, query, head)
+                plgpu.barrier_wait(before_full.at[warpgroup])
+                dq = dq + queries_here[...].astype(jnp.float32)
+                plgpu.commit_smem()
+            queries_here[...] = dq.astype(dq_ref.dtype)
+            plgpu.commit_smem()
+            packing.store(queries_here, dq_ref, batch, query, head)
+            plgpu.commit_smem_to_gmem_group()
+            return done + n
+
+        lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _produce() -> None:
+        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, _ = schedule.item(i)
+            first, n, _, _ = walk_of(i)
+
+            def step(j: Any, _: Any) -> Any:
+                at = pl.ds(first + j * i32(ROWS), ROWS)
+                keys_ring.fill(done + j, k_ref.at[batch, at, head], k_shared)
+                values_ring.fill(done + j, v_ref.at[batch, at, head], v_shared)
+                return i32(0)
+
+            lax.fori_loop(i32(0), n, step, i32(0))
+            return done + n
+
+        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        keys_ring.drain(done)
+        values_ring.drain(done)
+
+
+def _key_gradients(
+    q: jax.Array,
+    do: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    statistics: Statistics,
+    keys: Intervals,
+    num_keys: int,
+    run: int | None,
+    *,
+    packing: Packing,
+    scale: float,
+    name: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """dk [B, num_keys, K, Dk] and dv in float32."""
+    (B, _, K, _, Dk), Dv = q.shape, v.shape[3]
+    num_queries, held = keys.begin.shape[1], CONSUMERS * ROWS
+    num_tiles = pl.cdiv(num_keys, held)
+    queries = queries_of_keys(keys, num_tiles * held)  # none of those past the last key
+    run = num_queries if run is None else run
+    runs = pl.cdiv(num_queries, run)
+    walk = cut_into_runs(steps(queries, held, packing.queries, packing.queries), packing.queries, run, runs)
+    room = SHARED_MEMORY - _SMALL - 2 * 2 * held * (Dk + Dv)
+    slots = min(_MOST_SLOTS, room // (2 * ROWS * (Dk + Dv)))
+    known = statistics.arrays()
+    partials = launch(
+        functools.partial(
+            _key_gradient_kernel,
+            packing=packing,
+            schedule=Schedule(num_tiles * runs, B, K, num_programs(interpret)),
+            tiles_of_run=num_tiles,
+            scale=scale,
+            slots=slots,
+            gated=statistics.gate is not None,
+        ),
+        name=name,
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((B * K, runs, num_tiles, CONSUMERS, ROWS, size), jnp.float32) for size in (Dk, Dv)
+        ),
+        scratch=(
+            Matrix((2, held, Dk), q.dtype),
+            Matrix((2, held, Dv), q.dtype),
+            Vectors((2, 2, held), jnp.int32),
+            Matrix((slots, ROWS, Dk), q.dtype),
+            Matrix((slots, ROWS, Dv), q.dtype),
+            Vectors((slots, len(known), ROWS), jnp.float32),
+            Barriers(2, 4),
+            Barriers(2, CONSUMERS),
+            Barriers(slots, 2 * packing.copies + len(known)),
+            Barriers(slots, CONSUMERS),
+        ),
+        warpgroups=CONSUMERS + 1,
+        interpret=interpret,
+    )(q, do, k, v, walk, row_bounds(queries, num_tiles * held, None), *known)
+
+    def total(x: jax.Array) -> jax.Array:
+        # One after the other: the order of a library's sum is not known.
+        x = functools.reduce(jnp.add, [x[:, r] for r in range(runs)])
+        x = x.reshape(B, K, num_tiles * held, x.shape[-1])
+        return jnp.swapaxes(x, 1, 2)[:, :num_keys]
+
+    return total(partials[0]), total(partials[1])
+
+
+def _key_gradient_kernel(
+    products: Products,
+    q_ref: Any,
+    do_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    walk_ref: Any,
+    bounds_ref: Any,
+    *refs: Any,
+    packing: Packing,
+    schedule: Schedule,
+    tiles_of_run: int,
+    scale: float,
+    slots: int,
+    gated: bool,
+) -> None:
+    known_refs, refs = refs[: 2 + gated], refs[2 + gated :]
+    dk_ref, dv_ref, k_shared, v_shared, bounds_shared, q_shared, do_shared, known_shared, *barriers = refs
+    held_full, held_free, full, free = barriers
+    ring, held_ring = Ring(full, free, slots), Ring(held_full, held_free, 2)
+    Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
+    held = CONSUMERS * ROWS
+    warpgroup = lax.axis_index("warpgroup")
+    shape = (ROWS, ROWS)
+
+    def place(i: Any) -> tuple[Any, Any, Any, Any]:
+        """(batch entry, K/V head, run, tile of keys)."""
+        batch, head, number = schedule.item(i)
+        return batch, head, lax.div(number, i32(tiles_of_run)), lax.rem(number, i32(tiles_of_run))
+
+    def walk_of(i: Any) -> tuple[Any, ...]:
+        batch, _, run, tile = place(i)
+        first, *others = (walk_ref[batch, tile, run, i32(j)] for j in range(4))
+        return first * i32(packing.queries), *others
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _consume() -> None:
+        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, run, tile = place(i)
+            first, n, inner, outer = walk_of(i)
+            buffer = held_ring.wait_full(i)
+            mine = pl.ds(warpgroup * i32(ROWS), ROWS)
+            keys_here, values_here = k_shared.at[buffer, mine], v_shared.at[buffer, mine]
+            begin, end = (load_numbers(bounds_shared.at[buffer, j, mine]) for j in range(2))
+
+            def body(dk: Any, dv: Any) -> Any:
+                def step(j: Any, carry: Any, edge: bool) -> Any:
+                    slot = ring.wait_full(done + j)
+                    queries_here, do_here = q_shared.at[slot], do_shared.at[slot]
+                    lse_log2, delta, *gate = (
+                        load_numbers(known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
+                    )
+
+                    def products_of(s: Any, dp: Any) -> Any:
+                        plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
+                        plgpu.wgmma(dp, values_here, do_here.transpose((1, 0)))
+                        scores = plgpu.wgmma_accumulator_load(s, wait_n=1)
+                        return jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2, ROWS)), dp[...]
+
+                    p, dp = accumulators(products_of, shape, shape)
+                    if edge:
+                        query = packing.query_of(index(shape, 1)) + (first + j * i32(packing.queries))
+                        p = jnp.where((query >= down_rows(begin, ROWS)) & (query < down_rows(end, ROWS)), p, 0.0)
+                    if gated:
+                        p = p * along_columns(gate[0], ROWS)
+                    ds = p * (dp - along_columns(delta, ROWS))
+                    products.issue(dv, p.astype(q_ref.dtype), do_here)
+                    products.issue(dk, ds.astype(q_ref.dtype), queries_here)
+                    plgpu.wgmma_wait(0)
+                    ring.free(done + j)
+                    return carry
+
+                for low, high, edge in ((i32(0), inner, True), (inner, outer, False), (outer, n, True)):
+                    lax.fori_loop(low, high, functools.partial(step, edge=edge), i32(0))
+                return dk[...], dv[...]
+
+            dk, dv = accumulators(body, (ROWS, Dk), (ROWS, Dv))
+            held_ring.free(i)
+            pair = schedule.pair(batch, head)
+            dk_ref[pair, run, tile, warpgroup] = dk * scale
+            dv_ref[pair, run, tile, warpgroup] = dv
+            return done + n
+
+        lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _produce() -> None:
+        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, _, tile = place(i)
+            first, n, _, _ = walk_of(i)
+            buffer = held_ring.wait_free(i)
+            at = pl.ds(tile * i32(held), held)
+            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, head], k_shared.at[buffer], held_full.at[buffer])
+            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, head], v_shared.at[buffer], held_full.at[buffer])
+            for j in range(2):
+                source = bounds_ref.at[batch, i32(j), at]
+                plgpu.copy_gmem_to_smem(source, bounds_shared.at[buffer, j], held_full.at[buffer])
+
+            def step(j: Any, _: Any) -> Any:
+                query = first + j * i32(packing.queries)
+                slot = ring.wait_free(done + j)
+                packing.load(q_ref, q_shared.at[slot], full.at[slot], batch, query, head)
+                packing.load(do_ref, do_shared.at[slot], full.at[slot], batch, query, head)
+                for c, ref in enumerate(known_refs):
+                    source = ref.at[schedule.pair(batch, head), pl.ds(query * i32(packing.group), ROWS)]
+                    plgpu.copy_gmem_to_smem(source, known_shared.at[slot, c], full.at[slot])
+                return i32(0)
+
+            lax.fori_loop(i32(0), n, step, i32(0))
+            return done + n
+
+        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        ring.drain(done)
+        held_ring.drain(schedule.count())
