@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 from helpers.compiling import QUICKLY
@@ -29,6 +30,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Derandomised: a failure here is a failure everywhere, and CI does not fail by lot.
 settings.register_profile("nsa_jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("nsa_jax")
+
+
+# Tests interrupt themselves, which a shell that started them in the background may have told them to ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
