@@ -18,7 +18,7 @@
 # of devices, with packed documents, and for generating. The models are small enough for a CPU. Nothing else about them
 # is special.
 #
-# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from two CPU cores.
 
 # %%
 # Installs the package if it is missing (on Colab), and prints where this runs.

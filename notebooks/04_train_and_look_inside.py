@@ -21,7 +21,7 @@
 # The models are tiny and train for minutes, so that a CPU can do it. Results are shown as they came out, from one seed.
 # They show how things work, not which attention is better. For larger runs, see `docs/results.md`.
 #
-# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from one H100.
+# The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from two CPU cores.
 
 # %%
 # Installs the package if it is missing, and prints where this runs. On Colab, clone the repository first and change to
