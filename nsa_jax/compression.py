@@ -42,7 +42,8 @@ def compress(
       (1, 5, 2, 16)
 
     Args:
-      x: keys or values [B, T, K, D], before rotary embedding.
+      x: keys or values [B, T, K, D], of any float dtype. Keys are rotated already for "mean", so that a query's score
+        for a compressed key is the mean of its scores for the block's keys, and not yet for the others.
       parameters: for "mlp", "position" [l, D], "in_kernel" [l, D, F], "in_bias" [F], "out_kernel" [F, D] and
         "out_bias" [D]; for "linear", "position" and "in_kernel" [l, D, D]; "mean" has none.
       config: gives l and d.

@@ -4,12 +4,20 @@ from typing import Protocol, runtime_checkable
 
 from pallas_kernels.block_selection.contract import Select
 from pallas_kernels.compressed_attention import contract as compressed
+from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention.contract import Decode
 from pallas_kernels.selected_attention import contract as selected
 from pallas_kernels.window_attention import contract as window
 
 # The attention ops of one branch. They have a backward pass, which is registered and chosen by itself.
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
+
+
+def branches_of(config: Sizes) -> tuple[str, ...]:
+    """Those of `BRANCHES` that are not off."""
+    off = {"selected_attention": config.num_selected == 0, "window_attention": config.window == 0}
+    return tuple(op for op in BRANCHES if not off.get(op, False))
+
 
 # Every function that a backend may have, and the contract that says how it is called. `nsa_attention` is called as
 # nsa_attention(q, kv, gates, segment_starts, query_offset, *, config, scale) with kv: nsa_jax.BranchKV, and returns o.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from nsa_jax.backends import choice, registry
 from nsa_jax.backends.builtin import BuiltIn
-from nsa_jax.backends.protocol import BRANCHES, Backend
+from nsa_jax.backends.protocol import BRANCHES, Backend, branches_of
 from nsa_jax.config import NSAConfig
 from nsa_jax.visibility import gated_sum
 from pallas_kernels.differentiable import Positions
@@ -96,10 +96,7 @@ def _fused(
 ) -> Float[Array, "B Tq H Dv"]:
     if kv.cmp_k.shape[1] == 0:
         raise NotImplementedError("no compressed token")
-    there_is = {"selected_attention": config.num_selected > 0, "window_attention": config.window > 0}
-    for op in BRANCHES:
-        if not there_is.get(op, True):
-            continue
+    for op in branches_of(config):
         first = _first_that_may_take(op, implementation)
         if first is None or choice.is_differentiable(first):
             raise NotImplementedError(f"no kernel for {op}" + (f" before {first.name}" if first else ""))
