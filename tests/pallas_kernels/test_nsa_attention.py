@@ -128,8 +128,8 @@ def test_the_public_op_is_fused_and_equals_the_sum_of_its_branches(backend, grad
 @each_backend
 def test_without_compressed_tokens_there_is_no_fused_op(backend):
     cases.function(backend, "compressed_attention")  # skips the test where the backend cannot run
-    case = Case(20, 4, 2, 32, 32, cases.NSAConfig(), traced=False)
-    q, kv, gates, *_ = cases.inputs(case)
+    case = cases.fitted(backend, Case(20, 4, 2, 32, 32, cases.NSAConfig(), traced=False))
+    q, kv, gates, *_ = cases.inputs(case, cases.INTERPRETED_DTYPE[backend])
     made = backends.explain(nsa_attention, q, kv, gates, config=case.config, implementation=backend)
     assert made["nsa_attention"].backend == "parts"
     assert dict(made["nsa_attention"].refusals)["fused"] == "no compressed token"
