@@ -21,6 +21,7 @@ call that no backend could serve raises another error.
 
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -66,3 +67,23 @@ class Gradients(NamedTuple):
     dk: Float[Array, "B T K Dk"]
     dv: Float[Array, "B T K Dv"]
     delta: Float[Array, "B H Tq"]  # sum over Dv of o * do (minus dlse, where there is one): the gradient of the gate
+
+
+def sees_nothing(
+    q: Float[Array, "B Tq H Dk"], v: Float[Array, "B T K Dv"]
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
+    """(o, lse) of queries that see nothing, because there are no keys or no queries."""
+    B, Tq, H, _ = q.shape
+    return jnp.zeros((B, Tq, H, v.shape[3]), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+
+
+def gradients_of_nothing(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    dq: Float[Array, "B Tq H Dk"] | None,
+) -> Gradients:
+    """The gradients of `sees_nothing`, added to the `dq` that was given."""
+    B, Tq, H, _ = q.shape
+    delta = jnp.zeros((B, H, Tq), jnp.float32)
+    return Gradients(jnp.zeros_like(q) if dq is None else dq, jnp.zeros_like(k), jnp.zeros_like(v), delta)

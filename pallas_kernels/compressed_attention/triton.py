@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compressed_attention import tiles
 from pallas_kernels.compressed_attention.visibility import Visibility, walk
-from pallas_kernels.contract import Sizes
+from pallas_kernels.contract import Sizes, sees_nothing
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import div, iota
 from pallas_kernels.triton.launch import launch
@@ -41,7 +41,7 @@ def forward(
     check_supported(q, k, v, scale=scale)
     (B, Tq, H, _), (_, Nc, K, Dv) = q.shape, v.shape
     if 0 in (B, Tq, Nc):
-        return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+        return sees_nothing(q, v)
     tile = tile or find_tile(tiles.FORWARD, key_of(q, k, v))
     num_tiles = pl.cdiv(Tq * (H // K), tile.rows)
     return launch(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.compressed_attention import tiles
 from pallas_kernels.compressed_attention.triton import query_major_rows
 from pallas_kernels.compressed_attention.visibility import Visibility, walk
-from pallas_kernels.contract import Gradients, Sizes
+from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, row_products, scaled, zeros
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, rem
 from pallas_kernels.triton.launch import launch
@@ -61,8 +61,7 @@ def backward(
     check_supported(q, k, v, scale=scale)
     (B, Tq, H, _), (_, Nc, K, _) = q.shape, k.shape
     if 0 in (B, Tq, Nc):
-        delta = jnp.zeros((B, H, Tq), jnp.float32)
-        return Gradients(jnp.zeros_like(q) if dq is None else dq, jnp.zeros_like(k), jnp.zeros_like(v), delta)
+        return gradients_of_nothing(q, k, v, dq)
     problem, key = problem_of(config, scale, interpret), key_of(q, k, v)
     query_tile = query_tile or find_tile(tiles.QUERY_GRADIENT, key)
     key_tile = key_tile or find_tile(tiles.KEY_GRADIENT, key)

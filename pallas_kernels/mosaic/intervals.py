@@ -88,11 +88,17 @@ def row_bounds(seen: Intervals, padded: int, packing: Packing | None) -> jax.Arr
     return both if packing is None else packing.rows_of_queries(both)
 
 
-def seen_alone(x: jax.Array, keys: Intervals) -> jax.Array:
-    """Keys or values [B, N, K, D] with zeros in place of those before and after all that the call's queries see.
+def seen_alone(
+    k: jax.Array, v: jax.Array, keys: Intervals, query_offset: int | jax.Array, to_the_end: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, N, K, D] with zeros in place of those before and after all that the call's queries see.
 
-    Those may hold anything, and a product with a weight of zero would keep a NaN.
+    Those may hold anything, and a product with a weight of zero would keep a NaN. There are none if the queries begin
+    at position 0 and see the keys `to_the_end`.
     """
-    key = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-    inside = (key >= keys.begin[:, :1]) & (key < keys.end[:, -1:])
-    return jnp.where(inside[:, :, None, None], x, jnp.zeros((), x.dtype))
+    if isinstance(query_offset, int) and query_offset == 0 and to_the_end:
+        return k, v
+    key = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    inside = ((key >= keys.begin[:, :1]) & (key < keys.end[:, -1:]))[:, :, None, None]
+    k, v = (jnp.where(inside, x, jnp.zeros((), x.dtype)) for x in (k, v))
+    return k, v

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.contract import Sizes
+from pallas_kernels.contract import Sizes, sees_nothing
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals, positions, row_bounds, seen_alone
 from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, check_version, launch, num_programs
@@ -59,11 +59,10 @@ def forward(
     check_version(interpret)
     check_supported(q, k, v, scale=scale)
     buffers, slots = check_sizes(q, k, v, block_indices, config)
-    (B, Tq, H, _), Dv = q.shape, v.shape[3]
-    if Tq == 0:
-        return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+    if q.shape[1] == 0:
+        return sees_nothing(q, v)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset)
-    queries = CONSUMERS * Packing(H // k.shape[2]).queries
+    queries = CONSUMERS * Packing(q.shape[2] // k.shape[2]).queries
     lists = union_lists(block_indices, keys, config.select_block, queries, interpret)
     return _attend(q, k, v, keys, lists, scale=scale, buffers=buffers, slots=slots, interpret=interpret)
 
@@ -96,9 +95,7 @@ def visible(
     T = k.shape[1]
     end = jnp.minimum(positions(q.shape, query_offset) + 1, T)
     keys = Intervals(jnp.zeros_like(end) if segment_starts is None else jnp.minimum(segment_starts, end), end)
-    if isinstance(query_offset, int) and query_offset == 0 and q.shape[1] >= T:
-        return keys, (k, v)
-    return keys, (seen_alone(k, keys), seen_alone(v, keys))
+    return keys, seen_alone(k, v, keys, query_offset, q.shape[1] >= T)
 
 
 def _attend(

@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.contract import Gradients, Sizes
+from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing, sees_nothing
 from pallas_kernels.mosaic import intervals
 from pallas_kernels.mosaic.interval_backward import check_heads, gradients
 from pallas_kernels.mosaic.interval_forward import attend
@@ -32,9 +31,8 @@ def forward(
     """
     check_version(interpret)
     check_supported(q, k, v, scale=scale)
-    (B, Tq, H, _), (_, T, _, Dv) = q.shape, v.shape
-    if 0 in (Tq, T):
-        return jnp.zeros((B, Tq, H, Dv), q.dtype), jnp.full((B, H, Tq), -jnp.inf, jnp.float32)
+    if 0 in (q.shape[1], k.shape[1]):
+        return sees_nothing(q, v)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
     return attend(q, k, v, keys, scale=scale, name="window_attention_forward", interpret=interpret)
 
@@ -63,10 +61,8 @@ def backward(
     check_version(interpret)
     check_supported(q, k, v, scale=scale)
     check_heads(q, v)
-    (B, Tq, H, _), T = q.shape, k.shape[1]
-    if 0 in (Tq, T):
-        delta = jnp.zeros((B, H, Tq), jnp.float32)
-        return Gradients(jnp.zeros_like(q) if dq is None else dq, jnp.zeros_like(k), jnp.zeros_like(v), delta)
+    if 0 in (q.shape[1], k.shape[1]):
+        return gradients_of_nothing(q, k, v, dq)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
     options: dict[str, Any] = dict(scale=scale, dlse=None, gate=gate, dq=dq, run=None, interpret=interpret)
     return gradients(q, k, v, o, lse, do, keys, name="window_attention", **options)
@@ -83,6 +79,4 @@ def visible(
     """The positions that each query sees; keys and values, with zeros for those that none sees."""
     T = k.shape[1]
     keys = intervals.window_keys(intervals.positions(q.shape, query_offset), segment_starts, T, config)
-    if isinstance(query_offset, int) and query_offset == 0 and q.shape[1] >= T:
-        return keys, (k, v)
-    return keys, (intervals.seen_alone(k, keys), intervals.seen_alone(v, keys))
+    return keys, intervals.seen_alone(k, v, keys, query_offset, q.shape[1] >= T)
