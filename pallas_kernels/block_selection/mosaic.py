@@ -20,7 +20,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.compressed_attention.mosaic import visible
 from pallas_kernels.contract import Sizes
 from pallas_kernels.mosaic.intervals import positions
-from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, check_version, launch, num_programs
+from pallas_kernels.mosaic.launch import (
+    COPIED_TO,
+    SHARED_MEMORY,
+    Barriers,
+    Matrix,
+    Vectors,
+    check_version,
+    launch,
+    num_programs,
+)
 from pallas_kernels.mosaic.packing import ALIGNMENT, pad_rows
 from pallas_kernels.mosaic.problem import check_supported
 from pallas_kernels.mosaic.products import (
@@ -39,6 +48,7 @@ from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER
 
 QUERIES = 8  # of a scoring warpgroup
 SCORING = 2  # warpgroups
+BOUNDS = 4  # numbers of a query: those of 8 are 128 bytes, which is what a copy has to start at a multiple of
 MOST_BLOCKS = 1088  # that the picking warpgroup holds in registers
 MOST_SELECTED = 32  # that one lane each of a warp holds
 LARGEST_GROUP = 32
@@ -131,17 +141,14 @@ def _select(
     queries = SCORING * QUERIES
     num_tiles = pl.cdiv(Tq, queries)
     padded = num_tiles * queries
-
-    def by_query(x: jax.Array) -> jax.Array:  # int32 [B, Tq] as [B, padded]
-        return jnp.pad(x, ((0, 0), (0, padded - Tq)), mode="edge")
-
-    position = positions(q.shape, query_offset)
-    own = by_query(position // config.select_block)
-    first = jnp.zeros_like(own) if segment_starts is None else by_query(segment_starts // config.select_block)
-    begin, end = (by_query(x) for x in keys)
-    tile = (B, num_tiles, queries)
+    own = positions(q.shape, query_offset) // config.select_block
+    first = jnp.zeros_like(own) if segment_starts is None else segment_starts // config.select_block
+    # Of each query: the first key it sees and one past the last, its first and its last candidate.
+    bounds = jnp.pad(jnp.stack([*keys, first, own], axis=1), ((0, 0), (0, 0), (0, padded - Tq)), mode="edge")
+    begin, end = (bounds[:, j].reshape(B, num_tiles, queries) for j in range(2))
     chunk = ROWS * per_block
-    chunks = jnp.stack([begin.reshape(tile)[:, :, 0] // chunk, -(-end.reshape(tile)[:, :, -1] // chunk)], axis=-1)
+    chunks = jnp.stack([begin[:, :, 0] // chunk, -(-end[:, :, -1] // chunk)], axis=-1)
+    bounds = bounds.reshape(B, BOUNDS, padded // QUERIES, QUERIES).swapaxes(1, 2)
     grouped = pad_rows(q.reshape(B, Tq, K, group, Dk), -(-Tq // ALIGNMENT) * ALIGNMENT)
     strided = pad_rows(k, -(-k.shape[1] // (ALIGNMENT * per_block)) * ALIGNMENT * per_block)
     strided = strided.reshape(B, -1, per_block, K, Dk)
@@ -164,22 +171,22 @@ def _select(
         scratch=(
             Matrix((SCORING, group * QUERIES, Dk), q.dtype),
             Matrix((slots, ROWS, Dk), q.dtype),
-            Vectors((SCORING, group * QUERIES), jnp.float32),
-            Vectors((SCORING, 2, QUERIES), jnp.int32),
+            Vectors((SCORING, max(COPIED_TO // 4, group * QUERIES)), jnp.float32),
+            Vectors((SCORING, BOUNDS, QUERIES), jnp.int32),
             Vectors((SCORING, blocks + ROWS, QUERIES), jnp.float32),
-            Vectors((2, 2, QUERIES), jnp.int32),
+            Vectors((2, BOUNDS, QUERIES), jnp.int32),
             Vectors((MOST_SELECTED, QUERIES), jnp.int32),
-            Barriers(1, SCORING * (group + 3)),
+            Barriers(1, SCORING * (group + 2)),
             Barriers(1, SCORING),
             Barriers(slots),
             Barriers(slots, SCORING),
             Barriers(SCORING),
             Barriers(SCORING),
-            Barriers(2, 2),
+            Barriers(2),
         ),
         warpgroups=SCORING + 2,
         interpret=interpret,
-    )(grouped, strided, columns, jnp.stack([begin, end], axis=1), jnp.stack([first, own], axis=1), chunks)[0]
+    )(grouped, strided, columns, bounds, chunks)[0]
     chosen = chosen[:, :, :n].swapaxes(2, 3).reshape(B, K, padded, n)
     return chosen[:, :, :Tq]
 
@@ -190,7 +197,6 @@ def _kernel(
     k_ref: Any,
     lse_ref: Any,
     bounds_ref: Any,
-    candidates_ref: Any,
     chunks_ref: Any,
     chosen_ref: Any,
     q_shared: Any,
@@ -235,7 +241,7 @@ def _kernel(
         def work(i: Any, done: Any) -> Any:
             begin, end = chunks_of(i)
             plgpu.barrier_wait(q_full)
-            lse = load_numbers(lse_shared.at[warpgroup], OF_COLUMNS)
+            lse = load_numbers(lse_shared.at[warpgroup, pl.ds(0, columns)], OF_COLUMNS)
             lse_log2 = jnp.where(lse > LEAST, lse * LOG2_E, NEVER)
             first, stop = (load_numbers(bounds_shared.at[warpgroup, j], OF_COLUMNS) for j in range(2))
             pl.when(i > 0)(lambda: plgpu.barrier_wait(scores_free.at[warpgroup]))
@@ -305,9 +311,7 @@ def _kernel(
         def load_candidates(job: Any) -> None:
             batch, _, _, eight = place(job)
             buffer = lax.rem(job, i32(2))
-            for j in range(2):
-                source = candidates_ref.at[batch, i32(j), pl.ds(eight * i32(QUERIES), QUERIES)]
-                plgpu.copy_gmem_to_smem(source, candidates_shared.at[buffer, j], candidates_full.at[buffer])
+            plgpu.copy_gmem_to_smem(bounds_ref.at[batch, eight], candidates_shared.at[buffer], candidates_full.at[buffer])
 
         pl.when(jobs > 0)(lambda: load_candidates(i32(0)))
 
@@ -317,7 +321,7 @@ def _kernel(
             buffer = lax.rem(job, i32(2))
             pl.when(job + i32(1) < jobs)(lambda: load_candidates(job + i32(1)))
             plgpu.barrier_wait(candidates_full.at[buffer])
-            first, own = (load_numbers(candidates_shared.at[buffer, j], _BY_QUERY.reduce(0)) for j in range(2))
+            first, own = (load_numbers(candidates_shared.at[buffer, j], _BY_QUERY.reduce(0)) for j in (2, 3))
             plgpu.barrier_wait(scores_full.at[scored_by])
             x = load_matrix(scores_shared.at[scored_by, pl.ds(0, blocks)], _BY_QUERY)
             plgpu.barrier_arrive(scores_free.at[scored_by])
@@ -346,9 +350,8 @@ def _kernel(
                     part = q_shared.at[w, pl.ds(QUERIES * g, QUERIES)]
                     plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head, i32(g)], part, q_full)
                 statistics = lse_ref.at[schedule.pair(batch, head), pl.ds(eight * i32(columns), columns)]
-                plgpu.copy_gmem_to_smem(statistics, lse_shared.at[w], q_full)
-                for j in range(2):
-                    plgpu.copy_gmem_to_smem(bounds_ref.at[batch, i32(j), rows], bounds_shared.at[w, j], q_full)
+                plgpu.copy_gmem_to_smem(statistics, lse_shared.at[w, pl.ds(0, columns)], q_full)
+                plgpu.copy_gmem_to_smem(bounds_ref.at[batch, eight], bounds_shared.at[w], q_full)
 
             def step(j: Any, _: Any) -> Any:
                 chunk = begin + lax.div(j, i32(per_block))

@@ -13,6 +13,7 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.mosaic.products import Products
 
 SHARED_MEMORY = 232448  # bytes that a thread block of compute capability 9.0 may use
+COPIED_TO = 128  # bytes: a copy to or from shared memory starts at a multiple of it; the interpreter does not mind
 INTERPRETED_PROGRAMS = 2  # more show nothing new, and every program of the interpreter costs threads
 _versioned: Any = plgpu  # what other versions of JAX declare otherwise
 _PROGRAMS = 132  # multiprocessors of an H100 or H200 that is not there
@@ -54,7 +55,7 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Shared memory for rows of numbers."""
+    """Shared memory for rows of numbers. What is copied to or from it starts at a multiple of `COPIED_TO` bytes."""
 
     shape: tuple[int, ...]
     dtype: Any
