@@ -119,7 +119,7 @@ def _padded(num_blocks: int) -> int:
 
 def _slots(blocks: int, group: int, head_dim: int) -> int:
     """Slots of the ring of keys for which there is shared memory."""
-    used = SCORING * (QUERIES * group * head_dim * 2 + (blocks + ROWS) * QUERIES * 4) + _SMALL
+    used = SCORING * (QUERIES * group * head_dim * 2 + (blocks + 1) * QUERIES * 4) + _SMALL
     return min(_MOST_SLOTS, (SHARED_MEMORY - used) // (ROWS * head_dim * 2))
 
 
@@ -173,7 +173,7 @@ def _select(
             Matrix((slots, ROWS, Dk), q.dtype),
             Vectors((SCORING, max(COPIED_TO // 4, group * QUERIES)), jnp.float32),
             Vectors((SCORING, BOUNDS, QUERIES), jnp.int32),
-            Vectors((SCORING, blocks + ROWS, QUERIES), jnp.float32),
+            Vectors((SCORING, blocks + 1, QUERIES), jnp.float32),
             Vectors((2, BOUNDS, QUERIES), jnp.int32),
             Vectors((MOST_SELECTED, QUERIES), jnp.int32),
             Barriers(1, SCORING * (group + 2)),
@@ -269,7 +269,7 @@ def _kernel(
                 row = chunk * i32(ROWS)
 
                 def at(offset: int) -> Any:
-                    return scores_shared.at[warpgroup, pl.ds(row + i32(offset), ROWS)]
+                    return _rows(scores_shared.at[warpgroup], row + i32(offset), ROWS)
 
                 last = importance(chunk, tokens[0])
                 if not overlap:
@@ -323,7 +323,7 @@ def _kernel(
             plgpu.barrier_wait(candidates_full.at[buffer])
             first, own = (load_numbers(candidates_shared.at[buffer, j], _BY_QUERY.reduce(0)) for j in (2, 3))
             plgpu.barrier_wait(scores_full.at[scored_by])
-            x = load_matrix(scores_shared.at[scored_by, pl.ds(0, blocks)], _BY_QUERY)
+            x = load_matrix(_rows(scores_shared.at[scored_by], 0, blocks), _BY_QUERY)
             plgpu.barrier_arrive(scores_free.at[scored_by])
             chosen = _best(x, first, own, begin * i32(ROWS), end * i32(ROWS), config)
             plgpu.wait_smem_to_gmem(0)
@@ -368,6 +368,16 @@ def _kernel(
         done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
         ring.drain(done)
         pl.when(schedule.count() > 0)(lambda: plgpu.barrier_wait(q_free))
+
+
+def _rows(scores: Any, first: Any, number: int) -> Any:
+    """So many blocks' scores from the first on, [number, 8].
+
+    The compiler would swizzle rows of 8 columns by their place in a slice, so that a slice which begins one row further
+    finds other columns (JAX 0.11.2). It does not where it cannot tell which columns are meant: that they begin at 0.
+    """
+    first_column = lax.shift_right_logical(lax.axis_index("warpgroup"), i32(8))
+    return scores.at[pl.ds(first, number), pl.ds(first_column, QUERIES)]
 
 
 def _best(x: Any, first: Any, own: Any, begin: Any, end: Any, config: Sizes) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds, steps
-from pallas_kernels.mosaic.launch import Barriers, Matrix, Vectors, launch, num_programs
+from pallas_kernels.mosaic.launch import Barriers, Matrix, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
 from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers
 from pallas_kernels.mosaic.ring import Ring, Schedule
@@ -53,6 +53,7 @@ def attend(
             tile=tile,
             schedule=Schedule(num_tiles, B, K, num_programs(interpret)),
             scale=scale,
+            from_the_start=keys.from_the_start,
         ),
         name=name,
         out_shape=(
@@ -64,9 +65,7 @@ def attend(
             Matrix((tile.slots, tile.keys, Dk), dtype),
             Matrix((tile.slots, tile.keys, Dv), dtype),
             Matrix((consumers, ROWS, Dv) if Dv != Dk else (1, 8, 64), dtype),
-            Vectors((consumers, tile.buffers, KEYS, ROWS), jnp.int32),
-            Vectors((consumers, ROWS), jnp.float32),
-            Barriers(consumers * tile.buffers, packing.copies + KEYS),
+            Barriers(consumers * tile.buffers, packing.copies),
             Barriers(tile.slots),
             Barriers(tile.slots),
             Barriers(tile.slots, consumers),
@@ -91,8 +90,6 @@ def _kernel(
     k_shared: Any,
     v_shared: Any,
     o_shared: Any,
-    bounds_shared: Any,
-    lse_shared: Any,
     q_full: Any,
     k_full: Any,
     v_full: Any,
@@ -103,6 +100,7 @@ def _kernel(
     tile: tiles.Tile,
     schedule: Schedule,
     scale: float,
+    from_the_start: bool,
 ) -> None:
     Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
     consumers, queries = tile.warpgroups, tile.warpgroups * packing.queries
@@ -130,11 +128,6 @@ def _kernel(
             buffer, full = buffer_of(i)
             first = number * i32(queries) + warpgroup * i32(packing.queries)
             packing.load(q_ref, q_shared.at[warpgroup, buffer], full, batch, first, head)
-            for j in range(KEYS):
-                rows = pl.ds((number * i32(consumers) + warpgroup) * i32(ROWS), ROWS)
-                plgpu.copy_gmem_to_smem(
-                    bounds_ref.at[batch, i32(j), rows], bounds_shared.at[warpgroup, buffer, j], full
-                )
 
         if tile.buffers == 2:
             pl.when(schedule.count() > 0)(lambda: load_queries(i32(0)))
@@ -144,6 +137,7 @@ def _kernel(
             batch, head, number = schedule.item(i)
             buffer, full = buffer_of(i)
             queries_here = q_shared.at[warpgroup, buffer]
+            rows = pl.ds((number * i32(consumers) + warpgroup) * i32(ROWS), ROWS)
             following = walk_of(jnp.minimum(i + i32(1), schedule.count() - i32(1)))
             plgpu.wait_smem_to_gmem(0)  # the output before has left the buffer that is filled next
             if tile.buffers == 2:
@@ -151,9 +145,10 @@ def _kernel(
             else:
                 load_queries(i)
             plgpu.barrier_wait(full)
-            begin, end = (load_numbers(bounds_shared.at[warpgroup, buffer, j]) for j in range(KEYS))
 
             def masked(s: Any, step: Any) -> Any:
+                # Read where they are used: the loop of steps without a mask has no registers to spare.
+                begin, end = (load_numbers(bounds_ref.at[batch, i32(j), rows]) for j in range(KEYS))
                 key = index(shape, 1) + (first + step * i32(tile.keys))
                 seen = (key >= down_rows(begin, tile.keys)) & (key < down_rows(end, tile.keys))
                 return jnp.where(seen, s, -jnp.inf)
@@ -194,12 +189,11 @@ def _kernel(
             def walk(state: Any) -> Any:
                 last = n - i32(1)
                 middle = jnp.minimum(outer, last)
+                begin = i32(0) if from_the_start else jnp.minimum(inner, last)
                 carry = scores(i32(0)), state
-                for low, high, edge in (
-                    (i32(0), jnp.minimum(inner, last), True),
-                    (jnp.minimum(inner, last), middle, False),
-                    (middle, last, True),
-                ):
+                for low, high, edge in ((i32(0), begin, True), (begin, middle, False), (middle, last, True)):
+                    if low is high:
+                        continue
                     carry = lax.fori_loop(low, high, functools.partial(overlapped, edge=edge), carry)
                 s, state = carry
                 return add_values(s, state, last, True)
@@ -208,14 +202,10 @@ def _kernel(
             o, lse = softmax_finish(*state)
             out = queries_here if Dv == Dk else o_shared.at[warpgroup]
             out[...] = o.astype(o_ref.dtype)
-            lse_shared[warpgroup] = lse
             plgpu.commit_smem()
             packing.store(out, o_ref, batch, number * i32(queries) + warpgroup * i32(packing.queries), head)
-            rows = pl.ds((number * i32(consumers) + warpgroup) * i32(ROWS), ROWS)
-            plgpu.copy_smem_to_gmem(
-                lse_shared.at[warpgroup], lse_ref.at[schedule.pair(batch, head), rows], commit_group=False
-            )
             plgpu.commit_smem_to_gmem_group()
+            lse_ref[schedule.pair(batch, head), rows] = lse
             return done + n, following
 
         lax.fori_loop(i32(0), schedule.count(), work, (i32(0), walk_of(i32(0))))

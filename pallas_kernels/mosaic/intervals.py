@@ -19,6 +19,7 @@ class Intervals(NamedTuple):
 
     begin: jax.Array
     end: jax.Array
+    from_the_start: bool = False  # whether every query sees the first key, if it sees any
 
 
 def positions(shape: tuple[int, ...], query_offset: int | jax.Array) -> jax.Array:
@@ -31,8 +32,9 @@ def compressed_keys(position: jax.Array, segment_starts: jax.Array | None, num_k
     """Compressed tokens i with i d >= segment start and i d + l - 1 <= position."""
     d, ahead = config.compress_stride, config.compress_stride + 1 - config.compress_block
     end = jnp.minimum(jnp.maximum(position + ahead, 0) // d, num_keys)
-    begin = jnp.zeros_like(end) if segment_starts is None else -(-segment_starts // d)
-    return Intervals(jnp.minimum(begin, end), end)
+    if segment_starts is None:
+        return Intervals(jnp.zeros_like(end), end, from_the_start=True)
+    return Intervals(jnp.minimum(-(-segment_starts // d), end), end)
 
 
 def window_keys(position: jax.Array, segment_starts: jax.Array | None, num_keys: int, config: Sizes) -> Intervals:
@@ -81,9 +83,17 @@ def cut_into_runs(walk: jax.Array, step: int, run: int, runs: int) -> jax.Array:
     return jnp.stack([first + low, high - low, inner, outer], axis=-1).astype(jnp.int32)
 
 
+def by_length(walk: jax.Array) -> jax.Array:
+    """The cuts of `cut_into_runs` by their steps, the shortest first: int32 [B runs tiles].
+
+    Number (b runs + run) tiles + tile is a cut. Of equally long ones, neighbours read the same queries.
+    """
+    return jnp.argsort(walk[..., 1].swapaxes(1, 2).reshape(-1), stable=True).astype(jnp.int32)
+
+
 def row_bounds(seen: Intervals, padded: int, packing: Packing | None) -> jax.Array:
     """The bounds of each row of a matrix of scores, int32 [B, 2, rows], padded to so many queries or keys."""
-    both = jnp.stack(seen, axis=1)
+    both = jnp.stack([seen.begin, seen.end], axis=1)
     both = jnp.pad(both, ((0, 0), (0, 0), (0, padded - both.shape[-1])), mode="edge")
     return both if packing is None else packing.rows_of_queries(both)
 

@@ -44,8 +44,8 @@ def row_index() -> jax.Array:
 
 
 def load_numbers(ref: Any, layout: Any = OF_ROWS) -> jax.Array:
-    """Numbers of the rows or of the columns of a matrix, from shared memory."""
-    numbers: jax.Array = _versioned.load(ref, layout=layout)
+    """Numbers of the rows or of the columns of a matrix, from shared or from global memory."""
+    numbers: jax.Array = _versioned.load(ref, layout=layout, optimized=False)
     return numbers
 
 
