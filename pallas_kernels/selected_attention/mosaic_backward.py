@@ -18,7 +18,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals
-from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, check_version, each_warp, launch, num_programs
+from pallas_kernels.mosaic.launch import (
+    SHARED_MEMORY,
+    Barriers,
+    Matrix,
+    Vectors,
+    check_version,
+    each_warp,
+    launch,
+    num_programs,
+)
 from pallas_kernels.mosaic.packing import Packing, pad_keys
 from pallas_kernels.mosaic.problem import check_supported
 from pallas_kernels.mosaic.products import (
@@ -106,7 +115,7 @@ def backward(
         pl.cdiv(k.shape[1], ROWS),
         ITEM,
         packing.queries,
-        2 * packing.queries,
+        2 * max(packing.queries, _WARPS),  # as warps look ahead
     )
     dk, dv = _key_gradients(*arrays, statistics, keys, items, **options)
     dk, dv = (x[:, : k.shape[1]] for x in (dk, dv))

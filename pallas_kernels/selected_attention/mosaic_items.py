@@ -35,7 +35,14 @@ class Items(NamedTuple):
 
 
 def cut_into_items(
-    block_indices: jax.Array, keys: Intervals, segments: bool, block: int, num_blocks: int, size: int, step: int, spare: int
+    block_indices: jax.Array,
+    keys: Intervals,
+    segments: bool,
+    block: int,
+    num_blocks: int,
+    size: int,
+    step: int,
+    spare: int,
 ) -> Items:
     """The items, of at most `size` entries, of queries that see `keys` of the blocks they chose, int32 [B, K, Tq, n].
 
