@@ -82,7 +82,7 @@ def backward(
     check_version(interpret, CONSUMERS + 1 + _WARPS)
     check_supported(q, k, v, scale=scale)
     check_sizes(q, k, v, block_indices, config)
-    if q.shape[1] == 0:
+    if 0 in (q.shape[1], k.shape[1]):
         return gradients_of_nothing(q, k, v, dq)
     (B, Tq, H, _), K = q.shape, k.shape[2]
     packing = Packing(H // K)
@@ -110,15 +110,15 @@ def backward(
     items = cut_into_items(
         block_indices,
         keys,
-        segment_starts is not None,
-        config.select_block,
-        pl.cdiv(k.shape[1], ROWS),
-        ITEM,
-        packing.queries,
-        2 * max(packing.queries, _WARPS),  # as warps look ahead
+        segments=segment_starts is not None,
+        block=config.select_block,
+        num_blocks=pl.cdiv(k.shape[1], ROWS),
+        size=ITEM,
+        step=packing.queries,
+        spare=2 * max(packing.queries, _WARPS),  # as warps look ahead
     )
-    dk, dv = _key_gradients(*arrays, statistics, keys, items, **options)
-    dk, dv = (x[:, : k.shape[1]] for x in (dk, dv))
+    partials = _key_gradients(*arrays, statistics, keys, items, **options)
+    dk, dv = (x[:, : k.shape[1]] for x in _add_items(partials, items, K, q.dtype, interpret))
     return Gradients(dq.reshape(q.shape), dk, dv, delta)
 
 
@@ -147,7 +147,7 @@ def _key_gradients(
     scale: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """dk [B, blocks x 64, K, Dk] and dv, in the dtype of k and v."""
+    """What each item adds to dk, float32 [B K, items, 64, Dk], and to dv. Items that are not used hold anything."""
     (B, _, K, G, Dk), Dv = q.shape, v.shape[3]
     num_items = items.table.shape[1]
     # Each consumer by itself, or, where one cannot hold both gradients, two that make one each.
@@ -160,7 +160,7 @@ def _key_gradients(
         return x.reshape(B * K, -1)
 
     known = tuple(listed(x) for x in statistics.arrays())
-    partials = launch(
+    partials: tuple[jax.Array, jax.Array] = launch(
         functools.partial(
             _key_gradient_kernel,
             packing=packing,
@@ -186,17 +186,25 @@ def _key_gradients(
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
     )(q, do, k, v, items.table, items.queries, jnp.stack(keys, axis=1), *known)
+    return partials
+
+
+def _add_items(
+    partials: tuple[jax.Array, jax.Array], items: Items, num_kv_heads: int, dtype: Any, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """dk [B, blocks x 64, K, Dk] and dv: the sums over the items of each block."""
+    pairs, num_items, rows, _ = partials[0].shape
+    num_blocks, sizes = items.block_items.shape[1] - 1, [x.shape[3] for x in partials]
     sums = launch(
         functools.partial(_sum_kernel, programs=num_programs(interpret)),
         name="selected_attention_key_gradient_sum",
-        out_shape=tuple(
-            jax.ShapeDtypeStruct((B * K, items.block_items.shape[1] - 1, ROWS * size), q.dtype) for size in (Dk, Dv)
-        ),
+        out_shape=tuple(jax.ShapeDtypeStruct((pairs, num_blocks, rows * size), dtype) for size in sizes),
         scratch=(),
         warpgroups=_SUM_WARPGROUPS,
         interpret=interpret,
-    )(items.block_items, *(x.reshape(B * K, num_items, -1) for x in partials))
-    dk, dv = (jnp.swapaxes(x.reshape(B, K, -1, size), 1, 2) for x, size in zip(sums, (Dk, Dv), strict=True))
+    )(items.block_items, *(x.reshape(pairs, num_items, -1) for x in partials))
+    shape = (pairs // num_kv_heads, num_kv_heads, num_blocks * rows)
+    dk, dv = (jnp.swapaxes(x.reshape(*shape, size), 1, 2) for x, size in zip(sums, sizes, strict=True))
     return dk, dv
 
 
@@ -252,21 +260,28 @@ def _key_gradient_kernel(
             held.wait_full(taken)
             keys_here, values_here = k_shared.at[team], v_shared.at[team]
 
-            def bounds_of(j: Any) -> list[Any]:
-                """Keys of the block that the query of each column sees, as first and one past the last."""
-                column = packing.query_of(column_index())
-                bounds = [column, column]
-                for i in range(queries):
-                    entry = j * i32(queries) + i32(i)
-                    query = queries_ref[pair, first + entry]
-                    for side in range(2):
-                        bound = bounds_ref[batch, i32(side), query] - block * i32(ROWS)
-                        bound = jnp.where(entry < length, bound, i32(0))
-                        bounds[side] = jnp.where(column == i32(i), bound, bounds[side])
-                return bounds
+            def bounds_of(j: Any) -> list[list[Any]]:
+                """Keys of the block that each query of a step sees: the first, and one past the last, of every query."""
+                entries = [j * i32(queries) + i32(i) for i in range(queries)]
+                listed = [queries_ref[pair, first + entry] for entry in entries]
+                return [
+                    [
+                        jnp.where(entry < length, bounds_ref[batch, i32(side), query] - block * i32(ROWS), i32(0))
+                        for entry, query in zip(entries, listed, strict=True)
+                    ]
+                    for side in range(2)
+                ]
+
+            def seen(bounds: list[list[Any]]) -> Any:
+                key, column = index(shape, 0), packing.query_of(column_index())
+                begin, end = column, column
+                for i, (low, high) in enumerate(zip(*bounds, strict=True)):
+                    begin, end = (jnp.where(column == i32(i), *x) for x in ((low, begin), (high, end)))
+                return (key >= along_columns(begin, ROWS)) & (key < along_columns(end, ROWS))
 
             def body(*totals: Any) -> Any:
                 def step(j: Any, carry: Any, edge: bool) -> Any:
+                    bounds = bounds_of(j) if edge else []  # on their way during the products
                     slot = ring.wait_full(done + j)
                     queries_here, do_here = q_shared.at[slot], do_shared.at[slot]
                     lse_log2, delta, *gate = (
@@ -283,9 +298,7 @@ def _key_gradient_kernel(
 
                     p, *dp = accumulators(products_of, *[shape] * (1 + makes_dk))
                     if edge:
-                        begin, end = (along_columns(x, ROWS) for x in bounds_of(j))
-                        key = index(shape, 0)
-                        p = jnp.where((key >= begin) & (key < end), p, 0.0)
+                        p = jnp.where(seen(bounds), p, 0.0)
                     if gated:
                         p = p * along_columns(gate[0](), ROWS)
                     if makes_dv:

@@ -24,8 +24,8 @@ class Items(NamedTuple):
       queries: the queries that chose each block, sorted by block and then by query, and `spare` more numbers
         [BK, Tq n + spare].
       table: what an item is, the last item first [BK, items, FIELDS]: its block; its first entry in `queries`; how many
-        entries it has, 0 for an item that is not used; the steps inner .. outer - 1, of some entries each, in which every
-        query sees every key; its place among the items, block by block.
+        entries it has, 0 for an item that is not used; inner and outer, where in steps inner .. outer - 1 every query
+        sees every key of the block; its place among the items, block by block.
       block_items: the items of block j have places block_items[j] .. block_items[j + 1] - 1 [BK, blocks + 1].
     """
 
