@@ -61,8 +61,7 @@ class Ring:
 
     def slot(self, count: Any) -> Any:
         """The slot of the count-th filling."""
-        slot = lax.rem(count, i32(self.slots))
-        return slot if isinstance(self.first, int) and self.first == 0 else self.first + slot
+        return self.first + lax.rem(count, i32(self.slots))
 
     def wait_free(self, count: Any) -> Any:
         """For the producer: the slot, once every consumer has left it."""

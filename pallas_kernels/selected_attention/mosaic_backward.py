@@ -49,7 +49,16 @@ from pallas_kernels.selected_attention.mosaic_items import Items, cut_into_items
 from pallas_kernels.selected_attention.mosaic_union import SPLIT, union_lists
 
 ITEM = 512  # queries of one partial sum
-LARGEST_HEADS = 256  # of keys and values together, for both gradients in the registers of one warpgroup
+# Up to 256 for keys and values together, a consumer holds both gradients, (Dk + Dv) / 2 registers of each of its
+# threads, beside 64 for a step's scores and their gradients. Above, two consumers take the same item and make a
+# gradient each. Matrices in shared memory, of the 227 KiB that there are:
+#
+#   Dk, Dv    teams  registers  blocks held  queries and gradients  KiB
+#   64, 64      2       128        32 KiB     2 x 4 slots, 128 KiB   160
+#   128, 128    2       192        64 KiB     2 x 2 slots, 128 KiB   192
+#   192, 128    1       160        40 KiB         4 slots, 160 KiB   200
+#   256, 256    1       192        64 KiB         2 slots, 128 KiB   192
+LARGEST_HEADS = 256
 _WARPS = 4  # of the producer
 _MOST_SLOTS = 4
 _SUM_WARPGROUPS = 4
@@ -261,7 +270,7 @@ def _key_gradient_kernel(
             keys_here, values_here = k_shared.at[team], v_shared.at[team]
 
             def bounds_of(j: Any) -> list[list[Any]]:
-                """Keys of the block that each query of a step sees: the first, and one past the last, of every query."""
+                """Which keys of the block the queries of a step see: the first of each, and one past the last."""
                 entries = [j * i32(queries) + i32(i) for i in range(queries)]
                 listed = [queries_ref[pair, first + entry] for entry in entries]
                 return [
@@ -354,8 +363,7 @@ def _key_gradient_kernel(
                         plgpu.copy_gmem_to_smem(source, shared.at[slot, rows], full.at[slot])
 
                 for turn in turns:
-                    there = i32(warps * turn) + part < i32(queries)
-                    copy(turn) if warps * (turn + 1) <= queries else pl.when(there)(functools.partial(copy, turn))
+                    pl.when(i32(warps * turn) + part < i32(queries))(functools.partial(copy, turn))
                 rows = pl.ds((first + j * i32(queries)) * i32(packing.group), ROWS)
                 for c, ref in enumerate(known_refs):
                     source, shared = ref.at[pair, rows], known_shared.at[slot, c]
