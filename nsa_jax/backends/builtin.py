@@ -108,6 +108,7 @@ _MOSAIC_FUNCTIONS = {
     "compressed_attention_backward": "compressed_attention.mosaic:backward",
     "select_blocks": "block_selection.mosaic:select_blocks",
     "selected_attention": "selected_attention.mosaic:forward",
+    "selected_attention_backward": "selected_attention.mosaic_backward:backward",
     "window_attention": "window_attention.mosaic:forward",
     "window_attention_backward": "window_attention.mosaic:backward",
 }

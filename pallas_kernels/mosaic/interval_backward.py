@@ -5,7 +5,6 @@ every term is gate times that. One kernel holds queries and walks along their ke
 the queries that see them, in runs whose float32 partial sums are added in a fixed order.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -31,13 +30,12 @@ from pallas_kernels.mosaic.products import (
     index,
     load_numbers,
 )
+from pallas_kernels.mosaic.query_gradient import CONSUMERS, SMALL, Path, Statistics, query_gradient, statistics_of
 from pallas_kernels.mosaic.ring import Ring, Schedule
-from pallas_kernels.mosaic.softmax import LOG2_E, NEVER
+from pallas_kernels.mosaic.softmax import LOG2_E
 
-CONSUMERS = 2
 LARGEST_HEADS = 256  # of keys and values together: both gradients are in registers
 _MOST_SLOTS = 4
-_SMALL = 8192  # bytes of shared memory for what is no matrix
 
 
 def check_heads(q: jax.Array, v: jax.Array) -> None:
@@ -48,17 +46,12 @@ def check_heads(q: jax.Array, v: jax.Array) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What the kernels know of each packed row, float32 [B K, rows]."""
-
-    lse_log2: jax.Array  # above every score where a row sees nothing
-    delta: jax.Array
-    gate: jax.Array | None
-
-    def arrays(self) -> tuple[jax.Array, ...]:
-        """Those that are there."""
-        return (self.lse_log2, self.delta) if self.gate is None else (self.lse_log2, self.delta, self.gate)
+def _path(refs: Any, batch: Any, pair: Any, number: Any) -> Path:
+    """All keys of a tile's interval, of which every query sees those in the middle."""
+    first, n, inner, outer = (refs[0][batch, number, i32(j)] for j in range(4))
+    first = first * i32(ALIGNMENT)  # so that the compiler knows where copies may start
+    phases = ((i32(0), inner, True), (inner, outer, False), (outer, n, True))
+    return Path(n, phases, lambda j: (first + j * i32(ROWS), None))
 
 
 def gradients(
@@ -84,208 +77,26 @@ def gradients(
     """
     (B, Tq, H, _), K = q.shape, k.shape[2]
     packing = Packing(H // K)
-    delta = jnp.swapaxes(jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1), 1, 2)
-    if dlse is not None:
-        delta = delta - dlse
-    # Rows that see nothing take no part: whatever cotangent came with their lse of -inf is dropped here.
-    seen = lse > -jnp.inf
-    delta = jnp.where(seen, delta, 0.0)
-    padded = -(-Tq // (CONSUMERS * packing.queries)) * CONSUMERS * packing.queries
-    pack = functools.partial(packing.pack, num_kv_heads=K, padded=padded)
-    statistics = Statistics(
-        pack(jnp.where(seen, lse * LOG2_E, NEVER), value=NEVER),
-        pack(delta, value=0.0),
-        None if gate is None else pack(jnp.swapaxes(gate, 1, 2), value=0.0),
-    )
+    statistics, delta = statistics_of(o, lse, do, dlse, gate, K, packing)
 
     def grouped(x: jax.Array) -> jax.Array:
         return pad_rows(x.reshape(B, Tq, K, H // K, x.shape[3]), packing.padded(Tq))
 
     arrays = (grouped(q), grouped(do), pad_keys(k), pad_keys(v))
     options: dict[str, Any] = dict(packing=packing, scale=scale, interpret=interpret)
-    before = None if dq is None else grouped(dq)
-    dq = _query_gradient(*arrays, statistics, keys, before, name=name + "_query_gradient", **options)
+    dq = query_gradient(
+        *arrays,
+        statistics,
+        keys,
+        (steps(keys, CONSUMERS * packing.queries, ROWS),),
+        None if dq is None else grouped(dq),
+        path_of=_path,
+        pair_by_pair=False,
+        name=name + "_query_gradient",
+        **options,
+    )
     dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], run, name=name + "_key_gradient", **options)
     return Gradients(dq[:, :Tq].reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), delta)
-
-
-def _query_gradient(
-    q: jax.Array,
-    do: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    statistics: Statistics,
-    keys: Intervals,
-    before: jax.Array | None,
-    *,
-    packing: Packing,
-    scale: float,
-    name: str,
-    interpret: bool,
-) -> jax.Array:
-    (B, _, K, _, Dk), Dv = q.shape, v.shape[3]
-    queries = CONSUMERS * packing.queries
-    num_tiles = pl.cdiv(keys.begin.shape[1], queries)
-    slots = min(_MOST_SLOTS, (SHARED_MEMORY - _SMALL - 2 * CONSUMERS * ROWS * (Dk + Dv)) // (2 * ROWS * (Dk + Dv)))
-    known = statistics.arrays()
-    dq: jax.Array = launch(
-        functools.partial(
-            _query_gradient_kernel,
-            packing=packing,
-            schedule=Schedule(num_tiles, B, K, num_programs(interpret)),
-            scale=scale,
-            slots=slots,
-            gated=statistics.gate is not None,
-            added=before is not None,
-        ),
-        name=name,
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        scratch=(
-            Matrix((CONSUMERS, ROWS, Dk), q.dtype),
-            Matrix((CONSUMERS, ROWS, Dv), q.dtype),
-            Matrix((slots, ROWS, Dk), q.dtype),
-            Matrix((slots, ROWS, Dv), q.dtype),
-            Vectors((CONSUMERS, 2, ROWS), jnp.int32),
-            Vectors((CONSUMERS, len(known), ROWS), jnp.float32),
-            Barriers(CONSUMERS, 2 * packing.copies + 2 + len(known)),
-            Barriers(CONSUMERS, packing.copies),
-            Barriers(slots),
-            Barriers(slots),
-            Barriers(slots, CONSUMERS),
-            Barriers(slots, CONSUMERS),
-        ),
-        warpgroups=CONSUMERS + 1,
-        interpret=interpret,
-    )(
-        q,
-        do,
-        k,
-        v,
-        steps(keys, queries, ROWS),
-        row_bounds(keys, num_tiles * queries, packing),
-        *known,
-        *(() if before is None else (before,)),
-    )[0]
-    return dq
-
-
-def _query_gradient_kernel(
-    products: Products,
-    q_ref: Any,
-    do_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    walk_ref: Any,
-    bounds_ref: Any,
-    *refs: Any,
-    packing: Packing,
-    schedule: Schedule,
-    scale: float,
-    slots: int,
-    gated: bool,
-    added: bool,
-) -> None:
-    known_refs, others = refs[: 2 + gated], refs[2 + gated :]
-    before_ref, others = (others[0], others[1:]) if added else (None, others)
-    dq_ref, q_shared, do_shared, k_shared, v_shared, bounds_shared, known_shared, *barriers = others
-    full, before_full, k_full, v_full, k_free, v_free = barriers
-    keys_ring, values_ring = Ring(k_full, k_free, slots), Ring(v_full, v_free, slots)
-    Dk, queries = q_ref.shape[-1], CONSUMERS * packing.queries
-    warpgroup = lax.axis_index("warpgroup")
-    shape = (ROWS, ROWS)
-
-    def walk_of(i: Any) -> tuple[Any, ...]:
-        batch, _, number = schedule.item(i)
-        first, *others = (walk_ref[batch, number, i32(j)] for j in range(4))
-        return first * i32(ALIGNMENT), *others
-
-    @pl.when(warpgroup < CONSUMERS)
-    def _consume() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
-        queries_here, do_here = q_shared.at[warpgroup], do_shared.at[warpgroup]
-
-        def work(i: Any, done: Any) -> Any:
-            batch, head, number = schedule.item(i)
-            first, n, inner, outer = walk_of(i)
-            query = number * i32(queries) + warpgroup * i32(packing.queries)
-            rows = pl.ds((number * i32(CONSUMERS) + warpgroup) * i32(ROWS), ROWS)
-            here = full.at[warpgroup]
-            plgpu.wait_smem_to_gmem(0)
-            packing.load(q_ref, queries_here, here, batch, query, head)
-            packing.load(do_ref, do_here, here, batch, query, head)
-            for j in range(2):
-                plgpu.copy_gmem_to_smem(bounds_ref.at[batch, i32(j), rows], bounds_shared.at[warpgroup, j], here)
-            for j, ref in enumerate(known_refs):
-                source = ref.at[schedule.pair(batch, head), rows]
-                plgpu.copy_gmem_to_smem(source, known_shared.at[warpgroup, j], here)
-            plgpu.barrier_wait(here)
-            begin, end = (load_numbers(bounds_shared.at[warpgroup, j]) for j in range(2))
-            lse_log2, delta, *gate = (load_numbers(known_shared.at[warpgroup, j]) for j in range(2 + gated))
-
-            def body(dq: Any) -> Any:
-                def step(j: Any, carry: Any, edge: bool) -> Any:
-                    slot = keys_ring.wait_full(done + j)
-                    values_ring.wait_full(done + j)
-
-                    def products_of(s: Any, dp: Any) -> Any:
-                        plgpu.wgmma(s, queries_here, k_shared.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp, do_here, v_shared.at[slot].transpose((1, 0)))
-                        scores = plgpu.wgmma_accumulator_load(s, wait_n=1)  # exponentials under the second product
-                        return jnp.exp2(scores * (scale * LOG2_E) - down_rows(lse_log2, ROWS)), dp[...]
-
-                    p, dp = accumulators(products_of, shape, shape)
-                    values_ring.free(done + j)
-                    if edge:
-                        key = index(shape, 1) + (first + j * i32(ROWS))
-                        p = jnp.where((key >= down_rows(begin, ROWS)) & (key < down_rows(end, ROWS)), p, 0.0)
-                    ds = p * (dp - down_rows(delta, ROWS))
-                    products.issue(dq, ds.astype(q_ref.dtype), k_shared.at[slot])
-                    plgpu.wgmma_wait(0)
-                    keys_ring.free(done + j)
-                    return carry
-
-                for low, high, edge in ((i32(0), inner, True), (inner, outer, False), (outer, n, True)):
-                    lax.fori_loop(low, high, functools.partial(step, edge=edge), i32(0))
-                return dq[...]
-
-            dq = accumulators(body, (ROWS, Dk)) * scale
-            if gated:
-                dq = dq * down_rows(gate[0], Dk)
-            if added:
-                plgpu.commit_smem()  # all have read the queries, whose place is taken
-                packing.load(before_ref, queries_here, before_full.at[warpgroup], batch, query, head)
-                plgpu.barrier_wait(before_full.at[warpgroup])
-                dq = dq + queries_here[...].astype(jnp.float32)
-                plgpu.commit_smem()
-            queries_here[...] = dq.astype(dq_ref.dtype)
-            plgpu.commit_smem()
-            packing.store(queries_here, dq_ref, batch, query, head)
-            plgpu.commit_smem_to_gmem_group()
-            return done + n
-
-        lax.fori_loop(i32(0), schedule.count(), work, i32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == CONSUMERS)
-    def _produce() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
-
-        def work(i: Any, done: Any) -> Any:
-            batch, head, _ = schedule.item(i)
-            first, n, _, _ = walk_of(i)
-
-            def step(j: Any, _: Any) -> Any:
-                at = pl.ds(first + j * i32(ROWS), ROWS)
-                keys_ring.fill(done + j, k_ref.at[batch, at, head], k_shared)
-                values_ring.fill(done + j, v_ref.at[batch, at, head], v_shared)
-                return i32(0)
-
-            lax.fori_loop(i32(0), n, step, i32(0))
-            return done + n
-
-        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
-        keys_ring.drain(done)
-        values_ring.drain(done)
 
 
 def _key_gradients(
@@ -311,7 +122,7 @@ def _key_gradients(
     run = num_queries if run is None else run
     runs = pl.cdiv(num_queries, run)
     walk = cut_into_runs(steps(queries, held, packing.queries, packing.queries), packing.queries, run, runs)
-    room = SHARED_MEMORY - _SMALL - 2 * 2 * held * (Dk + Dv)
+    room = SHARED_MEMORY - SMALL - 2 * 2 * held * (Dk + Dv)
     slots = min(_MOST_SLOTS, room // (2 * ROWS * (Dk + Dv)))
     known = statistics.arrays()
     partials = launch(

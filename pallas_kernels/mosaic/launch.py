@@ -120,3 +120,8 @@ def launch(
         **options,
     )
     return jax.named_call(jax.custom_batching.sequential_vmap(call), name=name)
+
+
+def each_warp(body: Callable[[Any], None]) -> None:
+    """Runs body(number) in the four warps of a warpgroup, each by itself."""
+    _versioned.warp_map(body)

@@ -43,6 +43,11 @@ def row_index() -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_ROWS)
 
 
+def column_index() -> jax.Array:
+    """0 .. 63, as numbers of the columns of a matrix."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_COLUMNS)
+
+
 def load_numbers(ref: Any, layout: Any = OF_ROWS) -> jax.Array:
     """Numbers of the rows or of the columns of a matrix, from shared or from global memory."""
     numbers: jax.Array = _versioned.load(ref, layout=layout, optimized=False)

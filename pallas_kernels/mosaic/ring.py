@@ -57,10 +57,11 @@ class Ring:
     full_barriers: Any
     free_barriers: Any
     slots: int
+    first: Any = 0  # number of the first slot, where several rings lie one after the other
 
     def slot(self, count: Any) -> Any:
         """The slot of the count-th filling."""
-        return lax.rem(count, i32(self.slots))
+        return self.first + lax.rem(count, i32(self.slots))
 
     def wait_free(self, count: Any) -> Any:
         """For the producer: the slot, once every consumer has left it."""
@@ -76,7 +77,7 @@ class Ring:
     def drain(self, count: Any) -> None:
         """For the producer: waits until all that was filled is free again, as every phase of a barrier must be seen."""
         for slot in range(self.slots):
-            last = functools.partial(plgpu.barrier_wait, self.free_barriers.at[slot])
+            last = functools.partial(plgpu.barrier_wait, self.free_barriers.at[self.first + slot])
             pl.when(count > i32(slot))(last)
 
     def wait_full(self, count: Any) -> Any:

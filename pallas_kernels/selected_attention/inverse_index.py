@@ -30,13 +30,15 @@ class InverseIndex(NamedTuple):
     block_items: Int[Array, "BK blocks1"]
 
 
-def _search(sorted_rows: Int[Array, "BK L"], values: Int[Array, " N"]) -> Int[Array, "BK N"]:
+def search(sorted_rows: Int[Array, "BK L"], values: Int[Array, " N"]) -> Int[Array, "BK N"]:
     """The left insertion point of each of `values` in each row, unrolled so that it compiles to one fusion."""
     return jax.vmap(lambda row: jnp.searchsorted(row, values, method="scan_unrolled").astype(jnp.int32))(sorted_rows)
 
 
-def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int) -> InverseIndex:
-    """Inverts a selection. Work items hold at most `item_size` entries, so that popular blocks are shared out."""
+def sort_choices(
+    block_indices: Int[Array, "BK Tq n"], num_blocks: int
+) -> tuple[Int[Array, "BK L"], Int[Array, "BK blocks1"]]:
+    """`choices` (see InverseIndex), and where those of each block begin, with the end of the last block's."""
     rows, Tq, n = block_indices.shape
     L = Tq * n
     block = jnp.where(block_indices < 0, num_blocks, block_indices).reshape(rows, L)
@@ -44,17 +46,23 @@ def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int
     boundaries = jnp.arange(num_blocks + 1, dtype=jnp.int32)
     if (num_blocks + 1) * L < _MOST_KEYS:  # One key holds both, and a sort of keys alone is the fastest there is.
         keys = lax.sort(block * L + place, dimension=1, is_stable=False)
-        choices, starts = keys % L, _search(keys, boundaries * L)
-    else:
-        blocks, choices = lax.sort((block, place), dimension=1, num_keys=1, is_stable=True)
-        starts = _search(blocks, boundaries)
+        return keys % L, search(keys, boundaries * L)
+    blocks, choices = lax.sort((block, place), dimension=1, num_keys=1, is_stable=True)
+    return choices, search(blocks, boundaries)
+
+
+def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int) -> InverseIndex:
+    """Inverts a selection. Work items hold at most `item_size` entries, so that popular blocks are shared out."""
+    _, Tq, n = block_indices.shape
+    L = Tq * n
+    choices, starts = sort_choices(block_indices, num_blocks)
     counts = starts[:, 1:] - starts[:, :-1]
     num_items = -(-counts // item_size)
     block_items = jnp.pad(jnp.cumsum(num_items, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
     max_items = num_blocks + L // item_size
     item = jnp.arange(max_items, dtype=jnp.int32)
-    owner = jnp.minimum(_search(block_items[:, 1:], item + 1), num_blocks - 1)  # the first block that ends after it
+    owner = jnp.minimum(search(block_items[:, 1:], item + 1), num_blocks - 1)  # the first block that ends after it
     rank = (item[None, :] - jnp.take_along_axis(block_items, owner, axis=1)) * item_size
     count = jnp.clip(jnp.take_along_axis(counts, owner, axis=1) - rank, 0, item_size)
     first = jnp.take_along_axis(starts, owner, axis=1) + rank

@@ -34,7 +34,13 @@ KERNELS = {
             "compressed_attention_key_gradient",
         ),
         "select_blocks": ("block_selection",),
-        "selected_attention": ("selected_attention_union", "selected_attention_forward"),
+        "selected_attention": (
+            "selected_attention_union",
+            "selected_attention_forward",
+            "selected_attention_query_gradient",
+            "selected_attention_key_gradient",
+            "selected_attention_key_gradient_sum",
+        ),
         "window_attention": (
             "window_attention_forward",
             "window_attention_query_gradient",

@@ -118,7 +118,7 @@ def test_triton_decodes_over_no_array_of_another_dtype(index, name):
 def test_the_smallest_and_the_largest_head_are_taken_by_every_op(backend, op, size):
     head_dim = SIZES[backend][size]
     if op.endswith("_backward"):
-        head_dim = min(head_dim, cases.LARGEST_BACKWARD.get(backend, 512) // 2)
+        head_dim = min(head_dim, cases.largest_backward(backend, op) // 2)
     call(backend, op, dataclasses.replace(cases.fitted(backend, CASE), Dk=head_dim, Dv=head_dim))
 
 

@@ -1,0 +1,67 @@
+"""What is particular to the Mosaic GPU kernels: how selected attention's backward pass cuts the lists of blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from pallas_kernels.selected_attention import mosaic_backward
+from pallas_kernels.selected_attention.mosaic import visible
+from pallas_kernels.selected_attention.mosaic_items import cut_into_items
+from tests.pallas_kernels import cases
+from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.test_ops import check_branch, same_bits
+
+SIZES = NSAConfig(16, 8, 16, 3, 1, 1)
+
+
+@pytest.mark.parametrize(("size", "step"), [(16, 4), (8, 8), (8, 1)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(150, 2, 1, 16, 16, SIZES, B=2),
+        Case(170, 4, 2, 16, 16, SIZES, B=2, query_offset=45, segments=(9, 70, 77, 140)),
+        Case(160, 2, 1, 16, 16, SIZES, query_offset=30, Tq=40, segments=(33,)),
+    ],
+    ids=["all queries", "segments and offset", "keys beyond the queries"],
+)
+def test_items_list_every_choice_once_and_tell_which_steps_see_whole_blocks(case, size, step):
+    inputs = cases.inputs(case)
+    keys, _ = visible(inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, inputs.starts, case.query_offset)
+    block, num_blocks = 16, -(-case.T // 16)
+    options = {"segments": bool(case.segments), "block": block, "num_blocks": num_blocks}
+    items = jax.jit(lambda blocks: cut_into_items(blocks, keys, **options, size=size, step=step, spare=8))(
+        inputs.block_indices
+    )
+    begin, end = (np.asarray(x) for x in keys)
+    for pair, chosen in enumerate(np.asarray(inputs.block_indices).reshape(-1, case.num_queries, 3)):
+        table, batch = np.asarray(items.table[pair]), pair // case.K
+        assert sorted(table[:, 5]) == list(range(len(table)))
+        used = table[table[:, 2] > 0]
+        np.testing.assert_array_equal(table[len(table) - len(used) :], used)
+        ends = {j: 0 for j in range(num_blocks)}  # entries that later items hold
+        for j, first, length, inner, outer, place, *_ in used[::-1]:
+            listed = np.asarray(items.queries[pair, first : first + length])
+            all_listed = np.flatnonzero((chosen == j).any(axis=1))
+            last = len(all_listed) - ends[j]
+            np.testing.assert_array_equal(listed, all_listed[last - length : last])
+            ends[j] += length
+            assert items.block_items[pair, j] <= place < items.block_items[pair, j + 1]
+            assert length == size or ends[j] == len(all_listed)
+            for k in range(inner, outer):
+                queries = listed[k * step : (k + 1) * step]
+                assert len(queries) == step
+                assert np.all(begin[batch, queries] <= j * block)
+                assert np.all(end[batch, queries] >= (j + 1) * block)
+        assert all(count == (chosen == j).sum() for j, count in ends.items())
+
+
+def test_partial_sums_of_several_items_make_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(mosaic_backward, "ITEM", 16)
+    case = Case(
+        150, 16, 1, 64, 64, NSAConfig(32, 16, 64, 2, 1, 1), B=2, traced=False, segments=(70,), backends=("mosaic",)
+    )
+    tolerance = cases.INTERPRETED_TOLERANCE["mosaic"]
+    compiled, inputs, actual = check_branch("mosaic", "selected_attention", case, jnp.bfloat16, tolerance)
+    same_bits(compiled(inputs), actual)
