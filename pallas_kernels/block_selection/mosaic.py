@@ -144,7 +144,9 @@ def _select(
     own = positions(q.shape, query_offset) // config.select_block
     first = jnp.zeros_like(own) if segment_starts is None else segment_starts // config.select_block
     # Of each query: the first key it sees and one past the last, its first and its last candidate.
-    bounds = jnp.pad(jnp.stack([*keys, first, own], axis=1), ((0, 0), (0, 0), (0, padded - Tq)), mode="edge")
+    bounds = jnp.pad(
+        jnp.stack([keys.begin, keys.end, first, own], axis=1), ((0, 0), (0, 0), (0, padded - Tq)), mode="edge"
+    )
     begin, end = (bounds[:, j].reshape(B, num_tiles, queries) for j in range(2))
     chunk = ROWS * per_block
     chunks = jnp.stack([begin[:, :, 0] // chunk, -(-end[:, :, -1] // chunk)], axis=-1)
@@ -311,7 +313,9 @@ def _kernel(
         def load_candidates(job: Any) -> None:
             batch, _, _, eight = place(job)
             buffer = lax.rem(job, i32(2))
-            plgpu.copy_gmem_to_smem(bounds_ref.at[batch, eight], candidates_shared.at[buffer], candidates_full.at[buffer])
+            plgpu.copy_gmem_to_smem(
+                bounds_ref.at[batch, eight], candidates_shared.at[buffer], candidates_full.at[buffer]
+            )
 
         pl.when(jobs > 0)(lambda: load_candidates(i32(0)))
 

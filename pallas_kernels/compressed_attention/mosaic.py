@@ -12,9 +12,6 @@ from pallas_kernels.mosaic.interval_forward import attend
 from pallas_kernels.mosaic.launch import check_version
 from pallas_kernels.mosaic.problem import check_supported
 
-# Queries of one partial sum of the gradients of keys: the first keys are seen by all queries, the last by few.
-_RUN = 4096
-
 
 def forward(
     q: Float[Array, "B Tq H Dk"],
@@ -68,7 +65,7 @@ def backward(
     if 0 in (q.shape[1], k.shape[1]):
         return gradients_of_nothing(q, k, v, dq)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
-    options: dict[str, Any] = dict(scale=scale, dlse=dlse, gate=gate, dq=dq, run=_RUN, interpret=interpret)
+    options: dict[str, Any] = dict(scale=scale, dlse=dlse, gate=gate, dq=dq, cut=True, interpret=interpret)
     return gradients(q, k, v, o, lse, do, keys, name="compressed_attention", **options)
 
 

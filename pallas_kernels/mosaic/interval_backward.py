@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contract import Gradients
 from pallas_kernels.mosaic import tiles
-from pallas_kernels.mosaic.intervals import Intervals, cut_into_runs, queries_of_keys, row_bounds, steps
+from pallas_kernels.mosaic.intervals import Intervals, by_length, cut_into_runs, queries_of_keys, row_bounds, steps
 from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
 from pallas_kernels.mosaic.products import (
@@ -36,6 +36,8 @@ from pallas_kernels.mosaic.softmax import LOG2_E
 
 LARGEST_HEADS = 256  # of keys and values together: both gradients are in registers
 _MOST_SLOTS = 4
+_CUTS = 2048  # work items, at which every multiprocessor has enough of them to be as busy as the others
+_SHORTEST_RUN = 512  # queries
 
 
 def check_heads(q: jax.Array, v: jax.Array) -> None:
@@ -67,13 +69,13 @@ def gradients(
     dlse: jax.Array | None,
     gate: jax.Array | None,
     dq: jax.Array | None,
-    run: int | None,
+    cut: bool,
     name: str,
     interpret: bool,
 ) -> Gradients:
     """Gradients of gate * o and of lse, for queries that see an interval of the keys each.
 
-    `run` is how many queries one partial sum of dk and dv is of; None: all that see a key.
+    With `cut`, the queries that see a key are cut into runs, of which the gradients of keys are partial sums.
     """
     (B, Tq, H, _), K = q.shape, k.shape[2]
     packing = Packing(H // K)
@@ -95,7 +97,7 @@ def gradients(
         name=name + "_query_gradient",
         **options,
     )
-    dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], run, name=name + "_key_gradient", **options)
+    dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], cut, name=name + "_key_gradient", **options)
     return Gradients(dq[:, :Tq].reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), delta)
 
 
@@ -107,7 +109,7 @@ def _key_gradients(
     statistics: Statistics,
     keys: Intervals,
     num_keys: int,
-    run: int | None,
+    cut: bool,
     *,
     packing: Packing,
     scale: float,
@@ -119,7 +121,8 @@ def _key_gradients(
     num_queries, held = keys.begin.shape[1], CONSUMERS * ROWS
     num_tiles = pl.cdiv(num_keys, held)
     queries = queries_of_keys(keys, num_tiles * held)  # none of those past the last key
-    run = num_queries if run is None else run
+    runs = max(1, min(_CUTS // (B * K * num_tiles), num_queries // _SHORTEST_RUN)) if cut else 1
+    run = pl.cdiv(num_queries, runs * packing.queries) * packing.queries
     runs = pl.cdiv(num_queries, run)
     walk = cut_into_runs(steps(queries, held, packing.queries, packing.queries), packing.queries, run, runs)
     room = SHARED_MEMORY - SMALL - 2 * 2 * held * (Dk + Dv)
@@ -129,8 +132,7 @@ def _key_gradients(
         functools.partial(
             _key_gradient_kernel,
             packing=packing,
-            schedule=Schedule(num_tiles * runs, B, K, num_programs(interpret)),
-            tiles_of_run=num_tiles,
+            schedule=Schedule(B * runs * num_tiles, 1, K, num_programs(interpret)),
             scale=scale,
             slots=slots,
             gated=statistics.gate is not None,
@@ -142,18 +144,17 @@ def _key_gradients(
         scratch=(
             Matrix((2, held, Dk), q.dtype),
             Matrix((2, held, Dv), q.dtype),
-            Vectors((2, 2, held), jnp.int32),
             Matrix((slots, ROWS, Dk), q.dtype),
             Matrix((slots, ROWS, Dv), q.dtype),
             Vectors((slots, len(known), ROWS), jnp.float32),
-            Barriers(2, 4),
+            Barriers(2, 2),
             Barriers(2, CONSUMERS),
             Barriers(slots, 2 * packing.copies + len(known)),
             Barriers(slots, CONSUMERS),
         ),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
-    )(q, do, k, v, walk, row_bounds(queries, num_tiles * held, None), *known)
+    )(q, do, k, v, walk, by_length(walk), row_bounds(queries, num_tiles * held, None), *known)
 
     def total(x: jax.Array) -> jax.Array:
         # One after the other: the order of a library's sum is not known.
@@ -171,17 +172,17 @@ def _key_gradient_kernel(
     k_ref: Any,
     v_ref: Any,
     walk_ref: Any,
+    order_ref: Any,
     bounds_ref: Any,
     *refs: Any,
     packing: Packing,
     schedule: Schedule,
-    tiles_of_run: int,
     scale: float,
     slots: int,
     gated: bool,
 ) -> None:
     known_refs, refs = refs[: 2 + gated], refs[2 + gated :]
-    dk_ref, dv_ref, k_shared, v_shared, bounds_shared, q_shared, do_shared, known_shared, *barriers = refs
+    dk_ref, dv_ref, k_shared, v_shared, q_shared, do_shared, known_shared, *barriers = refs
     held_full, held_free, full, free = barriers
     ring, held_ring = Ring(full, free, slots), Ring(held_full, held_free, 2)
     Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
@@ -191,8 +192,11 @@ def _key_gradient_kernel(
 
     def place(i: Any) -> tuple[Any, Any, Any, Any]:
         """(batch entry, K/V head, run, tile of keys)."""
-        batch, head, number = schedule.item(i)
-        return batch, head, lax.div(number, i32(tiles_of_run)), lax.rem(number, i32(tiles_of_run))
+        _, head, number = schedule.item(i)
+        _, num_tiles, runs, _ = walk_ref.shape
+        cut = order_ref[number]
+        of_batch, tile = lax.div(cut, i32(num_tiles)), lax.rem(cut, i32(num_tiles))
+        return lax.div(of_batch, i32(runs)), head, lax.rem(of_batch, i32(runs)), tile
 
     def walk_of(i: Any) -> tuple[Any, ...]:
         batch, _, run, tile = place(i)
@@ -209,7 +213,7 @@ def _key_gradient_kernel(
             buffer = held_ring.wait_full(i)
             mine = pl.ds(warpgroup * i32(ROWS), ROWS)
             keys_here, values_here = k_shared.at[buffer, mine], v_shared.at[buffer, mine]
-            begin, end = (load_numbers(bounds_shared.at[buffer, j, mine]) for j in range(2))
+            keys = pl.ds(tile * i32(held) + warpgroup * i32(ROWS), ROWS)
 
             def body(dk: Any, dv: Any) -> Any:
                 def step(j: Any, carry: Any, edge: bool) -> Any:
@@ -227,6 +231,7 @@ def _key_gradient_kernel(
 
                     p, dp = accumulators(products_of, shape, shape)
                     if edge:
+                        begin, end = (load_numbers(bounds_ref.at[batch, i32(c), keys]) for c in range(2))
                         query = packing.query_of(index(shape, 1)) + (first + j * i32(packing.queries))
                         p = jnp.where((query >= down_rows(begin, ROWS)) & (query < down_rows(end, ROWS)), p, 0.0)
                     if gated:
@@ -262,9 +267,6 @@ def _key_gradient_kernel(
             at = pl.ds(tile * i32(held), held)
             plgpu.copy_gmem_to_smem(k_ref.at[batch, at, head], k_shared.at[buffer], held_full.at[buffer])
             plgpu.copy_gmem_to_smem(v_ref.at[batch, at, head], v_shared.at[buffer], held_full.at[buffer])
-            for j in range(2):
-                source = bounds_ref.at[batch, i32(j), at]
-                plgpu.copy_gmem_to_smem(source, bounds_shared.at[buffer, j], held_full.at[buffer])
 
             def step(j: Any, _: Any) -> Any:
                 query = first + j * i32(packing.queries)

@@ -53,7 +53,6 @@ def attend(
             tile=tile,
             schedule=Schedule(num_tiles, B, K, num_programs(interpret)),
             scale=scale,
-            from_the_start=keys.from_the_start,
         ),
         name=name,
         out_shape=(
@@ -100,7 +99,6 @@ def _kernel(
     tile: tiles.Tile,
     schedule: Schedule,
     scale: float,
-    from_the_start: bool,
 ) -> None:
     Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
     consumers, queries = tile.warpgroups, tile.warpgroups * packing.queries
@@ -189,11 +187,9 @@ def _kernel(
             def walk(state: Any) -> Any:
                 last = n - i32(1)
                 middle = jnp.minimum(outer, last)
-                begin = i32(0) if from_the_start else jnp.minimum(inner, last)
+                begin = jnp.minimum(inner, last)
                 carry = scores(i32(0)), state
                 for low, high, edge in ((i32(0), begin, True), (begin, middle, False), (middle, last, True)):
-                    if low is high:
-                        continue
                     carry = lax.fori_loop(low, high, functools.partial(overlapped, edge=edge), carry)
                 s, state = carry
                 return add_values(s, state, last, True)

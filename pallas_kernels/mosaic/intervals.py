@@ -19,7 +19,6 @@ class Intervals(NamedTuple):
 
     begin: jax.Array
     end: jax.Array
-    from_the_start: bool = False  # whether every query sees the first key, if it sees any
 
 
 def positions(shape: tuple[int, ...], query_offset: int | jax.Array) -> jax.Array:
@@ -32,9 +31,8 @@ def compressed_keys(position: jax.Array, segment_starts: jax.Array | None, num_k
     """Compressed tokens i with i d >= segment start and i d + l - 1 <= position."""
     d, ahead = config.compress_stride, config.compress_stride + 1 - config.compress_block
     end = jnp.minimum(jnp.maximum(position + ahead, 0) // d, num_keys)
-    if segment_starts is None:
-        return Intervals(jnp.zeros_like(end), end, from_the_start=True)
-    return Intervals(jnp.minimum(-(-segment_starts // d), end), end)
+    begin = jnp.zeros_like(end) if segment_starts is None else -(-segment_starts // d)
+    return Intervals(jnp.minimum(begin, end), end)
 
 
 def window_keys(position: jax.Array, segment_starts: jax.Array | None, num_keys: int, config: Sizes) -> Intervals:
@@ -93,7 +91,7 @@ def by_length(walk: jax.Array) -> jax.Array:
 
 def row_bounds(seen: Intervals, padded: int, packing: Packing | None) -> jax.Array:
     """The bounds of each row of a matrix of scores, int32 [B, 2, rows], padded to so many queries or keys."""
-    both = jnp.stack([seen.begin, seen.end], axis=1)
+    both = jnp.stack(seen, axis=1)
     both = jnp.pad(both, ((0, 0), (0, 0), (0, padded - both.shape[-1])), mode="edge")
     return both if packing is None else packing.rows_of_queries(both)
 

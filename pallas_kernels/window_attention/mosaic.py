@@ -64,7 +64,7 @@ def backward(
     if 0 in (q.shape[1], k.shape[1]):
         return gradients_of_nothing(q, k, v, dq)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
-    options: dict[str, Any] = dict(scale=scale, dlse=None, gate=gate, dq=dq, run=None, interpret=interpret)
+    options: dict[str, Any] = dict(scale=scale, dlse=None, gate=gate, dq=dq, cut=False, interpret=interpret)
     return gradients(q, k, v, o, lse, do, keys, name="window_attention", **options)
 
 
