@@ -223,6 +223,16 @@ def training(record: Any) -> list[Row]:
     return table
 
 
+def determinism(record: Any) -> list[Row]:
+    """Speed and memory of a training step whose gradients repeat bit for bit, and of one whose need not."""
+    table: list[Row] = [("attention", "gradients", "tokens/s, median", "lowest to highest", "memory (GiB)")]
+    for row in record["rows"]:
+        gradients = "may differ" if "do not repeat" in row["determinism"] else "repeat"
+        span = f"{row['lowest']:,.0f} to {row['highest']:,.0f}"
+        table.append((row["attention"], gradients, f"{row['tokens_per_second']:,.0f}", span, f"{row['memory_gib']:.1f}"))
+    return table
+
+
 def _by_mesh(record: Any) -> dict[tuple[str, int, str], Any]:
     return {
         (row["attention"], row["length"], ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())): row
@@ -363,6 +373,30 @@ def pooling(record: Any) -> list[Row]:
     return table
 
 
+def tokens_100m(record: Any) -> list[Row]:
+    """Held-out loss of NSA's default layout and of full attention, by seed and by position."""
+    table: list[Row] = [
+        ("attention", "seed", "loss, nats per token", "bits per byte", "first 1024", "last 4096", "skill by layer")
+    ]
+    for name, shown in TOKENS_100M.items():
+        for run in record["runs"]:
+            if run["name"] == name:
+                final = run["final"]
+                by_position = final["bits_per_byte_by_sixteenth"]
+                parts = (statistics.mean(part) for part in (by_position[:2], by_position[8:]))
+                table.append(
+                    (
+                        shown,
+                        run["seed"],
+                        f"{final['loss']:.3f}",
+                        f"{final['bits_per_byte']:.3f}",
+                        *(f"{part:.3f}" for part in parts),
+                        "" if run["selection"] is None else _skill_by_layer(run["selection"]),
+                    )
+                )
+    return table
+
+
 def _skill_by_layer(shares: dict[str, list[list[float]]]) -> str:
     """(chosen - random) / (best - random) of each layer, from the shares of its heads."""
     means = ([statistics.mean(layer) for layer in shares[what]] for what in ("random", "chosen", "best"))
@@ -395,9 +429,11 @@ POOLING = {
     "nsa_residual_fine": "NSA: means of rotated keys and an MLP added, fine blocks",
     "nsa_mean_of_rotated": "NSA: means of rotated keys",
 }
+TOKENS_100M = {"full": "full attention", "nsa": "NSA"}
 RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
 POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
-EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS)  # files with a line for each run
+LONGER_RUNS = TRAINING / "h100_60m_100m.jsonl"
+EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS, LONGER_RUNS)  # files with a line for each run
 SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
 TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full", "nsa_paper"))
@@ -420,6 +456,7 @@ TABLES = {
     "decoding_model": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
     "training_speed": Table((TRAINING / "h100_350m_speed.json",), training),
     "training_speed_full_remat": Table((TRAINING / "h100_350m_speed_full_remat.json",), training),
+    "determinism": Table((TRAINING / "h100_60m_deterministic.json",), determinism),
     "meshes": Table((TRAINING / "h100x2_350m_speed.json",), meshes),
     "communication": Table((TRAINING / "h100x2_350m_speed.json",), communication),
     "context": Table(
@@ -432,5 +469,6 @@ TABLES = {
     "quality_recipe": Table((RECIPE_ARMS,), arms),
     "selection": Table((RECIPE_ARMS,), selection),
     "pooling": Table((POOLING_RUNS,), pooling),
+    "quality_100m": Table((LONGER_RUNS,), tokens_100m),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }
