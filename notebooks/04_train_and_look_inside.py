@@ -24,28 +24,65 @@
 # The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from two CPU cores.
 
 # %%
-# Installs the package if it is missing, and prints where this runs. On Colab, clone the repository first and change to
-# its folder notebooks: the trainer runs from a clone and is never installed.
+# Installs the package where it is missing, as on Colab, and prints where this runs.
+INSTALL_FROM = ".."  # a folder with a clone, a wheel, or a git URL such as "git+https://HOST/OWNER/nsa-jax"
+
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-HERE = Path.cwd()  # the folder `notebooks` of a clone
-if importlib.util.find_spec("nsa_jax") is None:
-    package = ["--editable", f"{HERE.parent}[train]"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
+
+def install(extra):
+    """Installs with an extra. JAX stays as it is where there is one: its GPU plugin fits no other version."""
+    source, found = INSTALL_FROM, importlib.metadata.distributions()
+    jax_here = [f"{d.name}=={d.version}" for d in found if d.name in ("jax", "jaxlib") or d.name.startswith("jax-cuda")]
+    if not jax_here and Path("/dev/nvidia0").exists():
+        extra += ",cuda12"
+    if "://" in source:
+        package = [f"nsa-jax[{extra}] @ {source}"]
+    elif source.endswith(".whl"):
+        package = [f"nsa-jax[{extra}] @ {Path(source).resolve().as_uri()}"]
+    elif (Path(source) / "nsa_jax").is_dir():
+        package = ["--editable", f"{Path(source).resolve()}[{extra}]"]
+        sys.path.append(str(Path(source).resolve()))  # only later processes find an editable package by themselves
+    else:
+        raise FileNotFoundError(f"INSTALL_FROM = {source!r}: expected a clone of nsa-jax, a wheel or a git URL")
+    constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("\n".join(jax_here))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+    if subprocess.run([*pip, *package]).returncode:
+        raise RuntimeError(
+            f"pip could not install nsa-jax beside {', '.join(jax_here) or 'no JAX'}; it says why above. If this JAX "
+            "is too old, install a newer one with its plugin (pip install --upgrade 'jax[cuda12]') and restart."
+        )
     importlib.invalidate_caches()
+    for name in ("jax", "numpy"):
+        loaded = getattr(sys.modules.get(name), "__version__", None)
+        if loaded not in (None, importlib.metadata.version(name)):
+            raise RuntimeError(f"{name} {loaded} was loaded before another was installed: restart and run again.")
+
+
+# The trainer is never installed: it runs from a clone, which is fetched if it is not here.
+if INSTALL_FROM.startswith("git+"):
+    subprocess.run(["git", "clone", "--quiet", INSTALL_FROM.removeprefix("git+"), "nsa-jax"], check=True)
+    INSTALL_FROM = "nsa-jax"
+if importlib.util.find_spec("nsa_jax") is None:
+    install("train")
 if importlib.util.find_spec("train") is None:
-    sys.path.append(str(HERE.parent))
+    sys.path.append(str(Path(INSTALL_FROM).resolve()))
 
 import jax
 
 FAST = os.environ.get("NSA_JAX_NOTEBOOK_FAST") == "1"  # less of everything, for the tests
 began = time.perf_counter()
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
+    print("This GPU is older than those our kernels are for (an A100 or newer): all runs on XLA, correct but slower.")
 print("All of it takes about 7 minutes on two busy CPU cores, 3.5 minutes on an H100 (most of it compiling).")
 # %matplotlib inline
 
@@ -61,7 +98,6 @@ print("All of it takes about 7 minutes on two busy CPU cores, 3.5 minutes on an 
 import json
 import random
 import sysconfig
-import tempfile
 
 import matplotlib
 

@@ -3,20 +3,17 @@
 import email
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
+from helpers.packaging import ROOT, build_wheel
 
 import nsa_jax
 
-ROOT = Path(__file__).parents[1]
-SOURCES = ("LICENSE", "README.md", "pyproject.toml", "nsa_jax", "pallas_kernels", "tests", "train")
 NEEDED = {"jax", "flax", "chex", "jaxtyping", "numpy"}
 
 # Forward and gradient on a CPU; importing what only an extra brings is an error.
@@ -58,16 +55,7 @@ print("works", nsa_jax.__version__)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, which a build may write into."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    program = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    built = subprocess.run([sys.executable, "-c", program, out], cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    (path,) = out.glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("package"))
 
 
 def run(python, folder, *arguments, **environment):
