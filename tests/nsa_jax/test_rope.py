@@ -12,7 +12,7 @@ from flax import nnx
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSAConfig, RopeScaling
-from nsa_jax.layer import NSALayerConfig, compressed_tokens, project_branches
+from nsa_jax.layer import NSALayerConfig, nsa_layer_inputs
 from nsa_jax.rope import apply_rope, rope_frequencies
 from nsa_jax.testing import assert_trees_close
 
@@ -90,9 +90,8 @@ def test_yarn_multiplies_the_logits_of_every_branch_by_the_square_of_its_magnitu
     def logits():
         def with_scaling(scaling):
             config = NSALayerConfig(**sizes, rope_scaling=scaling)
-            q, kv = project_branches(weights, x, nowhere, config)
-            cmp_k, _ = compressed_tokens(weights, kv.cmp_k, kv.cmp_v, nowhere, config)
-            return [jnp.einsum("btkd,bskd->bkts", q[:, :, ::2], k) for k in (cmp_k, kv.slc_k, kv.win_k)]
+            q, kv, *_ = nsa_layer_inputs(weights, x, config=config, positions=nowhere)
+            return [jnp.einsum("btkd,bskd->bkts", q[:, :, ::2], k) for k in (kv.cmp_k, kv.slc_k, kv.win_k)]
 
         return with_scaling(RopeScaling()), with_scaling(YARN)
 
