@@ -7,6 +7,7 @@ logical axes. `*_layer(parameters, x, ...)` computes it.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.attention import AttentionInputs, BranchKV, checked_segment_ids
+from nsa_jax.compression import add_bias
 from nsa_jax.core import (
     BRANCHES,
     Axes,
@@ -54,6 +56,8 @@ class LayerConfig(HeadConfig):
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions. Unused with `rotate`
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding (arXiv 2302.05442)
+    use_bias: bool = False  # in all projections
+    kernel_init: Callable | None = None  # of projections, as [inputs, outputs]; None: lecun_normal
     output_init_scale: float = 1.0  # factor on the initial output projection
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class LayerConfig(HeadConfig):
             self._set("rope_theta", arguments.real("rope_theta", self.rope_theta))
         if not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling = {self.rope_scaling!r}: expected an nsa_jax.RopeScaling")
+        if self.kernel_init is not None and not callable(self.kernel_init):
+            raise ValueError(f"kernel_init = {self.kernel_init!r}: expected an initialiser, as of flax.linen")
         if self.rotate is None and self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
 
@@ -86,15 +92,17 @@ def projection_parameters(config: LayerConfig, embed_dim: int, branches: tuple[s
     norm = Parameter((Dk,), initializers.ones_init(), ("head_dim",))
 
     def projection(name: str, heads: int, size: int, axis: str) -> dict[str, Parameter]:
-        init = initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        return {f"{name}_kernel": Parameter((embed_dim, heads, size), init, ("embed", axis, "head_dim"))}
+        init, zeros = _flat_init(config, num_inputs=1), initializers.zeros_init()
+        declared = {f"{name}_kernel": Parameter((embed_dim, heads, size), init, ("embed", axis, "head_dim"))}
+        if config.use_bias:
+            declared[f"{name}_bias"] = Parameter((heads, size), zeros, (axis, "head_dim"))
+        return declared
 
     parameters = projection("q", H, Dk, "heads")
-    # The distribution of lecun_normal, whose standard deviation `output_init_scale` multiplies.
-    join = initializers.variance_scaling(
-        config.output_init_scale**2, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
-    )
+    join = _flat_init(config, num_inputs=2, factor=config.output_init_scale)
     parameters["o_kernel"] = Parameter((H, Dv, embed_dim), join, ("heads", "head_dim", "embed"))
+    if config.use_bias:
+        parameters["o_bias"] = Parameter((embed_dim,), initializers.zeros_init(), ("embed",))
     if config.qk_norm:
         parameters["q_norm_scale"] = norm
     for branch in branches:
@@ -105,11 +113,22 @@ def projection_parameters(config: LayerConfig, embed_dim: int, branches: tuple[s
     return parameters
 
 
+def _flat_init(config: LayerConfig, *, num_inputs: int, factor: float = 1.0) -> Callable:
+    """An initialiser of a kernel whose first dimensions are inputs, which `kernel_init` sees as a matrix."""
+    init = config.kernel_init or initializers.lecun_normal()
+
+    def call(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        matrix = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+        return init(key, matrix, dtype).reshape(shape) * jnp.asarray(factor, dtype)
+
+    return call
+
+
 def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
     """Every parameter of a Native Sparse Attention layer, by name."""
     parameters = projection_parameters(config, embed_dim, ("",) if config.share_kv else BRANCHES)
     if config.tie_keys:
-        for name in ("cmp_k_kernel", "cmp_k_norm_scale"):
+        for name in ("cmp_k_kernel", "cmp_k_bias", "cmp_k_norm_scale"):
             parameters.pop(name, None)
     return parameters | core_parameters(config, embed_dim)
 
@@ -242,6 +261,8 @@ def _project(
 ) -> Float[Array, "B T H D"]:
     """Queries, keys or values. With `qk_norm`, queries and keys get their RMSNorm, with the statistics in float32."""
     heads = jnp.einsum("bte,ehd->bthd", x, weights[f"{name}_kernel"], precision=config.precision)
+    if config.use_bias:
+        heads = add_bias(heads, weights[f"{name}_bias"])
     if not config.qk_norm or name.endswith("v"):
         return heads
     wide = heads.astype(wide_dtype(heads.dtype))
@@ -252,4 +273,5 @@ def _project(
 
 def join_heads(o: Float[Array, "B T H D"], weights: Mapping[str, Array], config: LayerConfig) -> Float[Array, "B T E"]:
     """The output projection of a layer."""
-    return jnp.einsum("bthd,hde->bte", o, weights["o_kernel"], precision=config.precision)
+    y = jnp.einsum("bthd,hde->bte", o, weights["o_kernel"], precision=config.precision)
+    return add_bias(y, weights["o_bias"]) if config.use_bias else y

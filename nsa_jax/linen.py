@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -36,6 +36,7 @@ from nsa_jax.decoding import (
     nsa_layer_decode_step,
     nsa_layer_prefill,
 )
+from nsa_jax.foreign import refuse_foreign
 from nsa_jax.layer import LayerConfig, NSALayerConfig, full_layer, layer_parameters, nsa_layer, nsa_layer_inputs
 from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
@@ -58,6 +59,11 @@ class HeadFields(nn.Module):
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
     config_kind: ClassVar[type[HeadConfig]]
+
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
+        """Refuses fields that other libraries have, and says what there is instead."""
+        refuse_foreign(cls.__dataclass_fields__, fields)
+        return super().__new__(cls)
 
     def _config(self) -> Any:
         kind = self.config_kind
@@ -88,6 +94,8 @@ class LayerFields(HeadFields):
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions. Unused with `rotate`
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
+    use_bias: bool = False  # in all projections
+    kernel_init: Callable | None = None  # of projections, as [inputs, outputs]; None: lecun_normal
     output_init_scale: float = 1.0  # factor on the initial output projection
 
     @nn.compact

@@ -1,5 +1,6 @@
 """Flax NNX versions of the Linen modules, with the same parameter names, shapes and numbers."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from nsa_jax.decoding import (
     nsa_layer_decode_step,
     nsa_layer_prefill,
 )
+from nsa_jax.foreign import refuse_foreign
 from nsa_jax.layer import LayerConfig, NSALayerConfig, full_layer, layer_parameters, nsa_layer, nsa_layer_inputs
 
 
@@ -281,6 +283,8 @@ class FullAttention(nnx.Module):
 
 
 def _config(kind: type, fields: Mapping[str, Any]) -> Any:
+    """A config of a kind; ValueError for fields that other libraries have."""
+    refuse_foreign([field.name for field in dataclasses.fields(kind)], fields)
     return kind(**fields)
 
 
