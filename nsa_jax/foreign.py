@@ -11,6 +11,7 @@ _SINKS = "no such field: no implementation has attention sinks; the first block 
 _DECODING = "the methods init_cache, prefill and decode_step"
 _WIDTH = "no such field: input and output of a layer have one width, which NNX calls embed_dim"
 _FLOAT32 = "no such field: softmax and its sums are in float32 at least"
+_RULES = "logical_axes, see nsa_jax.naming"
 
 # What the message says after "expected".
 INSTEAD: Mapping[str, str] = {
@@ -52,6 +53,7 @@ INSTEAD: Mapping[str, str] = {
     "use_attention_sinks": _SINKS,
     "quant": "no such field: see the page on integrations for int8 with qwix",
     "mesh": "batch_axes, head_axes and context_axes; the mesh is the one in context",
+    "kernel_axes": _RULES,
     # Transformers
     "hidden_size": _WIDTH,
     "num_attention_heads": "num_heads",

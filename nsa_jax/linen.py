@@ -38,12 +38,13 @@ from nsa_jax.decoding import (
 )
 from nsa_jax.foreign import refuse_foreign
 from nsa_jax.layer import LayerConfig, NSALayerConfig, full_layer, layer_parameters, nsa_layer, nsa_layer_inputs
+from nsa_jax.naming import renamed
 from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
 
 
 class HeadFields(nn.Module):
-    """Fields of every module here: heads, scores, dtypes and mesh axes."""
+    """Fields of every module here: heads, scores, dtypes, mesh axes and names of axes."""
 
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key/value heads; divides num_heads
@@ -55,6 +56,7 @@ class HeadFields(nn.Module):
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads
     context_axes: MeshAxes = ()  # mesh axes that split T, which is then in the order of `nsa_jax.context.zigzag_order`
+    logical_axes: Mapping[str, Any] | None = None  # other names for those of `nsa_jax.naming.LOGICAL_AXES`
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     param_dtype: DTypeLike = jnp.float32  # of the parameters
 
@@ -71,7 +73,7 @@ class HeadFields(nn.Module):
 
     def _declare(self, declared: Mapping[str, Parameter]) -> dict[str, Array]:
         return {
-            name: self.param(name, functools.partial(_named, p), p.shape, self.param_dtype)
+            name: self.param(name, functools.partial(_named, p, self.logical_axes), p.shape, self.param_dtype)
             for name, p in declared.items()
         }
 
@@ -349,5 +351,5 @@ class LogicalNames(nn.LogicallyPartitioned):
         return {"value": self.value, "mesh": self.mesh, **names, "eager_sharding": False}
 
 
-def _named(parameter: Parameter, *arguments: Any) -> Any:
-    return LogicalNames(parameter.init(*arguments), parameter.axes)
+def _named(parameter: Parameter, logical_axes: Mapping[str, Any] | None, *arguments: Any) -> Any:
+    return LogicalNames(parameter.init(*arguments), renamed(parameter.axes, logical_axes))

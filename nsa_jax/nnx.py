@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -25,6 +26,7 @@ from nsa_jax.decoding import (
 )
 from nsa_jax.foreign import refuse_foreign
 from nsa_jax.layer import LayerConfig, NSALayerConfig, full_layer, layer_parameters, nsa_layer, nsa_layer_inputs
+from nsa_jax.naming import renamed
 
 
 class NSACore(nnx.Module):
@@ -40,6 +42,7 @@ class NSACore(nnx.Module):
     Args:
       embed_dim: E, the width of x, of which the gates are made; unused with `constant_gates`.
       param_dtype: dtype of the parameters.
+      logical_axes: other names for those of `nsa_jax.naming.LOGICAL_AXES`.
       rngs: the `params` stream initialises the parameters.
       fields: num_heads, num_kv_heads, head_dim, config and so on, see `nsa_jax.NSACore`.
     """
@@ -50,11 +53,12 @@ class NSACore(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
+        logical_axes: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         self.core_config = _config(CoreConfig, fields)
         self.embed_dim = arguments.size("embed_dim", embed_dim)
-        _declare(self, self._parameters(), rngs, param_dtype)
+        _declare(self, self._parameters(), rngs, param_dtype, logical_axes)
 
     def __call__(
         self,
@@ -138,6 +142,7 @@ class NSAttention(nnx.Module):
     Args:
       embed_dim: E, the width of the input.
       param_dtype: dtype of the parameters.
+      logical_axes: other names for those of `nsa_jax.naming.LOGICAL_AXES`.
       rngs: the `params` stream initialises the parameters.
       fields: num_heads, num_kv_heads, head_dim, config and so on, see `nsa_jax.NSAttention`.
     """
@@ -148,11 +153,12 @@ class NSAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
+        logical_axes: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         self.layer_config = _config(NSALayerConfig, fields)
         self.embed_dim = arguments.size("embed_dim", embed_dim)
-        _declare(self, self._parameters(), rngs, param_dtype)
+        _declare(self, self._parameters(), rngs, param_dtype, logical_axes)
 
     def __call__(
         self,
@@ -227,12 +233,13 @@ class FullAttention(nnx.Module):
         rngs: nnx.Rngs,
         window: int | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        logical_axes: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         self.layer_config = _config(LayerConfig, fields)
         self.window = arguments.optional_size("window", window)
         self.embed_dim = arguments.size("embed_dim", embed_dim)
-        _declare(self, self._parameters(), rngs, param_dtype)
+        _declare(self, self._parameters(), rngs, param_dtype, logical_axes)
 
     def __call__(
         self,
@@ -293,11 +300,14 @@ def _declare(
     declared: Mapping[str, Parameter],
     rngs: nnx.Rngs,
     dtype: DTypeLike,
+    logical_axes: Mapping[str, Any] | None,
 ) -> None:
-    # The logical names are metadata for the user's own axis rules. Creating sharded arrays would need a mesh and rules.
+    # Our own names are metadata for the user's axis rules. To make split arrays, Flax needs names that these rules or
+    # the mesh have, and a mesh in context.
+    eager = logical_axes is not None and bool(jax.sharding.get_abstract_mesh().axis_names)
     for name, p in declared.items():
         value = p.init(rngs.params(), p.shape, dtype)
-        setattr(module, name, nnx.Param(value, out_sharding=p.axes, eager_sharding=False))
+        setattr(module, name, nnx.Param(value, out_sharding=renamed(p.axes, logical_axes), eager_sharding=eager))
 
 
 def _values(module: Any, declared: Mapping[str, Parameter]) -> dict[str, Array]:
