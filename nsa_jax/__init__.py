@@ -14,7 +14,7 @@ from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, i
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks, num_compressed
 from nsa_jax.core import Branches
-from nsa_jax.linen import FullAttention, NSACore, NSAttention
+from nsa_jax.linen import FullAttention, NSACore, NSAttention, NSAttentionFn
 from nsa_jax.remat import save_attention
 from nsa_jax.rope import RopeScaling
 
@@ -30,6 +30,7 @@ __all__ = [
     "NSAConfig",
     "NSACore",
     "NSAttention",
+    "NSAttentionFn",
     "RopeScaling",
     "cache_bytes",
     "compress",

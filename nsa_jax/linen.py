@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.typing import PrecisionLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from nsa_jax.adapters import attend
 from nsa_jax.attention import Implementation
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.compression import Compression
@@ -337,6 +338,70 @@ class FullAttention(LayerFields):
         """As `NSAttention.decode_step`."""
         options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "window": self.window}
         return full_layer_decode_step(self.declared_parameters(x), x, cache, config=self._config(), **options)
+
+
+class NSAttentionFn(nn.Module):
+    """An `attention_fn` for `flax.linen.MultiHeadDotProductAttention`: Native Sparse Attention with learnt gates.
+
+    The layer keeps its projections, and so its checkpoints. This module adds the parameters of its core. An
+    `attention_fn` sees queries, keys and values only, so gates are made of the queries of all heads; with the core's
+    `constant_gates` there are no parameters. Positions are those of the core's `rotate`.
+
+    Causal masks that are known when tracing are taken, because NSA is causal by itself. For packed documents, bind
+    `segment_ids` (or `positions`) with `functools.partial`, in the compact method that makes the layer.
+    `nsa_jax.nnx.NSAttentionFn` is the same for NNX.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> core = NSACore(num_heads=4, num_kv_heads=4, head_dim=16)
+      >>> layer = nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=NSAttentionFn(core))
+      >>> x = jnp.ones((1, 100, 64))
+      >>> y, variables = jax.jit(layer.init_with_output)(jax.random.key(0), x)
+      >>> y.shape, sorted(variables["params"])
+      ((1, 100, 64), ['attention_fn', 'key', 'out', 'query', 'value'])
+
+    Raises:
+      ValueError: a mask, bias or dropout that NSA does not have, or heads that are not those of the core.
+    """
+
+    core: NSACore
+
+    def __call__(
+        self,
+        query: Float[Array, "B T H Dk"],
+        key: Float[Array, "B T K Dk"],
+        value: Float[Array, "B T K Dv"],
+        bias: Array | None = None,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        dtype: DTypeLike | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        module: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+    ) -> Float[Array, "B T H Dv"]:
+        """Attention output, as `flax.linen.dot_product_attention` gives it."""
+        return attend(
+            self.core,
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            dtype=dtype,
+            others={
+                "bias": bias,
+                "module": module,
+                "qk_attn_weights_einsum": qk_attn_weights_einsum,
+                "attn_weights_value_einsum": attn_weights_value_einsum,
+            },
+            positions=positions,
+            segment_ids=segment_ids,
+        )
 
 
 class LogicalNames(nn.LogicallyPartitioned):

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PrecisionLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
+from nsa_jax.adapters import attend
 from nsa_jax.attention import AttentionInputs
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.core import Branches, CoreConfig, Parameter, core_attention, core_attention_inputs, core_parameters
@@ -287,6 +289,59 @@ class FullAttention(nnx.Module):
 
     def _values(self) -> dict[str, Array]:
         return _values(self, self._parameters())
+
+
+class NSAttentionFn(nnx.Module):
+    """An `attention_fn` for `flax.nnx.MultiHeadAttention`; see `nsa_jax.NSAttentionFn` for what it does.
+
+    Example:
+      >>> rngs = nnx.Rngs(0)
+      >>> core = NSACore(8 * 16, rngs=rngs, num_heads=8, num_kv_heads=2, head_dim=16)
+      >>> heads = {"num_heads": 8, "num_kv_heads": 2, "qkv_features": 128}
+      >>> layer = nnx.MultiHeadAttention(**heads, in_features=64, attention_fn=NSAttentionFn(core), rngs=rngs)
+      >>> nnx.jit(lambda layer, x: layer(x, decode=False))(layer, jnp.ones((1, 100, 64))).shape
+      (1, 100, 64)
+
+    Args:
+      core: whose `embed_dim` is num_heads * head_dim, because its gates are made of the queries.
+    """
+
+    def __init__(self, core: NSACore) -> None:
+        self.core = core
+
+    def __call__(
+        self,
+        query: Float[Array, "B T H Dk"],
+        key: Float[Array, "B T K Dk"],
+        value: Float[Array, "B T K Dv"],
+        bias: Array | None = None,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        dtype: DTypeLike | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        is_causal: bool = True,
+        module: Any = None,
+        dropout_rng: Array | None = None,
+        broadcast_dropout: bool = True,
+        precision: PrecisionLike = None,
+    ) -> Float[Array, "B T H Dv"]:
+        """Attention output, as `flax.nnx.dot_product_attention` gives it; causal whether `is_causal` or not."""
+        return attend(
+            self.core,
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            dtype=dtype,
+            others={"bias": bias, "module": module},
+            positions=positions,
+            segment_ids=segment_ids,
+        )
 
 
 def _config(kind: type, fields: Mapping[str, Any]) -> Any:
