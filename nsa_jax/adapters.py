@@ -52,11 +52,12 @@ def attend(
         _check_causal(mask, query.shape[1], key.shape[1])
     if dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    return core(_flat(query), query, key, value, **options)
+    return core(of_all_heads(query), query, key, value, **options)
 
 
 @on_auto_axes(lambda given: PartitionSpec(*split_of(given["query"], 0), None, None))
-def _flat(query: Float[Array, "B T H Dk"]) -> Float[Array, "B T H*Dk"]:
+def of_all_heads(query: Float[Array, "B T H Dk"]) -> Float[Array, "B T H*Dk"]:
+    """The queries of all heads beside one another, of which gates are made."""
     return query.reshape(*query.shape[:2], query.shape[2] * query.shape[3])
 
 

@@ -35,7 +35,7 @@ INSTEAD: Mapping[str, str] = {
     "attention_kernel": "implementation",
     "use_qk_norm": "qk_norm",
     "use_bias_in_projections": "use_bias",
-    "query_pre_attn_scalar": "scale, which is query_pre_attn_scalar ** -0.5",
+    "query_pre_attn_scalar": "scale: MaxText's number itself, Transformers' to the power of -0.5",
     "weight_dtype": "param_dtype",
     "float32_qk_product": _FLOAT32,
     "float32_logits": _FLOAT32,

@@ -11,7 +11,7 @@ from flax.typing import PrecisionLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
-from nsa_jax.adapters import attend
+from nsa_jax.adapters import attend, of_all_heads
 from nsa_jax.attention import AttentionInputs
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.core import Branches, CoreConfig, Parameter, core_attention, core_attention_inputs, core_parameters
@@ -342,6 +342,32 @@ class NSAttentionFn(nnx.Module):
             positions=positions,
             segment_ids=segment_ids,
         )
+
+    def init_cache(self, **sizes: Any) -> NSACache:
+        """As `NSACore.init_cache`."""
+        return self.core.init_cache(**sizes)
+
+    def prefill(
+        self,
+        query: Float[Array, "B T H Dk"],
+        key: Float[Array, "B T K Dk"],
+        value: Float[Array, "B T K Dv"],
+        cache: NSACache,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T H Dv"], NSACache]:
+        """As `NSACore.prefill`, from what the layer projects."""
+        return self.core.prefill(of_all_heads(query), query, key, value, cache, **options)
+
+    def decode_step(
+        self,
+        query: Float[Array, "B m H Dk"],
+        key: Float[Array, "B m K Dk"],
+        value: Float[Array, "B m K Dv"],
+        cache: NSACache,
+        **options: Any,
+    ) -> tuple[Float[Array, "B m H Dv"], NSACache]:
+        """As `NSACore.decode_step`, from what the layer projects."""
+        return self.core.decode_step(of_all_heads(query), query, key, value, cache, **options)
 
 
 def _config(kind: type, fields: Mapping[str, Any]) -> Any:

@@ -154,3 +154,30 @@ def test_flaxs_own_decoding_and_other_heads_are_refused_by_name():
         NSAttentionFn(core).init(jax.random.key(0), q[0], q[0], q[0])
     with pytest.raises(ValueError, match=r"^k: float32 \(2, 21, 2, 8\): expected .* \(2, 21, 4, 8\)"):
         NSAttentionFn(core).init(jax.random.key(0), q, q[:, :, :2], q[:, :, :2])
+
+
+def test_an_attention_fn_decodes_with_the_gates_of_the_call():
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, T, 4, 8)) for i in range(3))
+    twin = nnx_fn(num_kv_heads=4, config=CONFIG)
+    fn = NSAttentionFn(NSACore(num_kv_heads=4, **HEADS, config=CONFIG))
+    params = {name: getattr(twin.core, name)[...] for name, p in vars(twin.core).items() if isinstance(p, nnx.Param)}
+
+    @jax.jit
+    def run(params):
+        def linen(method, *arguments):
+            return fn.apply({"params": {"core": params}}, *arguments, method=method)
+
+        def part(a, b):
+            return (x[:, a:b] for x in (q, k, v))
+
+        outputs = []
+        for call in (linen, lambda method, *arguments: getattr(twin, method)(*arguments)):
+            cache = fn.init_cache(batch_size=B, max_length=T)
+            first, cache = call("prefill", *part(0, T - 1), cache)
+            last, cache = call("decode_step", *part(T - 1, T), cache)
+            outputs.append(jnp.concatenate([first, last], axis=1))
+        return linen("__call__", q, k, v), *outputs
+
+    expected, *outputs = run(params)
+    for actual in outputs:
+        assert_trees_close(actual, expected, 1e-5)
