@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
+from nsa_jax.arguments import describe
 from nsa_jax.attention import (
     BranchKV,
     compressed_attention,
@@ -166,7 +167,7 @@ def core_decode_step(
     _check_pages(cache, config)
     if q.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
-            f"{q.shape[1]} tokens a row: expected at most {step_tokens(cache, config.config)}, the cache's "
+            f"q: {describe(q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
             f"step_tokens; prefill takes more"
         )
     x, q, k, v = counted((x, q, k, v), num_tokens)
