@@ -339,11 +339,21 @@ def gates(
     wide = wide_dtype(q.dtype)
     if config.constant_gates is not None:
         return jnp.broadcast_to(jnp.asarray(config.constant_gates, wide)[None, None, None, :], (*q.shape[:3], 3))
-    product = functools.partial(jnp.einsum, precision=config.precision)
-    hidden = add_bias(product("bte,ef->btf", x, weights["gate_in_kernel"]), weights["gate_in_bias"])
+    assert x is not None  # checked in `core_inputs`
+    hidden = add_bias(multiply(x, weights["gate_in_kernel"], config), weights["gate_in_bias"])
     hidden = jax.nn.silu(hidden)
-    logits = add_bias(product("btf,fhc->bthc", hidden, weights["gate_out_kernel"]), weights["gate_out_bias"])
+    logits = add_bias(multiply(hidden, weights["gate_out_kernel"], config), weights["gate_out_bias"])
     return jax.nn.sigmoid(logits.astype(wide))
+
+
+def multiply(x: Array, kernel: Array, config: HeadConfig, *, over: int = 1) -> Array:
+    """The last `over` dimensions of x times the first of a parameter, in one operation with the parameter as it is.
+
+    Libraries that adapt or quantise parameters, such as qwix, know a parameter by this operation. They take every
+    `jnp.einsum` for one of a model's own, so products of the attention are einsums, and those of parameters are not.
+    """
+    dimensions = (tuple(range(x.ndim - over, x.ndim)), tuple(range(over)))
+    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), precision=config.precision).astype(x.dtype)
 
 
 def core_inputs(
@@ -419,7 +429,7 @@ def computed_with(
             of = "" if x is None else f"x: {describe(x)} and "
             raise ValueError(f"{name}: shape {parameters[name].shape}: expected {expected.shape} for {of}{config}")
     # Others may be there, too: of low-rank adapters, for example.
-    weights = {name: parameters[name].astype(dtype) for name in declared}
+    weights = {name: _in_dtype(parameters[name], dtype) for name in declared}
     if any(config.mesh_axes.values()):
         split = {"heads": config.head_axes or None, "kv_heads": config.head_axes or None}
         weights = {
@@ -427,6 +437,11 @@ def computed_with(
             for name, value in weights.items()
         }
     return weights
+
+
+def _in_dtype(x: Array, dtype: DTypeLike) -> Array:
+    """An array in a dtype: the very same object if it is so already, by which others may know it."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def segments_and_positions(

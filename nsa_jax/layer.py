@@ -33,6 +33,7 @@ from nsa_jax.core import (
     core_attention,
     core_attention_inputs,
     core_parameters,
+    multiply,
     on_mesh,
     segments_and_positions,
 )
@@ -260,7 +261,7 @@ def _project(
     x: Float[Array, "B T E"], weights: Mapping[str, Array], name: str, *, config: LayerConfig
 ) -> Float[Array, "B T H D"]:
     """Queries, keys or values. With `qk_norm`, queries and keys get their RMSNorm, with the statistics in float32."""
-    heads = jnp.einsum("bte,ehd->bthd", x, weights[f"{name}_kernel"], precision=config.precision)
+    heads = multiply(x, weights[f"{name}_kernel"], config)
     if config.use_bias:
         heads = add_bias(heads, weights[f"{name}_bias"])
     if not config.qk_norm or name.endswith("v"):
@@ -273,5 +274,5 @@ def _project(
 
 def join_heads(o: Float[Array, "B T H D"], weights: Mapping[str, Array], config: LayerConfig) -> Float[Array, "B T E"]:
     """The output projection of a layer."""
-    y = jnp.einsum("bthd,hde->bte", o, weights["o_kernel"], precision=config.precision)
+    y = multiply(o, weights["o_kernel"], config, over=2)
     return add_bias(y, weights["o_bias"]) if config.use_bias else y
