@@ -49,7 +49,7 @@ def attend(
         if x.ndim != 4:
             raise ValueError(f"{name}: {describe(x)}: expected 4 axes (batch, tokens, heads, head size)")
     if mask is not None:
-        _check_causal(mask, query.shape[1], key.shape[1])
+        _check_causal(mask, query.shape[1])
     if dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
     return core(of_all_heads(query), query, key, value, **options)
@@ -61,10 +61,10 @@ def of_all_heads(query: Float[Array, "B T H Dk"]) -> Float[Array, "B T H*Dk"]:
     return query.reshape(*query.shape[:2], query.shape[2] * query.shape[3])
 
 
-def _check_causal(mask: Any, Tq: int, T: int) -> None:
+def _check_causal(mask: Any, T: int) -> None:
     """Raises ValueError for a mask that is not known to be what NSA does anyway."""
     known = None if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
-    if known is None or Tq != T or known.shape[-2:] != (T, T) or (known.astype(bool) != np.tri(T, dtype=bool)).any():
+    if known is None or known.shape[-2:] != (T, T) or (known.astype(bool) != np.tri(T, dtype=bool)).any():
         raise ValueError(
             f"mask: {describe(mask if known is None else known)}: expected None, or a causal mask that is known when "
             "tracing. NSA is causal by itself, segment_ids tell documents apart, and NSACore decodes over a cache"

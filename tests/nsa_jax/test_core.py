@@ -252,7 +252,11 @@ def test_a_core_on_a_mesh_has_the_numbers_of_one_device(kind):
         arrays = jax.device_put(np.asarray(problem()[0]), NamedSharding(mesh, PartitionSpec("data"))), x, *rest
         whole = NamedSharding(mesh, PartitionSpec())
         given = jax.device_put(jax.device_get((variables, cache)), whole)
-        actual = jax.jit(functools.partial(run, core.clone(**axes)))(given[0], arrays, given[1])
+        call = functools.partial(run, core.clone(**axes))
+        assert "shard_map" in str(
+            jax.make_jaxpr(core.clone(**axes).apply)(given[0], *arrays)
+        )  # on Explicit axes by itself
+        actual = jax.jit(call)(given[0], arrays, given[1])
         assert actual[0].sharding.spec[:3] == ("data", None, "tensor")
     assert_trees_close(jax.device_get(actual), jax.device_get(expected), 1e-5)
 
