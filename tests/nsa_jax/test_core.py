@@ -102,7 +102,12 @@ def generated(core, variables, arrays, positions=None, tables=None, step_tokens=
     return run(variables, arrays, positions)
 
 
-LAYERS = [{}, PAPER, {**PAPER, "tie_keys": True}, {"compression": "linear", "qk_norm": True}]
+LAYERS = [
+    {},
+    PAPER,
+    pytest.param({**PAPER, "tie_keys": True}, marks=pytest.mark.exhaustive),
+    {"compression": "linear", "qk_norm": True},
+]
 
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)
