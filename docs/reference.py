@@ -15,6 +15,7 @@ PAGES = (
     "ops",
     "layers",
     "caches-and-decoding",
+    "integrations",
     "sharding",
     "training",
     "results",

@@ -228,8 +228,8 @@ def determinism(record: Any) -> list[Row]:
     table: list[Row] = [("attention", "gradients", "tokens/s, median", "lowest to highest", "memory (GiB)")]
     for row in record["rows"]:
         gradients = "may differ" if "do not repeat" in row["determinism"] else "repeat"
-        span = f"{row['lowest']:,.0f} to {row['highest']:,.0f}"
-        table.append((row["attention"], gradients, f"{row['tokens_per_second']:,.0f}", span, f"{row['memory_gib']:.1f}"))
+        speed, span = f"{row['tokens_per_second']:,.0f}", f"{row['lowest']:,.0f} to {row['highest']:,.0f}"
+        table.append((row["attention"], gradients, speed, span, f"{row['memory_gib']:.1f}"))
     return table
 
 

@@ -10,10 +10,11 @@ from nsa_jax.attention import (
     selected_attention,
     window_attention,
 )
-from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, init_nsa_cache, rollback
+from nsa_jax.cache import DenseCache, NSACache, cache_bytes, init_dense_cache, init_nsa_cache, next_positions, rollback
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks, num_compressed
-from nsa_jax.linen import FullAttention, NSAttention
+from nsa_jax.core import Branches
+from nsa_jax.linen import FullAttention, NSACore, NSAttention, NSAttentionFn
 from nsa_jax.remat import save_attention
 from nsa_jax.rope import RopeScaling
 
@@ -22,11 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionInputs",
     "BranchKV",
+    "Branches",
     "DenseCache",
     "FullAttention",
     "NSACache",
     "NSAConfig",
+    "NSACore",
     "NSAttention",
+    "NSAttentionFn",
     "RopeScaling",
     "cache_bytes",
     "compress",
@@ -34,6 +38,7 @@ __all__ = [
     "decode_attention",
     "init_dense_cache",
     "init_nsa_cache",
+    "next_positions",
     "nsa_attention",
     "num_blocks",
     "num_compressed",

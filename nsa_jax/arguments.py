@@ -3,6 +3,7 @@
 What does not fit is refused by name: `name = value: expected X`, or `name: dtype shape: expected X` for arrays.
 """
 
+import functools
 import math
 import operator
 from typing import Any, cast
@@ -61,6 +62,15 @@ def float_dtype(name: str, value: Any) -> jnp.dtype:
     if value is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} = {shown(value)}: expected a floating dtype")
     return dtype
+
+
+def check_precision(name: str, value: Any) -> None:
+    """Raises ValueError for what `jax.lax.dot_general` does not take as its precision."""
+    try:
+        one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        jax.eval_shape(functools.partial(jax.numpy.matmul, precision=value), one, one)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} = {shown(value)}: expected a precision of jax.lax.dot_general") from error
 
 
 def array(name: str, value: Any) -> Array:

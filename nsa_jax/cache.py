@@ -30,9 +30,9 @@ class NSACache(NamedTuple):
     may be -1 (no page); what is written there is dropped.
 
     *Rings.* A ring holds the last R positions of each row, with position p in slot p mod R. `win_*` hold the sliding
-    window, R = w + step_tokens - 1. `tail_*` hold the raw (unrotated) keys and values from which the next compressed
-    tokens are made, R = l + step_tokens - 1. A step of up to `step_tokens` tokens finds everything it needs there, even
-    after the step before it was taken back by `rollback`.
+    window, R = w + step_tokens - 1. `tail_*` hold the keys and values from which phi makes the next compressed tokens,
+    R = l + step_tokens - 1: keys that are rotated for a mean, and not yet for a phi with weights. A step of up to
+    `step_tokens` tokens finds everything it needs there, even after the step before it was taken back by `rollback`.
 
     *Bytes.* Let z be the bytes of a number. Pages take z K (Dk + Dv) (1 + 1/d) per token, where full attention takes
     z K (Dk + Dv). Rings take z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row. In bfloat16 with K = 4, Dk = Dv = 128
@@ -120,11 +120,12 @@ def init_nsa_cache(
     block_tables = arguments.integers(
         "block_tables", block_tables, (batch_size, N), "(batch_size, ceil(max_length / s))"
     )
-    if not isinstance(block_tables, jax.core.Tracer) and not (-1 <= np.min(block_tables) <= np.max(block_tables) < P):
-        raise ValueError(
-            f"block_tables holds {np.min(block_tables)} to {np.max(block_tables)}: expected -1 (no page) to "
-            f"num_pages - 1 = {P - 1}"
-        )
+    if not isinstance(block_tables, jax.core.Tracer):
+        known = np.asarray(block_tables)  # under `jit`, JAX would trace what follows
+        if not -1 <= known.min() <= known.max() < P:
+            raise ValueError(
+                f"block_tables holds {known.min()} to {known.max()}: expected -1 (no page) to num_pages - 1 = {P - 1}"
+            )
 
     dtype = arguments.float_dtype("dtype", dtype)
 
@@ -210,7 +211,7 @@ def rollback(cache: NSACache, num_rejected: int | Int[Array, " B"], *, config: N
     check_config(config)
     if not isinstance(cache, NSACache):
         raise ValueError(f"cache = {type(cache).__name__}: expected an nsa_jax.NSACache")
-    counts = _counts("num_rejected", num_rejected, cache.lengths.shape[0])
+    counts = token_counts("num_rejected", num_rejected, cache.lengths.shape[0])
     most = step_tokens(cache, config)
     if not isinstance(counts, jax.core.Tracer):
         known = np.asarray(counts)
@@ -257,6 +258,20 @@ def _checked_row(row: int | Int[Array, ""], cache: Cache) -> int | Int[Array, ""
     return row
 
 
+def next_positions(cache: Cache, num_tokens: int) -> Int[Array, "B T"]:
+    """Where the next tokens of each row stand: `cache.lengths` .. `cache.lengths` + num_tokens - 1, int32.
+
+    These are the positions at which queries and keys are rotated before a decoding step or the next chunk of a prompt.
+
+    Example:
+      >>> cache = init_dense_cache(batch_size=2, max_length=8, num_kv_heads=1, head_dim=4)
+      >>> next_positions(cache._replace(lengths=jnp.array([5, 0])), 2).tolist()
+      [[5, 6], [0, 1]]
+    """
+    num_tokens = arguments.size("num_tokens", num_tokens)
+    return with_int32(cache).lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+
+
 def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
     """The index of the compressed token that each row finishes next, which is `num_compressed` of its length."""
     return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
@@ -293,7 +308,7 @@ def write_nsa_tokens(
     Args:
       cache: the cache before these tokens.
       raw, selected, window: keys and values of the new tokens for the three branches. `raw` is for the compressed
-        branch, before phi and rotation.
+        branch, as phi takes them.
       compressed: C compressed tokens, from index `next_compressed(cache.lengths)` on. Those that end beyond the new
         tokens are not written.
       num_tokens: int32 [B].
@@ -372,7 +387,7 @@ def checked_cache(
             f"cache holds {k.dtype} keys {k.shape[2:]} and values {v.shape[2:]} (heads, head size): expected "
             f"{x.dtype} {(K, Dk)} and {(K, Dv)}"
         )
-    counts = _counts("num_tokens", T if num_tokens is None else num_tokens, B)
+    counts = token_counts("num_tokens", T if num_tokens is None else num_tokens, B)
     if not isinstance(counts, jax.core.Tracer):
         known = np.asarray(counts)  # under `jit`, JAX would trace what follows
         if not 0 <= known.min() <= known.max() <= T:
@@ -401,7 +416,8 @@ def _write_ring(
     return ring.at[jnp.arange(x.shape[0])[:, None], slots].set(x.astype(ring.dtype), mode="drop")
 
 
-def _counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
+def token_counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
+    """A number of tokens for each row, int32, from one for all or one for each."""
     counts = arguments.array(name, value)
     return arguments.integers(name, jnp.broadcast_to(counts, (B,)) if counts.ndim == 0 else counts, (B,))
 

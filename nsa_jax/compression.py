@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import PrecisionLike
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -29,6 +30,7 @@ def compress(
     *,
     config: NSAConfig,
     method: Compression = "mean",
+    precision: PrecisionLike = None,
 ) -> Float[Array, "B Nc K D"]:
     """Compressed tokens phi(x[i d : i d + l]) for every i. All heads share the same phi.
 
@@ -48,6 +50,7 @@ def compress(
         "out_bias" [D]; for "linear", "position" and "in_kernel" [l, D, D]; "mean" has none.
       config: gives l and d.
       method: "mean", "mlp" (one hidden layer with SiLU) or "linear".
+      precision: of the network's matrix products, as `jax.lax.dot_general` takes it.
 
     Returns:
       [B, Nc, K, D] with Nc = `num_compressed(T, config)`.
@@ -76,16 +79,17 @@ def compress(
 
     position = parameters["position"].astype(x.dtype)
     kernel = parameters["in_kernel"].astype(x.dtype)
-    products = jnp.einsum("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
+    product = functools.partial(jnp.einsum, precision=precision)
+    products = product("bnskd,rsdf->rbnkf", chunks, kernel.reshape(parts, d, D, -1))
     hidden = functools.reduce(operator.add, (products[r, :, r : r + Nc] for r in range(parts)))
-    hidden = add_bias(hidden, jnp.einsum("ld,ldf->f", position, kernel))
+    hidden = add_bias(hidden, product("ld,ldf->f", position, kernel))
     if method == "linear":
         return hidden
     hidden = add_bias(hidden, parameters["in_bias"])
     # A compressed token that is not finite sends no gradient: the slope of SiLU there, times 0, would be NaN.
     finite = is_finite(hidden)[..., None]
     hidden = jax.nn.silu(finite_part(hidden))
-    out = jnp.einsum("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
+    out = product("bnkf,fd->bnkd", hidden, parameters["out_kernel"].astype(x.dtype))
     return jnp.where(finite, add_bias(out, parameters["out_bias"]), jnp.nan)
 
 

@@ -34,6 +34,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import PrecisionLike
 from jaxtyping import Array, Float, Int
 
 from nsa_jax import arguments, attention, compression, dense, visibility
@@ -188,6 +189,7 @@ def causal_attention(
     *,
     axes: Axes,
     window: int | None = None,
+    scale: float | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H Dv"]:
     """`nsa_jax.dense.causal_attention` of a device's S = T / C tokens.
@@ -198,7 +200,8 @@ def causal_attention(
     and each copy serves some of the head's query heads. If these cannot be shared out evenly, heads of zeros fill up.
     """
     if window is not None:
-        return window_attention(q, k, v, axes=axes, config=NSAConfig(window=window), segment_ids=segment_ids)
+        sizes = NSAConfig(window=window)
+        return window_attention(q, k, v, axes=axes, config=sizes, scale=scale, segment_ids=segment_ids)
     attention.checked_attention(q, k, v, NSAConfig())
     (B, S, H, Dk), K, devices = q.shape, k.shape[2], jax.lax.axis_size(axes)
     repeats, group = head_exchange(H, K, devices)
@@ -209,7 +212,7 @@ def causal_attention(
     copies = (jnp.repeat(x.astype(wide), repeats, axis=2).astype(x.dtype) for x in (k, v))
     k, v = (_heads_to_tokens(x, axes) for x in copies)
     whole = None if segment_ids is None else _whole(segment_ids, axes)
-    o = _tokens_to_heads(dense.causal_attention(q, k, v, segment_ids=whole), axes)
+    o = _tokens_to_heads(dense.causal_attention(q, k, v, scale=scale, segment_ids=whole), axes)
     o = o.reshape(B, S, K, repeats * group, o.shape[-1])[:, :, :, : H // K]
     return o.reshape(B, S, H, v.shape[-1])
 
@@ -232,6 +235,7 @@ def compress(
     axes: Axes,
     config: NSAConfig,
     method: Compression = "mean",
+    precision: PrecisionLike = None,
 ) -> Float[Array, "B S/d K D"]:
     """`nsa_jax.compress` of a device's S = T / C tokens: the compressed tokens that begin among them.
 
@@ -251,7 +255,7 @@ def compress(
     early, late = _chunks(x)
     after = _chunks_after((early[:, : l - d], late[:, : l - d]), axes)
     blocks = jnp.concatenate([jnp.concatenate([early, after[0]], axis=1), jnp.concatenate([late, after[1]], axis=1)])
-    compressed = compression.compress(blocks, parameters, config=config, method=method)
+    compressed = compression.compress(blocks, parameters, config=config, method=method, precision=precision)
     return jnp.concatenate(jnp.split(compressed, 2), axis=1)
 
 

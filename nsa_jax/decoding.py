@@ -1,7 +1,8 @@
-"""The attention layers over a cache, as plain functions. The Linen and the NNX modules both wrap these.
+"""The attention layers, and their core, over a cache, as plain functions. The Linen and the NNX modules wrap these.
 
-`*_layer_prefill` processes a prompt or its next chunk. `*_layer_decode_step` adds one token or a few. Both return the
-layer's output and a new cache.
+`*_prefill` processes a prompt or its next chunk. `*_decode_step` adds one token or a few. Both return the output and a
+new cache. `core_*` take queries, keys and values that somebody else projected; `nsa_layer_*` and `full_layer_*` project
+their input themselves.
 
 Rows of the batch may get different numbers of tokens. Of the T tokens given, the first `num_tokens` count; the outputs
 of the others are finite and mean nothing. Shapes depend on T alone, so under `jax.jit` one program serves a whole
@@ -12,7 +13,7 @@ do not fit are dropped without a message, so the caller has to count on the host
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
+from nsa_jax.arguments import describe
 from nsa_jax.attention import (
     BranchKV,
     compressed_attention,
@@ -37,21 +39,32 @@ from nsa_jax.cache import (
     init_dense_cache,
     init_nsa_cache,
     next_compressed,
+    next_positions,
     read_pages,
     read_ring,
     step_tokens,
+    token_counts,
     with_int32,
     write_dense_tokens,
     write_nsa_tokens,
 )
 from nsa_jax.config import num_blocks
-from nsa_jax.dense import causal_attention, dense_attention
-from nsa_jax.explicit import in_explicit_mesh, split_like
-from nsa_jax.layer import (
+from nsa_jax.core import (
+    Branches,
+    CoreConfig,
     HeadConfig,
-    NSALayerConfig,
+    checked_positions,
     compressed_tokens,
+    core_inputs,
+    core_on_mesh,
     gates,
+    rotated_branches,
+)
+from nsa_jax.dense import causal_attention, dense_attention
+from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
+from nsa_jax.layer import (
+    LayerConfig,
+    NSALayerConfig,
     join_heads,
     layer_inputs,
     layer_on_mesh,
@@ -62,10 +75,11 @@ from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
 
 NumTokens = int | Int[Array, " B"] | None
+Tree = TypeVar("Tree")
 
 
-def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
-    """An empty cache for a layer.
+def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
+    """An empty cache for a core or a layer.
 
     On a mesh with Explicit axes, rows are split over the layer's `batch_axes` and heads over its `head_axes`, where
     these divide them. Every device then has all pages, of its heads. Prefill and steps keep the split of a cache.
@@ -79,165 +93,239 @@ def nsa_layer_cache(config: NSALayerConfig, *, dtype: DTypeLike | None = None, *
     return _placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
 
 
-def full_layer_cache(config: HeadConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
+def full_layer_cache(config: LayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
     """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
     return _placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
 
 
-def _split(arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+@core_on_mesh(lambda given: (split_of(given["q"], 0, 1, 2), split_like(given["cache"])))
+def core_prefill(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"] | None,
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T K Dk"] | Branches,
+    v: Float[Array, "B T K Dv"] | Branches,
+    cache: NSACache,
+    *,
+    config: CoreConfig,
+    positions: Int[Array, "B T"] | None = None,
+    num_tokens: NumTokens = None,
+    continuing: bool = False,
+) -> tuple[Float[Array, "B T H Dv"], NSACache]:
+    """Processes T tokens of each row and adds them to the cache. T may be any number.
+
+    Args:
+      parameters, x, q, k, v, config: see `nsa_jax.core.core_attention`. Rows that differ in length are padded on the
+        right.
+      cache: of the core. What its rows hold is forgotten, unless `continuing`.
+      positions: integers [B, T] at which queries and keys are rotated. None: those that follow the tokens in the cache,
+        `nsa_jax.next_positions`. With a phi that has weights, they must go up by one from token to token of a row, in
+        one call and from call to call, because the cache does not keep those of earlier tokens.
+      num_tokens: int32 [B] (or one int), how many of the T tokens count. None: all of them.
+      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
+        processes one row after the other, each at its own position.
+
+    Returns:
+      o [B, T, H, Dv], equal to the same rows of `core_attention` on the whole sequence, and the new cache.
+
+    Raises:
+      ValueError: an argument does not fit, named with what was expected.
+    """
+    x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
+    before, counts = _checked(cache if continuing else _emptied(cache), NSACache, q, num_tokens, config)
+    _check_pages(before, config)
+    x, q, k, v = counted((x, q, k, v), num_tokens)
+    q, new, cache = _take_in(weights, q, k, v, before, counts, positions, config, continuing=continuing)
+    g = gates(x, weights, q, config)
+    if continuing:
+        o, _ = _attend_continuing(q, new, before, cache, g, config)
+    else:
+        o = nsa_attention(q, new, g, **_op_options(config))
+    return o, cache
+
+
+@core_on_mesh(lambda given: (split_of(given["q"], 0, 1, 2), split_like(given["cache"])))
+def core_decode_step(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B m E"] | None,
+    q: Float[Array, "B m H Dk"],
+    k: Float[Array, "B m K Dk"] | Branches,
+    v: Float[Array, "B m K Dv"] | Branches,
+    cache: NSACache,
+    *,
+    config: CoreConfig,
+    positions: Int[Array, "B m"] | None = None,
+    num_tokens: NumTokens = None,
+) -> tuple[Float[Array, "B m H Dv"], NSACache]:
+    """Adds m tokens to each row, at most the cache's `step_tokens`, and reads only what they attend to.
+
+    One token in a step is plain decoding. Several are drafts to be verified; `nsa_jax.rollback` takes back the rejected
+    ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `core_prefill`.
+    """
+    x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
+    cache, counts = _checked(cache, NSACache, q, num_tokens, config)
+    _check_pages(cache, config)
+    if q.shape[1] > step_tokens(cache, config.config):
+        raise ValueError(
+            f"q: {describe(q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
+            f"step_tokens; prefill takes more"
+        )
+    x, q, k, v = counted((x, q, k, v), num_tokens)
+    offsets = cache.lengths
+    q, _, cache = _take_in(weights, q, k, v, cache, counts, positions, config, continuing=True)
+    o, _ = decode_attention(q, cache, gates(x, weights, q, config), offsets, **_op_options(config))
+    return o, cache
+
+
+def _layer_split(given: Mapping[str, Any]) -> tuple[Any, Any]:
     """The output is split as x is, and the new cache as the old one, so that steps can be the body of a loop."""
-    return split_like((arguments["x"], arguments["cache"]))
+    return split_like((given["x"], given["cache"]))
 
 
-@layer_on_mesh(_split)
+@layer_on_mesh(_layer_split)
 def nsa_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
     cache: NSACache,
     *,
     config: NSALayerConfig,
+    positions: Int[Array, "B T"] | None = None,
     num_tokens: NumTokens = None,
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], NSACache]:
-    """Processes T tokens of each row and adds them to the cache. T may be any number.
-
-    Args:
-      parameters: of the layer.
-      x: [B, T, E], padded on the right if rows differ in length.
-      cache: of the layer. What its rows hold is forgotten, unless `continuing`.
-      config: of the layer.
-      num_tokens: int32 [B] (or one int), how many of the T tokens count. None: all of them.
-      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
-        processes one row after the other, each at its own position.
+    """`core_prefill` between a layer's projections.
 
     Returns:
       y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
-
-    Raises:
-      ValueError: an argument does not fit, named with what was expected.
     """
     x, weights = layer_inputs(x, parameters, config)
-    before = cache if continuing else _emptied(cache)
-    before, x, counts = _checked(before, NSACache, x, num_tokens, config)
-    q, new, cache = _take_in(weights, x, before, counts, config, continuing=continuing)
-    if continuing:
-        o, _ = _attend_continuing(q, new, before, cache, gates(x, weights), config)
-    else:
-        o = nsa_attention(q, new, gates(x, weights), config=config.config, implementation=config.implementation)
-    return join_heads(o, weights["o_kernel"]), cache
+    x = counted(x, num_tokens)
+    q, k, v = project_branches(weights, x, config)
+    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "continuing": continuing}
+    o, cache = core_prefill(weights, x, q, k, v, cache, config=config, **options)
+    return join_heads(o, weights, config), cache
 
 
-@layer_on_mesh(_split)
+@layer_on_mesh(_layer_split)
 def nsa_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
     cache: NSACache,
     *,
     config: NSALayerConfig,
+    positions: Int[Array, "B m"] | None = None,
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
-    """Adds m tokens to each row, at most the cache's `step_tokens`, and reads only what they attend to.
-
-    One token in a step is plain decoding. Several are drafts to be verified; `nsa_jax.rollback` takes back the rejected
-    ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `nsa_layer_prefill`.
-    """
+    """`core_decode_step` between a layer's projections."""
     x, weights = layer_inputs(x, parameters, config)
-    cache, x, counts = _checked(cache, NSACache, x, num_tokens, config)
-    if x.shape[1] > step_tokens(cache, config.config):
-        raise ValueError(
-            f"x: {x.dtype} {x.shape}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
-            f"step_tokens; prefill takes more"
-        )
-    offsets = cache.lengths
-    q, _, cache = _take_in(weights, x, cache, counts, config, continuing=True)
-    o, _ = decode_attention(
-        q, cache, gates(x, weights), offsets, config=config.config, implementation=config.implementation
-    )
-    return join_heads(o, weights["o_kernel"]), cache
+    x = counted(x, num_tokens)
+    q, k, v = project_branches(weights, x, config)
+    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens}
+    o, cache = core_decode_step(weights, x, q, k, v, cache, config=config, **options)
+    return join_heads(o, weights, config), cache
 
 
-@layer_on_mesh(_split)
+@layer_on_mesh(_layer_split)
 def full_layer_prefill(
     parameters: Mapping[str, Array],
     x: Float[Array, "B T E"],
     cache: DenseCache,
     *,
-    config: HeadConfig,
+    config: LayerConfig,
     window: int | None = None,
+    positions: Int[Array, "B T"] | None = None,
     num_tokens: NumTokens = None,
     continuing: bool = False,
 ) -> tuple[Float[Array, "B T E"], DenseCache]:
     """`nsa_layer_prefill` for `full_layer`."""
     window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
-    before = cache if continuing else _emptied(cache)
-    before, x, counts = _checked(before, DenseCache, x, num_tokens, config)
-    q, k, v = project_dense(weights, x, _positions(before, x), config)
+    before, counts = _checked(cache if continuing else _emptied(cache), DenseCache, x, num_tokens, config)
+    x = counted(x, num_tokens)
+    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
-    o = _attend_to_dense(q, before, cache, window) if continuing else causal_attention(q, k, v, window=window)
-    return join_heads(o, weights["o_kernel"]), cache
+    if continuing:
+        o = _attend_to_dense(q, before, cache, window, config)
+    else:
+        o = causal_attention(q, k, v, window=window, scale=config.scale)
+    return join_heads(o, weights, config), cache
 
 
-@layer_on_mesh(_split)
+@layer_on_mesh(_layer_split)
 def full_layer_decode_step(
     parameters: Mapping[str, Array],
     x: Float[Array, "B m E"],
     cache: DenseCache,
     *,
-    config: HeadConfig,
+    config: LayerConfig,
     window: int | None = None,
+    positions: Int[Array, "B m"] | None = None,
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
-    before, x, counts = _checked(cache, DenseCache, x, num_tokens, config)
-    q, k, v = project_dense(weights, x, _positions(before, x), config)
+    before, counts = _checked(cache, DenseCache, x, num_tokens, config)
+    x = counted(x, num_tokens)
+    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths)
+        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
     else:
-        o = _attend_to_dense(q, before, cache, window)
-    return join_heads(o, weights["o_kernel"]), cache
+        o = _attend_to_dense(q, before, cache, window, config)
+    return join_heads(o, weights, config), cache
+
+
+def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
+    """Arrays [B, T, ...] with zeros in place of tokens that do not count, whatever these hold."""
+    if num_tokens is None:
+        return tree
+
+    def zeroed(x: Array) -> Array:
+        counts = token_counts("num_tokens", num_tokens, x.shape[0])
+        counts = counts.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < counts, x, 0)
+
+    return jax.tree.map(zeroed, tree)
 
 
 def _take_in(
     weights: Mapping[str, Array],
-    x: Float[Array, "B T E"],
+    q: Float[Array, "B T H Dk"],
+    k: Branches,
+    v: Branches,
     cache: NSACache,
     num_tokens: Int[Array, " B"],
-    config: NSALayerConfig,
+    positions: Int[Array, "B T"] | None,
+    config: CoreConfig,
     *,
     continuing: bool,
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV, NSACache]:
-    """Queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
-    l, d, T = config.config.compress_block, config.config.compress_stride, x.shape[1]  # noqa: E741
-    q, raw = project_branches(weights, x, _positions(cache, x), config)
-    raw_k, raw_v = raw.cmp_k, raw.cmp_v
+    """Rotated queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
+    l, d, T = config.config.compress_block, config.config.compress_stride, q.shape[1]  # noqa: E741
+    positions = _positions(cache, q, positions)
+    q, new = rotated_branches(q, k, v, positions, config)
+    pooled: tuple[Array, Array] = (new.cmp_k, new.cmp_v)
     most = -(-T // d)  # compressed tokens that T tokens can finish
-    index = next_compressed(cache.lengths, config.config)
     if continuing:
-        # The tokens from the first one of compressed token `index` on. At most l - 1 of them are in the ring.
+        # The tokens from the first one of the next compressed token on. At most l - 1 of them are in the ring.
         held = cache.lengths - (l - 1)
-        begin = index * d - held
+        begin = next_compressed(cache.lengths, config.config) * d - held
         take = begin[:, None] + jnp.arange(l + (most - 1) * d, dtype=jnp.int32)[None, :]
-        take = jnp.minimum(take, l - 1 + T - 1)[:, :, None, None]  # tokens beyond finish no compressed token
-        raw_k, raw_v = (
-            jnp.take_along_axis(jnp.concatenate([read_ring(ring, held, l - 1), new], axis=1), take, axis=1)
-            for ring, new in ((cache.tail_k, raw_k), (cache.tail_v, raw_v))
+        take = jnp.minimum(take, l - 1 + T - 1)  # tokens beyond finish no compressed token
+        k_and_v = (
+            jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
+            for ring, x in zip((cache.tail_k, cache.tail_v), pooled, strict=True)
         )
-    positions = index[:, None] * d + jnp.arange(raw_k.shape[1], dtype=jnp.int32)[None, :]
-    compressed = compressed_tokens(weights, raw_k, raw_v, positions, config)
-    cache = write_nsa_tokens(
-        cache,
-        (raw.cmp_k, raw.cmp_v),
-        compressed,
-        (raw.slc_k, raw.slc_v),
-        (raw.win_k, raw.win_v),
-        num_tokens,
-        config=config.config,
-    )
-    return q, raw._replace(cmp_k=compressed[0], cmp_v=compressed[1]), cache
+        pooled_k, pooled_v = (jnp.take_along_axis(x, take[:, :, None, None], axis=1) for x in k_and_v)
+        earlier = positions[:, :1] - jnp.arange(l - 1, 0, -1, dtype=jnp.int32)[None, :]
+        positions = jnp.take_along_axis(jnp.concatenate([earlier, positions], axis=1), take, axis=1)
+    else:
+        pooled_k, pooled_v = pooled
+    compressed = compressed_tokens(weights, pooled_k, pooled_v, positions, config)
+    selected, window = (new.slc_k, new.slc_v), (new.win_k, new.win_v)
+    cache = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config.config)
+    return q, new._replace(cmp_k=compressed[0], cmp_v=compressed[1]), cache
 
 
 def _attend_continuing(
@@ -246,14 +334,14 @@ def _attend_continuing(
     before: NSACache,
     after: NSACache,
     gates: Float[Array, "B T H 3"],
-    config: NSALayerConfig,
+    config: CoreConfig,
 ) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B K T n"]]:
     """NSA of a chunk that follows the tokens in `before`, and the blocks that it selects.
 
     For each row, this lays out the row's pages in order and calls the ops for whole sequences with a `query_offset`.
     """
     T, w = q.shape[1], config.config.window
-    options: dict[str, Any] = {"config": config.config, "implementation": config.implementation}
+    options = _op_options(config)
 
     o_win = None
     if w:
@@ -286,7 +374,7 @@ def _attend_continuing(
 
 
 def _attend_to_dense(
-    q: Float[Array, "B T H Dk"], before: DenseCache, after: DenseCache, window: int | None
+    q: Float[Array, "B T H Dk"], before: DenseCache, after: DenseCache, window: int | None, config: LayerConfig
 ) -> Float[Array, "B T H Dv"]:
     """Causal attention, windowed or not, of the newest tokens to everything in the cache."""
     position = (before.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :])[:, None, :, None]
@@ -294,7 +382,7 @@ def _attend_to_dense(
     mask = key <= position
     if window is not None:
         mask &= key > position - window
-    return dense_attention(q, after.k, after.v, mask=mask, lengths=after.lengths)
+    return dense_attention(q, after.k, after.v, mask=mask, lengths=after.lengths, scale=config.scale)
 
 
 def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
@@ -328,31 +416,36 @@ def _emptied(cache: Any) -> Any:
     return cache
 
 
-def _positions(cache: NSACache | DenseCache, x: Array) -> Int[Array, "B T"]:
-    return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+def _positions(cache: NSACache | DenseCache, x: Array, positions: Array | None) -> Int[Array, "B T"]:
+    """The positions given, or those that follow the tokens in the cache."""
+    if positions is None:
+        return next_positions(cache, x.shape[1])
+    return checked_positions(positions, *x.shape[:2])
+
+
+def _op_options(config: CoreConfig) -> dict[str, Any]:
+    return {"config": config.config, "scale": config.scale, "implementation": config.implementation}
 
 
 def _checked(
     cache: Any, kind: type, x: Array, num_tokens: NumTokens, config: HeadConfig
-) -> tuple[Any, Float[Array, "B T E"], Int[Array, " B"]]:
-    """The cache, `x` with zeros in place of tokens that do not count, and how many of each row count."""
+) -> tuple[Any, Int[Array, " B"]]:
+    """The cache, and how many tokens of each row of `x` [B, T, ...] count."""
     if devices_along(config.context_axes) > 1:
         raise ValueError(f"context_axes = {config.context_axes!r}: a cache's tokens are not split over devices")
     sizes = {"K": config.num_kv_heads, "Dk": config.head_dim, "Dv": config.value_dim}
-    cache, counts = checked_cache(cache, kind, x, num_tokens, **sizes)
-    if isinstance(config, NSALayerConfig):
-        s, d = config.config.select_block, config.config.compress_stride
-        if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
-            raise ValueError(
-                f"cache has pages of {cache.slc_k.shape[2]} tokens and {cache.cmp_k.shape[2]} compressed tokens: "
-                f"expected select_block = {s} and select_block / compress_stride = {s // d}"
-            )
-        if step_tokens(cache, config.config) < 1:
-            raise ValueError(
-                f"cache has rings of {cache.win_k.shape[1]} and {cache.tail_k.shape[1]} positions: expected at least "
-                f"window = {config.config.window} and compress_block = {config.config.compress_block}"
-            )
-    if num_tokens is None:
-        return cache, x, counts
-    counted = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
-    return cache, jnp.where(counted[:, :, None], x, 0), counts
+    return checked_cache(cache, kind, x, num_tokens, **sizes)
+
+
+def _check_pages(cache: NSACache, config: CoreConfig) -> None:
+    s, d = config.config.select_block, config.config.compress_stride
+    if (cache.slc_k.shape[2], cache.cmp_k.shape[2]) != (s, s // d):
+        raise ValueError(
+            f"cache has pages of {cache.slc_k.shape[2]} tokens and {cache.cmp_k.shape[2]} compressed tokens: "
+            f"expected select_block = {s} and select_block / compress_stride = {s // d}"
+        )
+    if step_tokens(cache, config.config) < 1:
+        raise ValueError(
+            f"cache has rings of {cache.win_k.shape[1]} and {cache.tail_k.shape[1]} positions: expected at least "
+            f"window = {config.config.window} and compress_block = {config.config.compress_block}"
+        )

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import arguments, xla
 from nsa_jax.arguments import describe
-from nsa_jax.attention import checked_attention, checked_segment_ids, window_attention
+from nsa_jax.attention import checked_attention, checked_segment_ids, score_scale, window_attention
 from nsa_jax.config import NSAConfig
 from nsa_jax.explicit import on_auto_axes, split_of
 from nsa_jax.visibility import segment_starts
@@ -20,6 +20,7 @@ def causal_attention(
     v: Float[Array, "B T K Dv"],
     *,
     window: int | None = None,
+    scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
     """o_t = Attn(q_t, k_1..t, v_1..t) in the segment of t (equation 1), or over the last `window` positions.
@@ -35,8 +36,9 @@ def causal_attention(
 
     Args:
       q, k, v: queries [B, T, H, Dk], keys [B, T, K, Dk] and values [B, T, K, Dv] of one float dtype. H is a multiple of
-        K. Scores are divided by the square root of Dk.
+        K.
       window: positions that a query sees, its own included. None: all.
+      scale: factor of the scores; Dk ** -0.5 if None.
       segment_ids: integers [B, T]; a run of equal ids is a segment.
 
     Returns:
@@ -54,14 +56,14 @@ def causal_attention(
     on_cudnn = segment_ids is None and _cudnn_applies(q, v)
     if window is not None or (_on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
-        return window_attention(q, k, v, config=sizes, segment_ids=segment_ids)
+        return window_attention(q, k, v, config=sizes, scale=scale, segment_ids=segment_ids)
     if on_cudnn:
-        return dense_attention(q, k, v, is_causal=True)
+        return dense_attention(q, k, v, is_causal=True, scale=scale)
     mask = jnp.tri(q.shape[1], dtype=bool)[None, None]
     if segment_ids is not None:
         starts = segment_starts(segment_ids)  # segments are runs: an id may come back
         mask &= (starts[:, :, None] == starts[:, None, :])[:, None]
-    o, _ = xla.masked_attention(q, k, v, mask, q.shape[-1] ** -0.5)
+    o, _ = xla.masked_attention(q, k, v, mask, score_scale(q, scale))
     return o
 
 
@@ -73,12 +75,13 @@ def dense_attention(
     mask: Bool[Array, "B 1 Tq T"] | None = None,
     is_causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B Tq H Dv"]:
     """`jax.nn.dot_product_attention` on a GPU, with cuDNN if it can; with `lengths` elsewhere, `xla.masked_attention`.
 
     `lengths` says how many keys of each row count. The others may hold anything that is finite; on XLA, NaN too.
     """
-    Dk, Dv = q.shape[-1], v.shape[-1]
+    Dk, Dv, scale = q.shape[-1], v.shape[-1], score_scale(q, scale)
     on_cudnn = mask is None and _cudnn_applies(q, v)
     if lengths is not None and on_cudnn:
         lengths = jnp.maximum(lengths, 1)
@@ -87,7 +90,7 @@ def dense_attention(
         # The softmax of JAX's function is in float32, and its products of float16 compile on GPUs alone.
         if q.dtype == jnp.float64 or not _on_gpu():
             seen = counts[:, None, None, :]
-            return xla.masked_attention(q, k, v, seen if mask is None else seen & mask, Dk**-0.5)[0]
+            return xla.masked_attention(q, k, v, seen if mask is None else seen & mask, scale)[0]
         v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN
     # JAX's binding wants keys and values of one size. Zeros change neither the scores nor the columns that are kept.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, max(Dk, Dv) - x.shape[-1]),)) for x in (q, k, v))
@@ -98,7 +101,7 @@ def dense_attention(
             k,
             v,
             mask=mask,
-            scale=Dk**-0.5,
+            scale=scale,
             is_causal=is_causal,
             key_value_seq_lengths=lengths,
             implementation="cudnn" if on_cudnn else "xla",

@@ -7,15 +7,15 @@ import flax.linen as nn
 import jax
 
 from nsa_jax.attention import AttentionInputs
-from nsa_jax.nnx import NSAttention
+from nsa_jax.nnx import NSACore, NSAttention
 
 
 def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any) -> dict[str, AttentionInputs]:
     """The arguments that each Native Sparse Attention layer of a model gives to the attention, in the model's order.
 
     Args:
-      module: a Linen module that contains `nsa_jax.NSAttention` anywhere (under `nn.scan` only if "intermediates" is
-        among its variable axes), or one `nsa_jax.nnx.NSAttention`.
+      module: a Linen module that contains `nsa_jax.NSAttention` or `nsa_jax.NSACore` anywhere (under `nn.scan` only if
+        "intermediates" is among its variable axes), or one `nsa_jax.nnx.NSAttention` or `nsa_jax.nnx.NSACore`.
       variables: of a Linen module; None for NNX.
       arguments, options: the arguments of a call of the module: a batch, `segment_ids` and so on.
 
@@ -25,7 +25,7 @@ def trace_attention(module: Any, variables: Any, *arguments: Any, **options: Any
     Raises:
       ValueError: the module has no such layer.
     """
-    if isinstance(module, NSAttention):
+    if isinstance(module, NSAttention | NSACore):
         return {"attention": module.attention_inputs(*arguments, **options)}
     if not isinstance(module, nn.Module):
         raise ValueError(f"module = {type(module).__name__}: expected a Linen module or an nsa_jax.nnx.NSAttention")

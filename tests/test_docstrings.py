@@ -23,7 +23,8 @@ def test_examples_run(name):
 
 def test_every_public_name_has_an_example():
     public = [getattr(nsa_jax, name) for name in nsa_jax.__all__]
-    public += [nsa_jax.nnx.NSAttention, nsa_jax.nnx.FullAttention, nsa_jax.sharding.sharded]
+    twins = ("NSAttention", "NSACore", "NSAttentionFn", "FullAttention")
+    public += [*(getattr(nsa_jax.nnx, name) for name in twins), nsa_jax.sharding.sharded]
     # What holds arrays has nothing to show.
     missing = [x.__name__ for x in public if not hasattr(x, "_fields") and ">>>" not in inspect.getdoc(x)]
     assert missing == []

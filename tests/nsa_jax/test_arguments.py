@@ -17,7 +17,7 @@ from nsa_jax.cache import put_row, take_row
 from nsa_jax.compression import phi_shapes
 from nsa_jax.context import from_zigzag, received_bytes, to_zigzag, zigzag_order
 from nsa_jax.dense import causal_attention
-from nsa_jax.layer import HeadConfig, NSALayerConfig
+from nsa_jax.layer import LayerConfig, NSALayerConfig
 from nsa_jax.rope import apply_rope, rope_frequencies
 from nsa_jax.selection import selection_recall
 from nsa_jax.sharding import sharded
@@ -236,7 +236,7 @@ def test_every_wrong_field_of_a_layer_is_refused_by_name():
                 nsa_jax.NSAttention(**fields).init(jax.random.key(0), x)
             with pytest.raises(ValueError, match=message):
                 nsa_jax.nnx.NSAttention(8, rngs=nnx.Rngs(0), **fields)
-            if name in HeadConfig.__dataclass_fields__:
+            if name in LayerConfig.__dataclass_fields__:
                 with pytest.raises(ValueError, match=message):
                     nsa_jax.FullAttention(**fields).init_cache(batch_size=1, max_length=2)
     for value in SIZE:
@@ -402,7 +402,7 @@ def test_parameters_that_others_add_to_a_module_are_left_alone(kind):
 def test_missing_parameters_and_those_of_another_width_are_refused_by_name():
     from nsa_jax.layer import full_layer
 
-    config, x = HeadConfig(**HEADS), jnp.zeros((B, T, 8))
+    config, x = LayerConfig(**HEADS), jnp.zeros((B, T, 8))
     module = nsa_jax.FullAttention(**HEADS)
     shapes = nsa_jax.linen.nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
     parameters = jax.tree.map(lambda p: jnp.zeros(p.shape), shapes)

@@ -12,7 +12,7 @@ from flax import nnx
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSAConfig, RopeScaling
-from nsa_jax.layer import NSALayerConfig, compressed_tokens, project_branches
+from nsa_jax.layer import NSALayerConfig, nsa_layer_inputs
 from nsa_jax.rope import apply_rope, rope_frequencies
 from nsa_jax.testing import assert_trees_close
 
@@ -20,7 +20,13 @@ CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 # 40 tokens trained on: of the frequencies 1, 0.1, 0.01, 0.001 some are kept, some divided, one is in between.
 YARN = RopeScaling("yarn", factor=4, original_length=40, beta_fast=4, beta_slow=0.1)
-SCALINGS = [RopeScaling("linear", 4), RopeScaling("ntk", 4), YARN, RopeScaling("yarn", 8, 2048)]
+SCALINGS = [
+    RopeScaling("linear", 4),
+    RopeScaling("ntk", 4),
+    YARN,
+    RopeScaling("yarn", 8, 2048),
+    RopeScaling("llama3", 8, 64),
+]
 E, T = 16, 45
 
 
@@ -40,6 +46,13 @@ def by_the_equations(x, positions, theta, scaling):
             gamma = 0.0 if r < alpha else 1.0 if r > beta else (r - alpha) / (beta - alpha)
             frequency = (1 - gamma) * frequency / s + gamma * frequency
             magnitude = 0.1 * math.log(s) + 1
+        elif scaling.kind == "llama3":  # as its configuration says it, in wavelengths
+            wavelength, low_freq_factor, high_freq_factor = 2 * math.pi / frequency, 1, 4
+            if wavelength > L / low_freq_factor:
+                frequency /= s
+            elif wavelength > L / high_freq_factor:
+                smooth = (L / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+                frequency = (1 - smooth) * frequency / s + smooth * frequency
         for b, t, h in np.ndindex(x.shape[:3]):
             pair = complex(x[b, t, h, d], x[b, t, h, d + D // 2])
             pair *= magnitude * complex(math.cos(positions[b, t] * frequency), math.sin(positions[b, t] * frequency))
@@ -56,7 +69,7 @@ def test_rotation_equals_the_papers_equations(scaling):
         assert_trees_close(apply_rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0, scaling), expected, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 def test_factor_1_is_the_plain_embedding(kind):
     scaling = RopeScaling(kind, 1.0, 64)
     plain = rope_frequencies(16, 500.0, RopeScaling())
@@ -90,9 +103,8 @@ def test_yarn_multiplies_the_logits_of_every_branch_by_the_square_of_its_magnitu
     def logits():
         def with_scaling(scaling):
             config = NSALayerConfig(**sizes, rope_scaling=scaling)
-            q, kv = project_branches(weights, x, nowhere, config)
-            cmp_k, _ = compressed_tokens(weights, kv.cmp_k, kv.cmp_v, nowhere, config)
-            return [jnp.einsum("btkd,bskd->bkts", q[:, :, ::2], k) for k in (cmp_k, kv.slc_k, kv.win_k)]
+            q, kv, *_ = nsa_layer_inputs(weights, x, config=config, positions=nowhere)
+            return [jnp.einsum("btkd,bskd->bkts", q[:, :, ::2], k) for k in (kv.cmp_k, kv.slc_k, kv.win_k)]
 
         return with_scaling(RopeScaling()), with_scaling(YARN)
 
@@ -143,11 +155,13 @@ def test_both_flavours_scale_alike_and_decoding_equals_the_whole_forward_pass(ki
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "dynamic"}, r"RopeScaling.kind = 'dynamic': expected one of none, linear, ntk, yarn"),
+        ({"kind": "dynamic"}, r"RopeScaling.kind = 'dynamic': expected one of none, linear, ntk, yarn, llama3"),
         ({"kind": "linear", "factor": 0.5}, r"RopeScaling.factor = 0.5: expected a number of at least 1"),
         ({"kind": "linear", "factor": math.nan}, r"RopeScaling.factor = nan"),
         ({"factor": 4.0}, r"RopeScaling.factor = 4.0: expected 1 with kind = none"),
         ({"kind": "yarn", "factor": 4.0}, r"RopeScaling.original_length = None: expected the tokens trained on"),
+        ({"kind": "llama3", "factor": 4.0}, r"RopeScaling.original_length = None: .*, with kind = llama3"),
+        ({"kind": "llama3", "original_length": 8, "beta_slow": 4.0}, r"beta_slow = 4.0: .* below beta_fast = 4.0"),
         ({"kind": "yarn", "original_length": 0}, r"RopeScaling.original_length = 0: expected an integer of at least 1"),
         ({"beta_slow": 0.0}, r"RopeScaling.beta_slow = 0.0: expected above 0 and below beta_fast = 32.0"),
         ({"beta_slow": 32.0}, r"RopeScaling.beta_slow = 32.0: expected above 0 and below beta_fast = 32.0"),

@@ -23,7 +23,7 @@ from strategies import LayerCase, layer_cases, random_segment_ids
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax.context import from_zigzag, to_zigzag
-from nsa_jax.layer import HeadConfig, NSALayerConfig, nsa_layer_inputs, nsa_parameters, projection_parameters
+from nsa_jax.layer import LayerConfig, NSALayerConfig, nsa_layer_inputs, nsa_parameters, projection_parameters
 from nsa_jax.testing import normwise_error, reference_selection, tolerance_of
 
 E = 12
@@ -43,7 +43,7 @@ class Layer:
         else:
             fields = {"window": case.window, **fields}
             fields.pop("implementation", None)
-            config = HeadConfig(**{name: value for name, value in fields.items() if name != "window"})
+            config = LayerConfig(**{name: value for name, value in fields.items() if name != "window"})
             classes = (nsa_jax.FullAttention, nsa_jax.nnx.FullAttention)
             self.declared = projection_parameters(config, E, ("",))
         self.config, self.linen = config, classes[0](**fields)

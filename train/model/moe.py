@@ -32,7 +32,7 @@ from flax.linen import initializers
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.layer import Parameter
+from nsa_jax.core import Parameter
 from nsa_jax.sharding import free_axes, free_split, manual_axes
 from train.config import ModelConfig, MoEConfig
 from train.model.auxiliary import leave_loss

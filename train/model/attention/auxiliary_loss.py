@@ -9,7 +9,8 @@ from flax.linen import initializers
 from jaxtyping import Array, Float, Int
 
 from nsa_jax.config import num_blocks
-from nsa_jax.layer import NSALayerConfig, Parameter, rotate
+from nsa_jax.core import Parameter
+from nsa_jax.layer import NSALayerConfig
 from nsa_jax.sharding import token_positions
 from nsa_jax.visibility import candidate_blocks
 from train.config import ModelConfig
@@ -59,7 +60,7 @@ class AuxiliaryLoss(ChoosingBlocks):
         positions = token_positions((x.shape[0], x.shape[1]), segment_ids, batch_axes=config.batch_axes)
         axes = ("embed", "kv_heads", "head_dim")
         q, k = (
-            rotate(jnp.einsum("bte,ehd->bthd", x, weight(parameters[name], axes, x.dtype)), positions, config)
+            config.rotated(jnp.einsum("bte,ehd->bthd", x, weight(parameters[name], axes, x.dtype)), positions)
             for name in ("index_q_kernel", "index_k_kernel")
         )
         return {"q": q.astype(jnp.float32), "k": in_whole_blocks(k.astype(jnp.float32), config.config).mean(axis=2)}

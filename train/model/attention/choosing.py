@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import compressed_attention, selected_attention, window_attention
 from nsa_jax.attention import AttentionInputs, BranchKV
+from nsa_jax.core import Parameter
 from nsa_jax.explicit import split_like
 from nsa_jax.layer import (
     NSALayerConfig,
-    Parameter,
     join_heads,
     layer_inputs,
     layer_on_mesh,
@@ -231,7 +231,7 @@ def _layer(
     starts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_starts(segment_ids)
     choice = Choice(q, kv, lse, starts, segment_ids, kind.own(parameters, x, segment_ids, config))
     o_slc = _on_each_device(kind.attend, choice, config, _TOKENS)
-    y = join_heads(gated_sum(gates, o_cmp, o_slc, o_win), weights["o_kernel"])
+    y = join_heads(gated_sum(gates, o_cmp, o_slc, o_win), weights, config)
     loss = _on_each_device(kind.loss, choice, config, _ROWS_AND_HEADS).mean() if learning and kind.has_loss else None
     return y, loss, measured_selection(kind, choice, inputs, config) if measured else None
 
