@@ -55,6 +55,7 @@ class HeadConfig:
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding (arXiv 2302.05442)
+    use_bias: bool = False  # biases of the query, key and value projections
     output_init_scale: float = 1.0  # factor on the initial output projection
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
@@ -127,6 +128,9 @@ def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[st
         "q_kernel": Parameter((embed_dim, H, Dk), project, ("embed", "heads", "head_dim")),
         "o_kernel": Parameter((H, Dv, embed_dim), join, ("heads", "head_dim", "embed")),
     }
+    zeros = initializers.zeros_init()
+    if config.use_bias:
+        parameters["q_bias"] = Parameter((H, Dk), zeros, ("heads", "head_dim"))
     if config.qk_norm:
         parameters["q_norm_scale"] = norm
     for branch in branches:
@@ -134,6 +138,9 @@ def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[st
         axes = ("embed", "kv_heads", "head_dim")
         parameters[f"{prefix}k_kernel"] = Parameter((embed_dim, K, Dk), project, axes)
         parameters[f"{prefix}v_kernel"] = Parameter((embed_dim, K, Dv), project, axes)
+        if config.use_bias:
+            parameters[f"{prefix}k_bias"] = Parameter((K, Dk), zeros, axes[1:])
+            parameters[f"{prefix}v_bias"] = Parameter((K, Dv), zeros, axes[1:])
         if config.qk_norm:
             parameters[f"{prefix}k_norm_scale"] = norm
     return parameters
@@ -143,7 +150,7 @@ def nsa_parameters(config: NSALayerConfig, embed_dim: int) -> dict[str, Paramete
     """Every parameter of a Native Sparse Attention layer, by name."""
     parameters = projection_parameters(config, embed_dim, ("",) if config.share_kv else BRANCHES)
     if config.tie_keys:
-        for name in ("cmp_k_kernel", "cmp_k_norm_scale"):
+        for name in ("cmp_k_kernel", "cmp_k_bias", "cmp_k_norm_scale"):
             parameters.pop(name, None)
     for name, size in (("phi_k", config.head_dim), ("phi_v", config.value_dim)):
         parameters |= _phi_parameters(name, size, config)
@@ -268,13 +275,13 @@ def project_branches(
     """Queries, keys and values of the three branches, rotated. `cmp_*` are one per token still, and not rotated."""
     q = rotate(_project_normed(x, weights, "q", config), positions, config)
     if config.share_kv:  # projected once, so that gradients are added up before they go through the projection
-        k, v = _project_normed(x, weights, "k", config), _project(x, weights["v_kernel"])
+        k, v = _project_normed(x, weights, "k", config), _project(x, weights, "v")
         rotated = rotate(k, positions, config)
         return q, BranchKV(k, v, rotated, v, rotated, v)
     slc_k = _project_normed(x, weights, "slc_k", config)
     cmp_k = slc_k if config.tie_keys else _project_normed(x, weights, "cmp_k", config)
     win_k = _project_normed(x, weights, "win_k", config)
-    cmp_v, slc_v, win_v = (_project(x, weights[f"{branch}_v_kernel"]) for branch in BRANCHES)
+    cmp_v, slc_v, win_v = (_project(x, weights, f"{branch}_v") for branch in BRANCHES)
     slc_k, win_k = (rotate(k, positions, config) for k in (slc_k, win_k))
     return q, BranchKV(cmp_k, cmp_v, slc_k, slc_v, win_k, win_v)
 
@@ -334,7 +341,7 @@ def project_dense(
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]]:
     """Rotated queries and keys, and values."""
     q, k = (rotate(_project_normed(x, weights, name, config), positions, config) for name in ("q", "k"))
-    return q, k, _project(x, weights["v_kernel"])
+    return q, k, _project(x, weights, "v")
 
 
 def compression_of(config: NSALayerConfig, name: str) -> Compression:
@@ -401,7 +408,7 @@ def _project_normed(
     x: Float[Array, "B T E"], weights: Mapping[str, Array], name: str, config: HeadConfig
 ) -> Float[Array, "B T H Dk"]:
     """Queries or keys, and with `qk_norm` their RMSNorm over the head's dimensions, with the statistics in float32."""
-    heads = _project(x, weights[f"{name}_kernel"])
+    heads = _project(x, weights, name)
     if not config.qk_norm:
         return heads
     wide = heads.astype(wide_dtype(heads.dtype))
@@ -410,8 +417,9 @@ def _project_normed(
     return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(heads.dtype)
 
 
-def _project(x: Float[Array, "B T E"], kernel: Float[Array, "E H D"]) -> Float[Array, "B T H D"]:
-    return jnp.einsum("bte,ehd->bthd", x, kernel)
+def _project(x: Float[Array, "B T E"], weights: Mapping[str, Array], name: str) -> Float[Array, "B T H D"]:
+    heads = jnp.einsum("bte,ehd->bthd", x, weights[f"{name}_kernel"])
+    return add_bias(heads, weights[f"{name}_bias"]) if f"{name}_bias" in weights else heads
 
 
 def join_heads(o: Float[Array, "B T H D"], kernel: Float[Array, "H D E"]) -> Float[Array, "B T E"]:

@@ -12,7 +12,7 @@ from nsa_jax import arguments
 from nsa_jax.explicit import on_auto_axes, split_like
 from nsa_jax.precision import wide_dtype
 
-ScalingKind = Literal["none", "linear", "ntk", "yarn"]
+ScalingKind = Literal["none", "linear", "ntk", "yarn", "llama3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RopeScaling:
     * `yarn` keeps frequencies that turn more than `beta_fast` times in `original_length` tokens, and divides by
       `factor` those that turn less than `beta_slow` times. In between it goes from one to the other linearly in the
       number of turns (equations 18 to 20). It also multiplies logits by (0.1 ln factor + 1)^2 (equations 21 and 22).
+    * `llama3` is `yarn` without the factor of the logits, as Llama 3.1 and later have it with beta_fast = 4.
 
     Example:
       >>> rope_frequencies(8, 10_000.0, RopeScaling("linear", factor=4)).tolist()
@@ -34,14 +35,14 @@ class RopeScaling:
 
     Raises:
       ValueError: `kind` is unknown; `factor` is below 1, or not 1 for `none`; `original_length` is missing for `yarn`
-        or not positive; or not 0 < beta_slow < beta_fast.
+        or `llama3`, or not positive; or not 0 < beta_slow < beta_fast.
     """
 
     kind: ScalingKind = "none"  # none: plain rotary embedding, at any length
     factor: float = 1.0  # s: length of the longer context over that of the context trained on
-    original_length: int | None = None  # L: tokens of the context trained on; needed for yarn only
-    beta_fast: float = 32.0  # yarn: frequencies that turn more often in original_length stay as they are
-    beta_slow: float = 1.0  # yarn: frequencies that turn less often are divided by factor
+    original_length: int | None = None  # L: tokens of the context trained on; for yarn and llama3
+    beta_fast: float = 32.0  # yarn, llama3: frequencies that turn more often in original_length stay
+    beta_slow: float = 1.0  # yarn, llama3: frequencies that turn less often are divided by factor
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScalingKind):
@@ -54,8 +55,10 @@ class RopeScaling:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected a number of at least 1")
         if self.kind == "none" and self.factor != 1:
             raise ValueError(f"RopeScaling.factor = {self.factor}: expected 1 with kind = none")
-        if self.original_length is None and self.kind == "yarn":
-            raise ValueError("RopeScaling.original_length = None: expected the tokens trained on, with kind = yarn")
+        if self.original_length is None and self.kind in ("yarn", "llama3"):
+            raise ValueError(
+                f"RopeScaling.original_length = None: expected the tokens trained on, with kind = {self.kind}"
+            )
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 f"RopeScaling.beta_slow = {self.beta_slow}: expected above 0 and below beta_fast = {self.beta_fast}"
@@ -87,7 +90,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    if scaling.kind == "yarn":
+    if scaling.kind in ("yarn", "llama3"):
         assert scaling.original_length is not None
         # Equation 17 prints the enlarged base b' here. By equation 13 the wavelength is that of the trained embedding.
         turns = scaling.original_length * frequencies / (2 * np.pi)

@@ -20,7 +20,8 @@ CONFIG = NSAConfig(4, 2, 8, 4, 1, 2, 10)
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 # 40 tokens trained on: of the frequencies 1, 0.1, 0.01, 0.001 some are kept, some divided, one is in between.
 YARN = RopeScaling("yarn", factor=4, original_length=40, beta_fast=4, beta_slow=0.1)
-SCALINGS = [RopeScaling("linear", 4), RopeScaling("ntk", 4), YARN, RopeScaling("yarn", 8, 2048)]
+LLAMA3 = RopeScaling("llama3", factor=8, original_length=40, beta_fast=4)
+SCALINGS = [RopeScaling("linear", 4), RopeScaling("ntk", 4), YARN, RopeScaling("yarn", 8, 2048), LLAMA3]
 E, T = 16, 45
 
 
@@ -34,12 +35,12 @@ def by_the_equations(x, positions, theta, scaling):
             frequency /= s
         elif scaling.kind == "ntk":
             frequency = (theta * s ** (D / (D - 2))) ** (-2 * d / D)
-        elif scaling.kind == "yarn":
+        elif scaling.kind in ("yarn", "llama3"):
             wavelength = 2 * math.pi / frequency
             r, alpha, beta = L / wavelength, scaling.beta_slow, scaling.beta_fast
             gamma = 0.0 if r < alpha else 1.0 if r > beta else (r - alpha) / (beta - alpha)
             frequency = (1 - gamma) * frequency / s + gamma * frequency
-            magnitude = 0.1 * math.log(s) + 1
+            magnitude = 0.1 * math.log(s) + 1 if scaling.kind == "yarn" else 1.0
         for b, t, h in np.ndindex(x.shape[:3]):
             pair = complex(x[b, t, h, d], x[b, t, h, d + D // 2])
             pair *= magnitude * complex(math.cos(positions[b, t] * frequency), math.sin(positions[b, t] * frequency))
@@ -56,7 +57,7 @@ def test_rotation_equals_the_papers_equations(scaling):
         assert_trees_close(apply_rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0, scaling), expected, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 def test_factor_1_is_the_plain_embedding(kind):
     scaling = RopeScaling(kind, 1.0, 64)
     plain = rope_frequencies(16, 500.0, RopeScaling())

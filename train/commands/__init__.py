@@ -24,6 +24,8 @@ COMMANDS = {
     "corpus": Command("train.commands.corpus", "corpus", "makes a corpus of source code from packages"),
     "evaluate": Command("train.commands.evaluate", "evaluate", "sets a run tasks over long contexts"),
     "mqar": Command("train.commands.mqar", "mqar", "trains a preset's model on associative recall", takes_preset=True),
+    "import": Command("train.commands.import_model", "import_model", "makes a run of a pretrained model"),
+    "export": Command("train.commands.export_model", "export_model", "makes a Hugging Face folder of a run"),
     "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),
     "positions": Command("train.commands.positions", "positions", "evaluates a run by position in the sequence"),
     "report": Command("train.commands.report", "report", "draws runs into one picture"),
