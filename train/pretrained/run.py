@@ -67,4 +67,4 @@ def parameters(pretrained: Pretrained, vocab_size: int) -> Any:
       ValueError: a tensor does not fit; see `train.pretrained.weights`.
     """
     convert = own_parameters if pretrained.family is None else to_parameters
-    return jax.tree.map(jnp.asarray, convert(pretrained.tensors, pretrained.config, vocab_size))
+    return jax.tree.map(jnp.asarray, convert(pretrained.tensors, pretrained.config, vocab_size, pretrained.source))

@@ -5,7 +5,8 @@ an axis of their own here.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from train.model.transformer import Transformer, layer_stacks
 class Tensor(NamedTuple):
     """One tensor of a file, which is read when it is needed."""
 
-    file: Any  # its path, for messages
+    file: Path  # for messages
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
@@ -61,45 +62,44 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> Any:
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
 
 
-def to_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size: int) -> Any:
+def to_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size: int, source: Path) -> Any:
     """The model's parameters, as a tree of float32 NumPy arrays.
 
     Rows of the embedding for which the tokenizer has no token are cut off beyond the model's padded vocabulary, and are
-    zeros where there are fewer.
+    zeros where there are fewer. `source` is the file or folder for messages.
 
     Raises:
       ValueError: naming file and tensor, where one is missing, unknown, of another shape, or not finite.
     """
     shapes = parameter_shapes(config, vocab_size)
-    rest = dict(tensors)
+    rest = _Rest(source, dict(tensors))
     layers: dict[str, Any] = {}
     for name, place in IN_LAYER.items():
         shape = _at(shapes["layers"], place.path)
         if shape is None:
             continue
-        stacked = np.empty(shape.shape, np.float32)
-        for layer in range(config.num_layers):
-            full_name = LAYER.format(layer) + name
-            array = _take(rest, full_name, _there(shape.shape[1:], place))
+        names = [LAYER.format(layer) + name for layer in range(config.num_layers)]
+        stacked = None
+        for layer, array in enumerate(rest.take_all(names, _there(shape.shape[1:], place))):
+            stacked = np.empty(shape.shape, np.float32) if stacked is None else stacked
             stacked[layer] = array.T.reshape(shape.shape[1:])
         layers.setdefault(place.path[0], {})[place.path[1]] = stacked
     rows, width = shapes["embedding"].shape
     params = {
-        "embedding": _padded(_take(rest, EMBEDDING, (None, width), least_rows=vocab_size), rows),
+        "embedding": _padded(rest.take(EMBEDDING, (None, width), least_rows=vocab_size), rows),
         "layers": layers,
-        "final_norm": {"scale": _take(rest, FINAL_NORM, (width,))},
+        "final_norm": {"scale": rest.take(FINAL_NORM, (width,))},
     }
     if not config.tie_embeddings:
-        output = _take(rest, OUTPUT, (None, width), least_rows=vocab_size)
+        output = rest.take(OUTPUT, (None, width), least_rows=vocab_size)
         params["output_kernel"] = np.ascontiguousarray(_padded(output, rows).T)
-    elif OUTPUT in rest:  # some files have the embedding twice
-        file = rest[OUTPUT].file
-        output = _padded(_take(rest, OUTPUT, (None, width), least_rows=vocab_size), rows)
+    elif OUTPUT in tensors:  # some files have the embedding twice
+        output = _padded(rest.take(OUTPUT, (None, width), least_rows=vocab_size), rows)
         if not np.array_equal(output, params["embedding"]):
             raise ValueError(
-                f"{file}: tensor {OUTPUT}: expected {EMBEDDING} again, or none, because the model ties them"
+                f"{tensors[OUTPUT].file}: tensor {OUTPUT}: expected {EMBEDDING} again, or none, because the model ties them"
             )
-    _check_empty(rest)
+    rest.check_empty()
     return params
 
 
@@ -120,16 +120,16 @@ def to_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, Float32[
         yield OUTPUT, np.ascontiguousarray(np.asarray(params["output_kernel"]).T)
 
 
-def own_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size: int) -> Any:
+def own_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size: int, source: Path) -> Any:
     """The parameters of any model of this trainer, from tensors that have the names of `own_tensors`.
 
     Raises:
       ValueError: as `to_parameters`.
     """
     shapes = parameter_shapes(config, vocab_size)
-    rest = dict(tensors)
-    taken = [_take(rest, name, shape.shape) for name, shape in flatten(shapes).items()]
-    _check_empty(rest)
+    rest = _Rest(source, dict(tensors))
+    taken = [rest.take(name, shape.shape) for name, shape in flatten(shapes).items()]
+    rest.check_empty()
     return jax.tree.unflatten(jax.tree.structure(shapes), taken)
 
 
@@ -137,14 +137,6 @@ def own_tensors(params: Any) -> Iterator[tuple[str, Float32[np.ndarray, "..."]]]
     """The parameters of any model by the names that they have in checkpoints."""
     for name, array in flatten(params).items():
         yield name, np.asarray(array)
-
-
-def _check_empty(rest: Mapping[str, Tensor]) -> None:
-    if rest:
-        name, tensor = next(iter(rest.items()))
-        raise ValueError(
-            f"{tensor.file}: tensor {name} of shape {tensor.shape}: expected no such tensor in this family of models"
-        )
 
 
 def _there(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
@@ -166,28 +158,50 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.zeros((rows - len(array), array.shape[1]), array.dtype)])
 
 
-def _take(
-    tensors: dict[str, Tensor], name: str, expected: tuple[int | None, ...], *, least_rows: int = 0
-) -> Float32[np.ndarray, "..."]:
-    """Removes a tensor and returns it in float32; a size of None fits whatever is there."""
-    if name not in tensors:
-        file = next(iter(tensors.values())).file if tensors else "the model"
-        raise ValueError(f"{file}: tensor {name} is missing: expected one of shape {_shown(expected)}")
-    tensor = tensors.pop(name)
-    fits = len(tensor.shape) == len(expected) and all(
-        size in (None, found) for size, found in zip(expected, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}: expected {_shown(expected)}")
-    if tensor.shape[0] < least_rows:
-        raise ValueError(
-            f"{tensor.file}: tensor {name} has {tensor.shape[0]} rows: expected at least {least_rows}, the tokens of the"
-            " tokenizer"
+class _Rest:
+    """Tensors that are not taken yet."""
+
+    def __init__(self, source: Path, tensors: dict[str, Tensor]):
+        self._source, self._tensors = source, tensors
+
+    def take(
+        self, name: str, expected: tuple[int | None, ...], *, least_rows: int = 0
+    ) -> Float32[np.ndarray, "..."]:
+        """Removes a tensor and returns it in float32; a size of None fits whatever is there."""
+        self._check_there(name, expected)
+        tensor = self._tensors.pop(name)
+        fits = len(tensor.shape) == len(expected) and all(
+            size in (None, found) for size, found in zip(expected, tensor.shape, strict=True)
         )
-    array = np.asarray(tensor.read(), np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{tensor.file}: tensor {name} has NaN or infinite numbers: expected finite ones")
-    return array
+        if not fits:
+            raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}: expected {_shown(expected)}")
+        if tensor.shape[0] < least_rows:
+            raise ValueError(
+                f"{tensor.file}: tensor {name} has {tensor.shape[0]} rows: expected at least {least_rows}, the tokens of "
+                "the tokenizer"
+            )
+        array = np.asarray(tensor.read(), np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{tensor.file}: tensor {name} has NaN or infinite numbers: expected finite ones")
+        return array
+
+    def take_all(self, names: Sequence[str], expected: tuple[int | None, ...]) -> Iterator[Float32[np.ndarray, "..."]]:
+        """Takes several of one shape, one after the other, if all are there."""
+        for name in names:
+            self._check_there(name, expected)
+        for name in names:
+            yield self.take(name, expected)
+
+    def check_empty(self) -> None:
+        """Raises ValueError where a tensor is left."""
+        for name, tensor in self._tensors.items():
+            raise ValueError(
+                f"{tensor.file}: tensor {name} of shape {tensor.shape}: expected no such tensor in this family of models"
+            )
+
+    def _check_there(self, name: str, expected: tuple[int | None, ...]) -> None:
+        if name not in self._tensors:
+            raise ValueError(f"{self._source}: tensor {name} is missing: expected one of shape {_shown(expected)}")
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:

@@ -1,10 +1,11 @@
 """Makes the tiny models beside this file, with the logits that transformers gives for them.
 
-They are random models of every family. Run this where PyTorch, transformers, safetensors and gguf are installed:
+They are random models of every family, each with the token ids of a conversation by its chat template. Run this where
+PyTorch, transformers, accelerate, safetensors and gguf are installed:
 
     python tests/train/pretrained/make_models.py
 
-It also checks `gguf_files.write_gguf`, with which the tests write GGUF files: transformers must read the same model
+It also checks `helpers.gguf_files.write_gguf`, with which the tests write GGUF files: transformers must read the same model
 from such a file.
 """
 
@@ -19,8 +20,8 @@ import tokenizers
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import write_gguf
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from helpers.gguf_files import write_gguf
 
 FOLDER = Path(__file__).parent / "models"
 VOCABULARY, T = 288, 32
@@ -105,6 +106,11 @@ TEXT = [
     "Native sparse attention reads the blocks that matter, and the other tokens as means.\n" * 2,
     "In 2025, 1234567 tokens of naïve café and 東京 were read; it's what they'll see.\n",
 ]
+TALK = [
+    {"role": "user", "content": "The sum of\nnumbers?"},
+    {"role": "assistant", "content": "12 "},
+    {"role": "user", "content": " and more"},
+]
 SPECIAL = {
     "spm": ["<unk>", "<s>", "</s>"],
     "llama-bpe": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
@@ -183,7 +189,12 @@ def make_model(name):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     tokens = torch.randint(0, VOCABULARY, (1, T))
     expected = logits_of(folder, tokens)
-    np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32), logits=expected)
+    prompt = []
+    if template is not None:
+        read = transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = read.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    arrays = {"tokens": tokens.numpy().astype(np.int32), "logits": expected, "prompt": np.array(prompt, np.int32)}
+    np.savez_compressed(folder / "expected.npz", **arrays)
     with tempfile.TemporaryDirectory() as there:
         write_gguf(folder, Path(there) / "model.gguf")
         read = transformers.AutoTokenizer.from_pretrained(there, gguf_file="model.gguf")

@@ -31,7 +31,10 @@ PRE = {"llama3": "llama-bpe", "smollm2": "smollm", "qwen2": "qwen2", "qwen3": "q
 
 
 def write_gguf(folder: Path, path: Path, quantization: gguf.GGMLQuantizationType | None = None, **fields):
-    """Writes a Hugging Face folder as GGUF; matrices in float32, or quantised. `fields` replace what is written."""
+    """Writes a Hugging Face folder as GGUF; matrices in float32, or quantised where they can be.
+
+    `fields` replace settings by their names without the architecture's; one that is None is left out.
+    """
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture)
@@ -67,7 +70,8 @@ def write_gguf(folder: Path, path: Path, quantization: gguf.GGMLQuantizationType
                 heads = {"q_proj": H, "k_proj": K}.get(name.split(".")[-2])
                 if architecture == "llama" and heads:
                     array = array.reshape(heads, 2, D // 2, -1).swapaxes(1, 2).reshape(array.shape)
-                if quantization is None or array.ndim == 1:
+                # Blocks of 32 numbers of a row are quantised together.
+                if quantization is None or array.ndim == 1 or array.shape[-1] % 32:
                     writer.add_tensor(_name(name), array)
                 else:
                     quantised = gguf.quants.quantize(array, quantization)
