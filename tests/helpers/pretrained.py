@@ -5,10 +5,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from train.data.tokenizer import HuggingFaceTokenizer
 from train.model.transformer import Transformer, logits
 from train.pretrained.hugging_face import Pretrained
-from train.pretrained.run import parameters
+from train.pretrained.run import parameters, tokenizer_of
 
 MODELS = Path(__file__).parents[1] / "train" / "pretrained" / "models"
 NAMES = ("llama2", "llama3", "mistral", "smollm2", "qwen2", "qwen3")
@@ -17,10 +16,6 @@ NAMES = ("llama2", "llama3", "mistral", "smollm2", "qwen2", "qwen3")
 def expected(name: str) -> dict[str, np.ndarray]:
     """What transformers computes: the logits of some tokens, and the prompt of a conversation."""
     return dict(np.load(MODELS / name / "expected.npz"))
-
-
-def tokenizer_of(pretrained: Pretrained) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(pretrained.tokenizer, "tokenizer.json")
 
 
 def parameters_of(pretrained: Pretrained):

@@ -6,13 +6,12 @@ any other. To train on from it, name its folder in the place of a preset.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from train.commands.output import check_empty, missing_extra
 from train.pretrained.read import read
-from train.pretrained.run import save_run
+from train.pretrained.run import Dtype, save_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Arguments:
 
     source: tyro.conf.Positional[Path]  # a Hugging Face folder, or a GGUF file
     out: Path  # the run's folder, which must not hold files yet
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the run's computation; parameters are float32
+    dtype: Dtype = "float32"  # of the run's computation; parameters are float32
 
 
 def import_model(arguments: Arguments) -> None:
@@ -37,8 +36,8 @@ def import_model(arguments: Arguments) -> None:
     model = config.model
     family = "a model of this trainer" if pretrained.family is None else pretrained.family.name
     print(
-        f"{arguments.out}: {family}, attention = {model.attention_name}, {model.num_layers} layers of {model.embed_dim}, "
-        f"{pretrained.context_length} tokens of context"
+        f"{arguments.out}: {family}, attention = {model.attention_name}, {model.num_layers} layers of "
+        f"{model.embed_dim}, {pretrained.context_length} tokens of context"
     )
     print("chat template: " + ("none" if pretrained.chat_template is None else "its own, which generate --chat uses"))
     print(f"train on from it: python -m train {arguments.out} --run-dir NEW")

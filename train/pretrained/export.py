@@ -47,7 +47,11 @@ def export(saved: SavedModel, template: ChatTemplate | None, folder: Path, *, dt
     definition = tokenizer.definition if isinstance(tokenizer, HuggingFaceTokenizer) else byte_tokenizer()
     family, reason = family_of(config)
     if family is None:
-        fields = {"model_type": OWN, "architectures": ["Transformer"], "model": dataclasses.asdict(config)}
+        fields: dict[str, Any] = {
+            "model_type": OWN,
+            "architectures": ["Transformer"],
+            "model": dataclasses.asdict(config),
+        }
         tensors: Iterable[tuple[str, np.ndarray]] = own_tensors(saved.params)
     else:
         fields = hugging_face_fields(family, config)
@@ -95,6 +99,9 @@ def _own_template(tokenizer: Tokenizer, data: DataConfig) -> ChatTemplate | None
 def _special_tokens(definition: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> dict[str, str]:
     """The tokens that begin and end a text, by the names of transformers: those of the template, if it says them."""
     names = tokenizers.Tokenizer.from_str(definition)
-    tokens = {"bos_token": names.id_to_token(tokenizer.bos_id), "eos_token": names.id_to_token(tokenizer.eos_id)}
+    tokens = {
+        "bos_token": names.id_to_token(tokenizer.bos_id) or "",
+        "eos_token": names.id_to_token(tokenizer.eos_id) or "",
+    }
     known = {} if template is None else {"bos_token": template.bos_token, "eos_token": template.eos_token}
     return tokens | {name: token for name, token in known.items() if token is not None}

@@ -74,7 +74,7 @@ def model_config(
     """
     names = {name: prefix + both[source] for name, both in SIZES.items()}
     kv_heads_name, head_dim_name, norm_name = (prefix + both[source] for both in (NUM_KV_HEADS, HEAD_DIM, NORM_EPS))
-    sizes = {name: fields.integer(written) for name, written in names.items()}
+    sizes: dict[str, Any] = {name: fields.integer(written) for name, written in names.items()}
     heads, width = sizes["num_heads"], sizes["embed_dim"]
     kv_heads = fields.integer(kv_heads_name, heads)
     if heads % kv_heads:

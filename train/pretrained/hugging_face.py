@@ -50,7 +50,9 @@ def read(folder: Path) -> Pretrained:
         config=_own_config(fields) if family is None else _config(family, fields),
         context_length=fields.integer("max_position_embeddings", 2048),
         tensors=_tensors(folder),
-        tokenizer=_text(folder / "tokenizer.json", "a tokenizers JSON file, which transformers' save_pretrained writes"),
+        tokenizer=_text(
+            folder / "tokenizer.json", "a tokenizers JSON file, which transformers' save_pretrained writes"
+        ),
         chat_template=_chat_template(folder, settings),
     )
 

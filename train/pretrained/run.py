@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from train.pretrained.hugging_face import Pretrained
 from train.pretrained.weights import own_parameters, to_parameters
 from train.run_folder import describe, tokenizer_digest, write
 
+Dtype = Literal["float32", "bfloat16"]
 STEP = 0  # of the checkpoint: no step of this trainer was made
 
 
@@ -31,7 +32,7 @@ class _NoData:
         """Nothing."""
 
 
-def save_run(pretrained: Pretrained, run_dir: Path, *, dtype: str = "float32") -> TrainConfig:
+def save_run(pretrained: Pretrained, run_dir: Path, *, dtype: Dtype = "float32") -> TrainConfig:
     """Writes the folder of a run with a pretrained model, its tokenizer and its chat template; returns its settings.
 
     Args:
@@ -42,7 +43,7 @@ def save_run(pretrained: Pretrained, run_dir: Path, *, dtype: str = "float32") -
     Raises:
       ValueError: tensors or tokenizer do not fit the model.
     """
-    tokenizer = HuggingFaceTokenizer(pretrained.tokenizer, f"{pretrained.source}: tokenizer.json")
+    tokenizer = tokenizer_of(pretrained)
     params = parameters(pretrained, tokenizer.vocab_size)
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer_file = run_dir / "tokenizer.json"
@@ -58,6 +59,11 @@ def save_run(pretrained: Pretrained, run_dir: Path, *, dtype: str = "float32") -
         chat_template.save(pretrained.chat_template, run_dir)
     describe(config, {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer_digest(tokenizer_file)})
     return config
+
+
+def tokenizer_of(pretrained: Pretrained) -> HuggingFaceTokenizer:
+    """The tokenizer of a pretrained model; ValueError where it is none that the trainer can use."""
+    return HuggingFaceTokenizer(pretrained.tokenizer, f"the tokenizer of {pretrained.source}")
 
 
 def parameters(pretrained: Pretrained, vocab_size: int) -> Any:

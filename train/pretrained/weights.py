@@ -85,7 +85,7 @@ def to_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size
             stacked[layer] = array.T.reshape(shape.shape[1:])
         layers.setdefault(place.path[0], {})[place.path[1]] = stacked
     rows, width = shapes["embedding"].shape
-    params = {
+    params: dict[str, Any] = {
         "embedding": _padded(rest.take(EMBEDDING, (None, width), least_rows=vocab_size), rows),
         "layers": layers,
         "final_norm": {"scale": rest.take(FINAL_NORM, (width,))},
@@ -97,7 +97,7 @@ def to_parameters(tensors: Mapping[str, Tensor], config: ModelConfig, vocab_size
         output = _padded(rest.take(OUTPUT, (None, width), least_rows=vocab_size), rows)
         if not np.array_equal(output, params["embedding"]):
             raise ValueError(
-                f"{tensors[OUTPUT].file}: tensor {OUTPUT}: expected {EMBEDDING} again, or none, because the model ties them"
+                f"{tensors[OUTPUT].file}: tensor {OUTPUT}: expected {EMBEDDING} again, or none, because they are tied"
             )
     rest.check_empty()
     return params
@@ -164,9 +164,7 @@ class _Rest:
     def __init__(self, source: Path, tensors: dict[str, Tensor]):
         self._source, self._tensors = source, tensors
 
-    def take(
-        self, name: str, expected: tuple[int | None, ...], *, least_rows: int = 0
-    ) -> Float32[np.ndarray, "..."]:
+    def take(self, name: str, expected: tuple[int | None, ...], *, least_rows: int = 0) -> Float32[np.ndarray, "..."]:
         """Removes a tensor and returns it in float32; a size of None fits whatever is there."""
         self._check_there(name, expected)
         tensor = self._tensors.pop(name)
@@ -177,8 +175,8 @@ class _Rest:
             raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}: expected {_shown(expected)}")
         if tensor.shape[0] < least_rows:
             raise ValueError(
-                f"{tensor.file}: tensor {name} has {tensor.shape[0]} rows: expected at least {least_rows}, the tokens of "
-                "the tokenizer"
+                f"{tensor.file}: tensor {name} has {tensor.shape[0]} rows: expected at least {least_rows}, one for "
+                "each token of the tokenizer"
             )
         array = np.asarray(tensor.read(), np.float32)
         if not np.isfinite(array).all():
@@ -196,7 +194,7 @@ class _Rest:
         """Raises ValueError where a tensor is left."""
         for name, tensor in self._tensors.items():
             raise ValueError(
-                f"{tensor.file}: tensor {name} of shape {tensor.shape}: expected no such tensor in this family of models"
+                f"{tensor.file}: tensor {name} of shape {tensor.shape}: expected no such tensor in this kind of model"
             )
 
     def _check_there(self, name: str, expected: tuple[int | None, ...]) -> None:

@@ -5,8 +5,8 @@ PyTorch, transformers, accelerate, safetensors and gguf are installed:
 
     python tests/train/pretrained/make_models.py
 
-It also checks `helpers.gguf_files.write_gguf`, with which the tests write GGUF files: transformers must read the same model
-from such a file.
+It also checks `helpers.gguf_files.write_gguf`, with which the tests write GGUF files: transformers must read the same
+model from such a file.
 """
 
 import json
@@ -200,7 +200,7 @@ def make_model(name):
         read = transformers.AutoTokenizer.from_pretrained(there, gguf_file="model.gguf")
         for text in TEXT:
             assert tokenizer.encode(text, add_special_tokens=False).ids == read.encode(text, add_special_tokens=False)
-        # From a GGUF file, transformers reads neither windows, nor Llama 3's frequencies, nor the size of Qwen 3's heads.
+        # From a GGUF file, transformers reads neither windows, nor Llama 3's frequencies, nor the size of heads.
         if name not in ("mistral", "llama3", "qwen3"):
             again = logits_of(Path(there), tokens, gguf_file="model.gguf")
             assert np.abs(again - expected).max() < 1e-4 * np.abs(expected).max(), name

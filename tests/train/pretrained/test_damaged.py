@@ -34,16 +34,28 @@ def change_json(file, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama2", {"model_type": "gemma"}, "model_type = 'gemma': expected one of llama, mistral, qwen2, qwen3, nsa-jax"),
+        (
+            "llama2",
+            {"model_type": "gemma"},
+            "model_type = 'gemma': expected one of llama, mistral, qwen2, qwen3, nsa-jax",
+        ),
         ("llama2", {"model_type": ...}, "model_type is missing: expected some text"),
         ("llama2", {"hidden_act": "gelu"}, "hidden_act = 'gelu': expected 'silu'"),
         ("llama2", {"attention_bias": True}, "attention_bias = True: expected False"),
         ("llama2", {"mlp_bias": True}, "mlp_bias = True: expected False"),
-        ("llama2", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: expected weights that are"),
+        (
+            "llama2",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config = {'bits': 4}: expected weights that are",
+        ),
         ("llama2", {"hidden_size": "32"}, "hidden_size = '32': expected a positive integer"),
         ("llama2", {"hidden_size": 34, "head_dim": None}, "head_dim is missing: expected it, because num_attention"),
         ("llama2", {"num_hidden_layers": 0}, "num_hidden_layers = 0: expected a positive integer"),
-        ("llama2", {"num_key_value_heads": 3}, "num_key_value_heads = 3: expected a divisor of num_attention_heads = 4"),
+        (
+            "llama2",
+            {"num_key_value_heads": 3},
+            "num_key_value_heads = 3: expected a divisor of num_attention_heads = 4",
+        ),
         ("llama2", {"head_dim": 7}, "head_dim = 7: expected an even number"),
         ("llama2", {"rms_norm_eps": -1}, "rms_norm_eps = -1: expected a positive number"),
         ("llama2", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': expected true or false"),
@@ -53,17 +65,29 @@ def change_json(file, **changes):
             {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
             "rope_scaling.type = 'yarn': expected default, linear or llama3",
         ),
-        ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "original_max_position_embeddings is miss"),
+        (
+            "llama3",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "original_max_position_embeddings is miss",
+        ),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True: expected False"),
         ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}, "expected full_attention in every layer"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "expected sliding_attention in every layer, because slid"),
         ("qwen3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05: expected 1e-06, which the model's norm of queries"),
         ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: expected 1"),
-        ("llama2", {"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing: expected one of"),
-        ("llama2", {"num_hidden_layers": 1}, "expected no such tensor in this family of models"),
+        (
+            "llama2",
+            {"num_hidden_layers": 3},
+            "tensor model.layers.2.input_layernorm.weight is missing: expected one of",
+        ),
+        ("llama2", {"num_hidden_layers": 1}, "expected no such tensor in this kind of model"),
         ("llama2", {"intermediate_size": 49}, "mlp.gate_proj.weight has shape (48, 32): expected (49, 32)"),
-        ("qwen2", {"model_type": "llama"}, "proj.bias of shape (16,): expected no such tensor in this family"),
-        ("smollm2", {"tie_word_embeddings": False}, "tensor lm_head.weight is missing: expected one of shape (any, 32)"),
+        ("qwen2", {"model_type": "llama"}, "proj.bias of shape (16,): expected no such tensor in this kind"),
+        (
+            "smollm2",
+            {"tie_word_embeddings": False},
+            "tensor lm_head.weight is missing: expected one of shape (any, 32)",
+        ),
     ],
 )
 def test_a_model_that_this_one_cannot_be_is_refused(folder, name, changes, message):
@@ -133,7 +157,10 @@ def test_what_is_missing_or_no_number_is_named(folder):
     files = json.loads(index.read_text())["weight_map"]
     first = files["model.embed_tokens.weight"]
     for changed, message in (
-        ({**files, "model.norm.weight": "../other.safetensors"}, "model.norm.weight = '../other.safetensors': expected"),
+        (
+            {**files, "model.norm.weight": "../other.safetensors"},
+            "model.norm.weight = '../other.safetensors': expected",
+        ),
         ({**files, "more": first}, "tensor more is missing: expected it by"),
         ({}, "weight_map = {}: expected the file of each tensor by its name"),
     ):
@@ -143,9 +170,15 @@ def test_what_is_missing_or_no_number_is_named(folder):
     change_json(index, weight_map=files)
     tensors = load_file(where / first)
     for array, message in (
-        (np.full((288, 32), np.nan, np.float16), "model.embed_tokens.weight has NaN or infinite numbers: expected finite"),
+        (
+            np.full((288, 32), np.nan, np.float16),
+            "model.embed_tokens.weight has NaN or infinite numbers: expected finite",
+        ),
         (np.zeros((288, 32), np.int8), "model.embed_tokens.weight is I8: expected one of F32, F16, BF16"),
-        (np.zeros((200, 32), np.float16), "model.embed_tokens.weight has 200 rows: expected at least 288, the tokens"),
+        (
+            np.zeros((200, 32), np.float16),
+            "model.embed_tokens.weight has 200 rows: expected at least 288, one for each",
+        ),
     ):
         save_file({**tensors, "model.embed_tokens.weight": array}, where / first)
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -164,7 +197,7 @@ def test_what_is_missing_or_no_number_is_named(folder):
     with pytest.raises(ValueError, match=r"expected model.safetensors or .*; pytorch_model.bin cannot be read"):
         load(where)
     (where / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="config.json holds list: expected a JSON object"):
+    with pytest.raises(ValueError, match=r"config.json holds list: expected a JSON object"):
         load(where)
 
 
@@ -176,18 +209,18 @@ def test_random_damage_is_refused_or_changes_numbers_only(folder, tmp_path, kind
         write_gguf(MODELS / "smollm2", where)
     file = where if kind == "model.gguf" else where / kind
     data, rng = file.read_bytes(), np.random.default_rng(0)
-    wanted, refused = load(where), 0
+    wanted, errors = load(where), []
     for number in range(24):
         damage = (truncated, flipped, overwritten, zeroed)[number % 4]
         file.write_bytes(damage(data, rng))
         try:
             found = load(where)
         except ValueError as error:
-            refused += 1
-            assert str(where) in str(error) or "tokenizer" in str(error)
+            errors.append(str(error))
         else:
             assert set(found) <= {*wanted, "output_kernel"}
-    assert refused >= 6, "what is cut off must not be read"
+    assert [message for message in errors if str(where) not in message] == []
+    assert len(errors) >= 6, "what is cut off must not be read"
 
 
 def test_import_refuses_what_it_cannot_read_and_leaves_nothing(tmp_path, folder, capsys):

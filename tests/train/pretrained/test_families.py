@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.gguf_files import write_gguf
-from helpers.pretrained import MODELS, NAMES, expected, logits_of, parameters_of, tokenizer_of
+from helpers.pretrained import MODELS, NAMES, expected, logits_of, parameters_of
 
 from nsa_jax.testing import normwise_error
 from train.__main__ import main
@@ -18,6 +18,7 @@ from train.data.chat import Message
 from train.generation.generator import generate
 from train.generation.sampling import Sampling
 from train.pretrained.read import read
+from train.pretrained.run import tokenizer_of
 
 TEXTS = [
     "def f(x): return 12345 + x  # it's\n\n\n  naïve 東京, the numbers",
@@ -99,9 +100,7 @@ def test_an_import_is_a_run_that_generates_as_the_whole_model_would(name, tmp_pa
     saved = load_model(tmp_path / "moved")
     assert_same(saved.params, parameters_of(read(MODELS / name)))
     tokens = [saved.tokenizer.bos_id, *saved.tokenizer.encode("the numbers").tolist()]
-    text = generate(
-        saved.params, saved.model, saved.tokenizer, "the numbers", Sampling(temperature=0.0, max_tokens=4)
-    )
+    text = generate(saved.params, saved.model, saved.tokenizer, "the numbers", Sampling(temperature=0.0, max_tokens=4))
     for _ in range(4):
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
