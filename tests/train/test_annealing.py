@@ -131,7 +131,6 @@ def base(tmp_path_factory) -> TrainConfig:
         data=DataConfig(path=str(folder / "corpus"), sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(warmup_steps=0),
         checkpoint=CheckpointConfig(every=3, keep_last=3),
-        
         run_dir=folder / "run",
         steps=3,
         eval_batches=1,

@@ -26,6 +26,7 @@ COMMANDS = {
     "mqar": Command("train.commands.mqar", "mqar", "trains a preset's model on associative recall", takes_preset=True),
     "import": Command("train.commands.import_model", "import_model", "makes a run of a pretrained model"),
     "export": Command("train.commands.export_model", "export_model", "makes a Hugging Face folder of a run"),
+    "compare": Command("train.commands.compare", "compare", "compares a pretrained model with transformers"),
     "plan": Command("train.commands.plan", "plan", "says what a step of a preset would take", takes_preset=True),
     "positions": Command("train.commands.positions", "positions", "evaluates a run by position in the sequence"),
     "report": Command("train.commands.report", "report", "draws runs into one picture"),
