@@ -55,7 +55,7 @@ class HeadConfig:
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding (arXiv 2302.05442)
-    use_bias: bool = False  # biases of the query, key and value projections
+    qkv_bias: bool = False  # biases of the query, key and value projections
     output_init_scale: float = 1.0  # factor on the initial output projection
     dtype: DTypeLike | None = None  # of the computation; None: the input's dtype
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
@@ -129,7 +129,7 @@ def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[st
         "o_kernel": Parameter((H, Dv, embed_dim), join, ("heads", "head_dim", "embed")),
     }
     zeros = initializers.zeros_init()
-    if config.use_bias:
+    if config.qkv_bias:
         parameters["q_bias"] = Parameter((H, Dk), zeros, ("heads", "head_dim"))
     if config.qk_norm:
         parameters["q_norm_scale"] = norm
@@ -138,7 +138,7 @@ def projection_parameters(config: HeadConfig, embed_dim: int, branches: tuple[st
         axes = ("embed", "kv_heads", "head_dim")
         parameters[f"{prefix}k_kernel"] = Parameter((embed_dim, K, Dk), project, axes)
         parameters[f"{prefix}v_kernel"] = Parameter((embed_dim, K, Dv), project, axes)
-        if config.use_bias:
+        if config.qkv_bias:
             parameters[f"{prefix}k_bias"] = Parameter((K, Dk), zeros, axes[1:])
             parameters[f"{prefix}v_bias"] = Parameter((K, Dv), zeros, axes[1:])
         if config.qk_norm:

@@ -78,7 +78,7 @@ class NSAttention(nn.Module):
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
-    use_bias: bool = False  # biases of the query, key and value projections
+    qkv_bias: bool = False  # biases of the query, key and value projections
     output_init_scale: float = 1.0  # factor on the initial output projection
     implementation: Implementation | None = None  # of the attention; None: the fastest
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
@@ -144,7 +144,7 @@ class FullAttention(nn.Module):
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no positions
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
-    use_bias: bool = False  # biases of the query, key and value projections
+    qkv_bias: bool = False  # biases of the query, key and value projections
     output_init_scale: float = 1.0  # factor on the initial output projection
     batch_axes: MeshAxes = ()  # mesh axes that split B; see `nsa_jax.sharding.sharded`
     head_axes: MeshAxes = ()  # mesh axes that split the K/V heads

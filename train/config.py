@@ -63,7 +63,7 @@ class ModelConfig:
     share_kv: bool = True  # one key/value projection for the three branches instead of one each, as in the paper
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
-    use_bias: bool = False  # biases of the query, key and value projections
+    qkv_bias: bool = False  # biases of the query, key and value projections
     rope_theta: float = 10_000.0  # base of the rotary position embedding
     rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm

@@ -283,7 +283,7 @@ def test_normalised_queries_and_keys_have_a_root_mean_square_of_their_scale_what
 
 @pytest.mark.parametrize("options", [{}, {**PAPER, "tie_keys": True}])
 def test_biases_are_added_to_queries_keys_and_values_before_norm_and_rotation(options):
-    module = layer(**options, use_bias=True, rope_theta=None)
+    module = layer(**options, qkv_bias=True, rope_theta=None)
     variables, x = initial(module)
     biases = {name: p for name, p in variables["params"].items() if name.endswith(("q_bias", "k_bias", "v_bias"))}
     assert all((bias == 0).all() for bias in biases.values())

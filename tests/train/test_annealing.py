@@ -25,7 +25,7 @@ from train.step import loss_sums
 pytestmark = pytest.mark.xdist_group("annealing")  # the run that these tests share is made once
 
 T, VOCABULARY = 40, 30
-DENSE = dataclasses.replace(SMALL, num_layers=2, attention="full", qk_norm=True, use_bias=True)
+DENSE = dataclasses.replace(SMALL, num_layers=2, attention="full", qk_norm=True, qkv_bias=True)
 MODELS = {
     "by default": dataclasses.replace(DENSE, attention="nsa"),
     "the paper's layout": dataclasses.replace(DENSE, attention="nsa", compression="mlp", share_kv=False),

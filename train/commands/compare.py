@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "gguf", "safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compares logits over some tokens and a greedy continuation with those of transformers.
+    """Compares logits over some tokens, a greedy continuation and the tokens of a text with those of transformers.
 
     The text is held-out documents of the standard library's source.
     """
@@ -44,7 +44,7 @@ class Arguments:
 
 
 def compare(arguments: Arguments) -> None:
-    """Prints how far the logits are apart and whether the continuations are the same, and writes it where asked.
+    """Prints how far the logits are apart and whether all else is the same, and writes it where asked.
 
     Raises:
       ValueError: the model cannot be read, or a setting is impossible.
@@ -56,15 +56,18 @@ def compare(arguments: Arguments) -> None:
         check_output("out", arguments.out)
     with missing_extra("pretrained"):
         pretrained = read(arguments.source)
+    if pretrained.family is None:
+        raise ValueError(f"source = {arguments.source}: expected a model of a family that transformers knows")
     tokenizer = tokenizer_of(pretrained)
     model, params = Transformer(pretrained.config, tokenizer.vocab_size), parameters(pretrained, tokenizer.vocab_size)
     most = max(arguments.tokens, arguments.prompt)
     tokens = held_out_tokens(load_corpus(DataConfig()), tokenizer, most)[None, :most]
     if tokens.shape[1] < most:
         raise ValueError(f"tokens = {most}: expected at most {tokens.shape[1]}, which the text has")
-    prompt = tokens[:, : arguments.prompt]
+    prompt, text = tokens[:, : arguments.prompt], tokenizer.decode(tokens[0])
     with missing_extra("transformers"):
         theirs, their_continuation = _theirs(arguments, tokens[:, : arguments.tokens], prompt)
+        their_tokens = _their_tokens(arguments.source, text)
 
     def forward(params: Any, tokens: Any) -> Any:
         hidden: Any = model.apply({"params": params}, tokens)
@@ -78,6 +81,7 @@ def compare(arguments: Arguments) -> None:
         "normwise_error": float(np.linalg.norm(difference) / np.linalg.norm(theirs)),
         "same_first_choice": float(np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1))),
         "same_continuation": continuation == their_continuation,
+        "same_tokens": tokenizer.encode(text).tolist() == their_tokens,
     }
     for name, value in found.items():
         print(f"{name.replace('_', ' ')}: {value}")
@@ -89,11 +93,11 @@ def compare(arguments: Arguments) -> None:
             "model": {
                 "source": arguments.source.name,
                 "sha256": _digest(arguments.source),
-                "family": None if pretrained.family is None else pretrained.family.name,
+                "family": pretrained.family.name,
             },
             "tokens": arguments.tokens,
             "prompt": arguments.prompt,
-            "continuation": continuation,
+            "continuation": tokenizer.decode(continuation),
             **found,
         }
         write(arguments.out, json.dumps(content, indent=1) + "\n")
@@ -104,11 +108,7 @@ def _theirs(arguments: Arguments, tokens: np.ndarray, prompt: np.ndarray) -> tup
     import torch
     import transformers
 
-    source = arguments.source
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source)}
-    if source.is_file():
-        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(**_place(arguments.source), dtype=torch.float32).eval()
     continuation = []
     with torch.no_grad():
         computed = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
@@ -119,6 +119,20 @@ def _theirs(arguments: Arguments, tokens: np.ndarray, prompt: np.ndarray) -> tup
             ids, cache = out.logits[:, -1:].argmax(dim=-1), out.past_key_values
             continuation.append(int(ids))
     return computed, continuation
+
+
+def _their_tokens(source: Path, text: str) -> list[int]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(source))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _place(source: Path) -> dict[str, str]:
+    """How transformers is told where a model is."""
+    if source.is_dir():
+        return {"pretrained_model_name_or_path": str(source)}
+    return {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
 
 
 def _continued(params: Any, model: Transformer, prompt: np.ndarray, count: int) -> list[int]:

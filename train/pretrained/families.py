@@ -15,7 +15,7 @@ class Family(NamedTuple):
     name: str  # model_type in config.json
     architecture: str  # class in transformers
     gguf: str  # general.architecture of GGUF files
-    use_bias: bool = False  # biases of the query, key and value projections
+    qkv_bias: bool = False  # biases of the query, key and value projections
     qk_norm: bool = False  # RMSNorm of every query and key head
     window: bool = False  # layers may have a sliding window
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
@@ -28,7 +28,7 @@ FAMILIES = {
     for family in (
         Family("llama", "LlamaForCausalLM", "llama"),  # Llama 2 to 3.2, SmolLM2
         Family("mistral", "MistralForCausalLM", "llama", window=True, sliding_window=4096),
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2", use_bias=True),  # Qwen 2 and 2.5
+        Family("qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True),  # Qwen 2 and 2.5
         Family("qwen3", "Qwen3ForCausalLM", "qwen3", qk_norm=True, head_dim=128),
     )
 }
@@ -93,7 +93,7 @@ def model_config(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         attention="full" if window is None else "window",
-        use_bias=family.use_bias,
+        qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -113,7 +113,7 @@ def family_of(config: ModelConfig) -> tuple[Family | None, str]:
     found = [
         family
         for family in FAMILIES.values()
-        if (family.use_bias, family.qk_norm, family.window) == (config.use_bias, config.qk_norm, windowed)
+        if (family.qkv_bias, family.qk_norm, family.window) == (config.qkv_bias, config.qk_norm, windowed)
     ]
     for holds, reason in (
         (kinds in ({"full"}, {"window"}), f"attention = {config.attention_name}"),
@@ -129,7 +129,7 @@ def family_of(config: ModelConfig) -> tuple[Family | None, str]:
         ),
         (
             bool(found),
-            f"model.use_bias = {config.use_bias} and model.qk_norm = {config.qk_norm} with attention = "
+            f"model.qkv_bias = {config.qkv_bias} and model.qk_norm = {config.qk_norm} with attention = "
             f"{config.attention_name}",
         ),
     ):

@@ -72,7 +72,7 @@ OTHERS = {
         moe=MoEConfig(num_routed=2, expert_dim=8, first_dense=2),
         tie_embeddings=False,
     ),
-    "the paper's layout": dataclasses.replace(SMALL, compression="mlp", share_kv=False, use_bias=True),
+    "the paper's layout": dataclasses.replace(SMALL, compression="mlp", share_kv=False, qkv_bias=True),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_model_that_transformers_does_not_know_comes_back_bit_for_bit(model, t
         ({"v_head_dim": 16}, "model.v_head_dim = 16"),
         ({"moe": MoEConfig(num_routed=4)}, "model.moe.num_routed = 4"),
         ({"qk_norm": True, "norm_eps": 1e-5}, "model.qk_norm with model.norm_eps = 1e-05"),
-        ({"qk_norm": True, "use_bias": True}, "model.use_bias = True and model.qk_norm = True"),
+        ({"qk_norm": True, "qkv_bias": True}, "model.qkv_bias = True and model.qk_norm = True"),
         ({"qk_norm": True, "attention": "window"}, "model.qk_norm = True with attention = window"),
     ],
 )
