@@ -36,6 +36,7 @@ from train.parallel.distributed import Stop, in_turn, together
 from train.parallel.sharding import on_mesh, put_batch
 from train.plot import plot_curves
 from train.prepare import Prepared, checkpoints_of
+from train.pretrained import chat_template
 from train.selection import is_measured, logged, make_selection_step
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 
@@ -131,6 +132,7 @@ def _open_log(prepared: Prepared, *, first_step: int, silent: bool) -> MetricsLo
     with together(RuntimeError, ImportError):
         if not silent:
             run_folder.describe(config, prepared.facts)
+            chat_template.inherit(config)
             run_folder.write(config.run_dir / "metrics.meta.json", json.dumps(_origin(config), indent=1) + "\n")
         return MetricsLog(config, first_step=first_step, silent=silent)
 

@@ -9,7 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.data.chat import Message
+from train.config import TrainConfig
+from train.data.chat import LAYOUTS, Message
 from train.data.tokenizer import HuggingFaceTokenizer
 from train.run_folder import write
 
@@ -67,6 +68,15 @@ class ChatTemplate:
 def save(template: ChatTemplate, run: Path) -> None:
     """Writes a template into a run's folder."""
     write(run / FILE, json.dumps(dataclasses.asdict(template), indent=2) + "\n")
+
+
+def inherit(config: TrainConfig) -> None:
+    """Keeps the template of `init_from` for a run that learns no conversations, which it would write down otherwise."""
+    if config.init_from is None or config.data.format in LAYOUTS or (config.run_dir / FILE).exists():
+        return
+    template = load(config.init_from)
+    if template is not None:
+        save(template, config.run_dir)
 
 
 def load(run: Path) -> ChatTemplate | None:

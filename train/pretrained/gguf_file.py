@@ -1,7 +1,7 @@
 """GGUF files, the format of llama.cpp, in whichever quantisation: numbers are dequantised to float32."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from nsa_jax import RopeScaling
 from nsa_jax.rope import rope_frequencies
+from train.config import ModelConfig
 from train.pretrained import gguf_tokenizer
 from train.pretrained.chat_template import ChatTemplate
 from train.pretrained.families import FAMILIES, GGUF, Family, model_config
@@ -73,24 +74,24 @@ def _open(file: Path) -> tuple[Fields, dict[str, Tensor]]:
     except Exception as error:  # of a damaged file the reader raises whatever it meets
         raise ValueError(f"{file}: expected a GGUF file, but {error}") from error
 
-    def dequantised(tensor: Any) -> Callable[[], np.ndarray]:
-        return lambda: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    def reader_of(tensor: Any) -> Callable[[], np.ndarray]:
+        def dequantised() -> np.ndarray:
+            try:
+                return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{file}: tensor {tensor.name} is {tensor.tensor_type.name}: expected a type that gguf dequantises"
+                ) from error
+
+        return dequantised
 
     tensors = {}
     for tensor in reader.tensors:
-        if tensor.tensor_type not in _readable(gguf):
-            raise ValueError(
-                f"{file}: tensor {tensor.name} is {tensor.tensor_type.name}: expected a type that gguf dequantises"
-            )
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        tensors[tensor.name] = Tensor(file, shape, dequantised(tensor))
+        tensors[tensor.name] = Tensor(file, shape, reader_of(tensor))
     fields = Fields(file, values)
     fields.check("split.count", 0, 1, why="; llama-gguf-split --merge makes one file of several")
     return fields, tensors
-
-
-def _readable(gguf: Any) -> Iterable[Any]:
-    return (*gguf.quants._type_traits, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
 
 
 def _plain(value: Any) -> Any:
@@ -100,7 +101,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _config(family: Family, fields: Fields, prefix: str, factors: Tensor | None, *, tie_embeddings: bool) -> Any:
+def _config(
+    family: Family, fields: Fields, prefix: str, factors: Tensor | None, *, tie_embeddings: bool
+) -> ModelConfig:
     fields.check(f"{prefix}expert_count", 0)
     fields.check(f"{prefix}rope.scaling.type", "none", "linear")
     scaling = RopeScaling()

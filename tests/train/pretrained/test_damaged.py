@@ -142,6 +142,20 @@ def test_a_gguf_file_that_this_model_cannot_be_is_refused(tmp_path, monkeypatch,
     assert str(file) in str(raised.value)
 
 
+def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path, monkeypatch):
+    import gguf
+
+    def dequantize(data, kind):
+        raise NotImplementedError
+
+    write_gguf(MODELS / "smollm2", tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf.quants, "dequantize", dequantize)
+    with pytest.raises(
+        ValueError, match=r"model.gguf: tensor blk.0.attn_norm.weight is F32: expected a type that gguf"
+    ):
+        load(tmp_path / "model.gguf")
+
+
 def test_llama_3s_frequencies_are_refused_where_they_are_no_such(tmp_path, monkeypatch):
     import helpers.gguf_files as writer
 

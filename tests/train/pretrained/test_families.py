@@ -1,5 +1,6 @@
 """Every family: its numbers are those of transformers, from folders, from GGUF files and from runs."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,9 +15,11 @@ from helpers.pretrained import MODELS, NAMES, expected, logits_of, parameters_of
 from nsa_jax.testing import normwise_error
 from train.__main__ import main
 from train.checkpoints.saved import load_model
+from train.config import DataConfig, TrainConfig
 from train.data.chat import Message
 from train.generation.generator import generate
 from train.generation.sampling import Sampling
+from train.pretrained import chat_template
 from train.pretrained.read import read
 from train.pretrained.run import tokenizer_of
 
@@ -123,6 +126,21 @@ def test_an_import_talks_by_its_own_template(tmp_path, capsys):
     (tmp_path / "run" / "chat_template.json").write_text("[]")
     assert main(["generate", "--run", str(tmp_path / "run"), *talk]) == 2
     assert "chat_template.json: expected a chat template as import wrote it" in capsys.readouterr().err
+
+
+def test_a_run_that_learns_no_conversations_keeps_the_template_that_it_starts_from(tmp_path):
+    template = read(MODELS / "smollm2").chat_template
+    (tmp_path / "old").mkdir()
+    chat_template.save(template, tmp_path / "old")
+    for number, (data_format, kept) in enumerate([("auto", template), ("sharegpt", None)]):
+        run = tmp_path / str(number)
+        run.mkdir()
+        config = TrainConfig(data=DataConfig(format=data_format), run_dir=run)
+        chat_template.inherit(config)
+        assert chat_template.load(run) is None
+        chat_template.inherit(dataclasses.replace(config, init_from=tmp_path / "old"))
+        assert chat_template.load(run) == kept
+    chat_template.inherit(TrainConfig(run_dir=tmp_path / "old", init_from=tmp_path / "gone"))
 
 
 def test_rows_beyond_the_tokenizers_tokens_are_cut_off_and_tied_copies_are_taken_once(tmp_path):
