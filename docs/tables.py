@@ -381,6 +381,30 @@ def plan(record: Any) -> list[Row]:
     return table
 
 
+def pretrained(record: Any) -> list[Row]:
+    """How far a pretrained model's numbers are from those of transformers."""
+    same = [record[f"same_{name}"] for name in ("continuation", "tokens")]
+    words = ["the same" if value else "another" for value in same]
+    versions = f"transformers {record['packages']['transformers']}, PyTorch {record['packages']['torch']}"
+    return [
+        (
+            "file",
+            f"error of the logits of {record['tokens']} tokens",
+            "same first choice",
+            "continuation",
+            "tokens",
+            "beside",
+        ),
+        (
+            record["model"]["source"],
+            f"{record['relative_error']:.1e}",
+            f"{record['same_first_choice']:.1%}",
+            *words,
+            versions,
+        ),
+    ]
+
+
 ARMS = {
     "full": "full attention",
     "nsa_mean_shared_fine": "NSA: mean, shared keys and values, fine blocks",
@@ -432,5 +456,6 @@ TABLES = {
     "quality_recipe": Table((RECIPE_ARMS,), arms),
     "selection": Table((RECIPE_ARMS,), selection),
     "pooling": Table((POOLING_RUNS,), pooling),
+    "pretrained": Table((TRAINING / "smollm2_135m_transformers.json",), pretrained),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }
