@@ -64,7 +64,9 @@ def started(model):
     return dense, params, new, annealing.from_dense(params, fresh, model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if name == "tied keys" else ()) for name in MODELS]
+)
 def test_at_the_start_the_model_is_the_dense_one(name):
     dense, params, new, start = started(MODELS[name])
     config = config_of(MODELS[name])

@@ -76,7 +76,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("model", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=name, marks=pytest.mark.exhaustive if "paper" in name else ())
+        for name, model in OTHERS.items()
+    ],
+)
 def test_a_model_that_transformers_does_not_know_comes_back_bit_for_bit(model, tmp_path, capsys):
     train_runs.write_corpus(tmp_path / "corpus")
     data = DataConfig(path=str(tmp_path / "corpus"), sequence_length=64, batch_size=8)
