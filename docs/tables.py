@@ -415,6 +415,30 @@ def plan(record: Any) -> list[Row]:
     return table
 
 
+def pretrained(record: Any) -> list[Row]:
+    """How far a pretrained model's numbers are from those of transformers."""
+    same = [record[f"same_{name}"] for name in ("continuation", "tokens")]
+    words = ["the same" if value else "another" for value in same]
+    versions = f"transformers {record['packages']['transformers']}, PyTorch {record['packages']['torch']}"
+    return [
+        (
+            "file",
+            f"error of the logits of {record['tokens']} tokens",
+            "same first choice",
+            "continuation",
+            "tokens",
+            "beside",
+        ),
+        (
+            record["model"]["source"],
+            f"{record['relative_error']:.1e}",
+            f"{record['same_first_choice']:.1%}",
+            *words,
+            versions,
+        ),
+    ]
+
+
 ARMS = {
     "full": "full attention",
     "nsa_mean_shared_fine": "NSA: mean, shared keys and values, fine blocks",
@@ -470,5 +494,6 @@ TABLES = {
     "selection": Table((RECIPE_ARMS,), selection),
     "pooling": Table((POOLING_RUNS,), pooling),
     "quality_100m": Table((LONGER_RUNS,), tokens_100m),
+    "pretrained": Table((TRAINING / "smollm2_135m_transformers.json",), pretrained),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

@@ -58,6 +58,7 @@ class LayerConfig(HeadConfig):
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding (arXiv 2302.05442)
     use_bias: bool = False  # in all projections
+    qkv_bias: bool = False  # in those of queries, keys and values, as Qwen 2 has them
     kernel_init: Callable | None = None  # of projections, as [inputs, outputs]; None: lecun_normal
     output_init_scale: float = 1.0  # factor on the initial output projection
 
@@ -95,7 +96,7 @@ def projection_parameters(config: LayerConfig, embed_dim: int, branches: tuple[s
     def projection(name: str, heads: int, size: int, axis: str) -> dict[str, Parameter]:
         init, zeros = _flat_init(config, num_inputs=1), initializers.zeros_init()
         declared = {f"{name}_kernel": Parameter((embed_dim, heads, size), init, ("embed", axis, "head_dim"))}
-        if config.use_bias:
+        if config.use_bias or config.qkv_bias:
             declared[f"{name}_bias"] = Parameter((heads, size), zeros, (axis, "head_dim"))
         return declared
 
@@ -262,7 +263,7 @@ def _project(
 ) -> Float[Array, "B T H D"]:
     """Queries, keys or values. With `qk_norm`, queries and keys get their RMSNorm, with the statistics in float32."""
     heads = multiply(x, weights[f"{name}_kernel"], config)
-    if config.use_bias:
+    if config.use_bias or config.qkv_bias:
         heads = add_bias(heads, weights[f"{name}_bias"])
     if not config.qk_norm or name.endswith("v"):
         return heads

@@ -98,6 +98,7 @@ class LayerFields(HeadFields):
     rope_scaling: RopeScaling = RopeScaling()  # for contexts longer than those trained on
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     use_bias: bool = False  # in all projections
+    qkv_bias: bool = False  # in those of queries, keys and values, as Qwen 2 has them
     kernel_init: Callable | None = None  # of projections, as [inputs, outputs]; None: lecun_normal
     output_init_scale: float = 1.0  # factor on the initial output projection
 

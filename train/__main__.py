@@ -69,12 +69,13 @@ def usage(group: str = "") -> str:
 
 
 def _check_preset(arguments: list[str]) -> None:
-    """Raises ValueError where the first word is neither a command nor a preset."""
-    from train.presets import PRESETS
+    """Raises ValueError where the first word is neither a command nor a preset nor the folder of a run."""
+    from train.presets import PRESETS, is_run
 
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS and not is_run(arguments[0]):
         raise ValueError(
-            f"{arguments[0]}: expected a command ({', '.join(COMMANDS)}) or a preset ({', '.join(PRESETS)})"
+            f"{arguments[0]}: expected a command ({', '.join(COMMANDS)}), a preset ({', '.join(PRESETS)}) or the folder"
+            " of a run"
         )
 
 

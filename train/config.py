@@ -63,6 +63,7 @@ class ModelConfig:
     share_kv: bool = True  # one key/value projection for the three branches instead of one each, as in the paper
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
+    qkv_bias: bool = False  # biases of the query, key and value projections
     rope_theta: float = 10_000.0  # base of the rotary position embedding
     rope_scaling: RopeScaling = RopeScaling()  # its stretching to contexts longer than those trained on
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
@@ -186,6 +187,7 @@ class TrainConfig:
     eval_selection: bool = True  # evaluations of NSA also measure which share of the attention its blocks hold
     init_from: Path | None = None  # folder of a run whose parameters this one starts from; its data begin anew
     init_step: int | None = None  # of that run's checkpoint; None: the newest
+    anneal_steps: int = 0  # in which NSA that starts from full attention goes over to its own; 0: at once
     position_buckets: int = 16  # parts of the sequence whose held-out loss the last step logs; 0: none
     sample_prompt: str = "def "  # what the sample at the end continues
     sample_tokens: int = 200  # its length in tokens
@@ -218,6 +220,7 @@ AT_LEAST = {
     "steps": 1,
     "eval_every": 1,
     "eval_batches": 1,
+    "anneal_steps": 0,
     "position_buckets": 0,
     "sample_tokens": 0,
 }
@@ -307,6 +310,10 @@ def _check_start_and_end(config: TrainConfig) -> None:
         raise ValueError(f"init_from = {config.init_from}: expected another folder than run_dir")
     if config.init_step is not None and config.init_from is None:
         raise ValueError(f"init_step = {config.init_step}: expected init_from, the run whose step this is")
+    if config.anneal_steps > config.steps:
+        raise ValueError(f"anneal_steps = {config.anneal_steps}: expected at most steps = {config.steps}")
+    if config.anneal_steps and config.init_from is None:
+        raise ValueError(f"anneal_steps = {config.anneal_steps}: expected init_from, a run with full attention")
     if not 0 <= config.optimizer.decay_fraction <= 1:
         raise ValueError(f"optimizer.decay_fraction = {config.optimizer.decay_fraction}: expected a number from 0 to 1")
     if warmup_steps >= config.steps:
@@ -324,6 +331,11 @@ def from_json(text: str) -> TrainConfig:
     Raises ValueError naming a setting that this version does not know. Settings that are missing have their defaults.
     """
     return _build(TrainConfig, json.loads(text), "")
+
+
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """A model's settings from what `dataclasses.asdict` made of them; errors as those of `from_json`."""
+    return _build(ModelConfig, values, "model.")
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> Iterator[tuple[str, Any, Any]]:

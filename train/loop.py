@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.benchmarks.provenance import provenance
-from train import determinism, run_folder
+from train import annealing, determinism, run_folder
 from train.checkpoints.checkpointer import Checkpointer
 from train.checkpoints.saved import starting_parameters
 from train.config import TrainConfig
@@ -30,11 +30,13 @@ from train.metrics import MetricsLog
 from train.model.attention import attention_kind
 from train.model.flops import active_parameters, device_peak_flops, total_parameters, train_flops_per_token
 from train.model.loss import LossSums, bits_per_byte
+from train.model.transformer import Transformer
 from train.optimizer import learning_rate_schedule
 from train.parallel.distributed import Stop, in_turn, together
 from train.parallel.sharding import on_mesh, put_batch
 from train.plot import plot_curves
 from train.prepare import Prepared, checkpoints_of
+from train.pretrained import chat_template
 from train.selection import is_measured, logged, make_selection_step
 from train.step import StepMetrics, TrainState, loss_sums, make_init, make_train_step
 
@@ -105,8 +107,8 @@ def _lock(prepared: Prepared, stack: contextlib.ExitStack, console: Console) -> 
 
 def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Console) -> tuple[int, TrainState]:
     """The number of steps made before and the state after them; the data iterator is put where it was then."""
-    config, abstract = prepared.config, prepared.abstract_state
-    restored = checkpointer.restore_latest(abstract, prepared.train_batches)
+    config = prepared.config
+    restored = checkpointer.restore_latest(prepared.abstract_state, prepared.train_batches)
     if restored is not None:
         console.print(f"resuming after step {restored[0]}, saved in {config.run_dir / 'checkpoints'}")
         return restored
@@ -115,7 +117,7 @@ def _starting_state(prepared: Prepared, checkpointer: Checkpointer, console: Con
         jax.random.key(config.seed)
     )
     if config.init_from is not None:
-        state = state._replace(params=starting_parameters(config, abstract.params))
+        state = state._replace(params=starting_parameters(config, state.params))
         console.print(f"starting from the parameters of {config.init_from}")
     return 0, state
 
@@ -130,6 +132,7 @@ def _open_log(prepared: Prepared, *, first_step: int, silent: bool) -> MetricsLo
     with together(RuntimeError, ImportError):
         if not silent:
             run_folder.describe(config, prepared.facts)
+            chat_template.inherit(config)
             run_folder.write(config.run_dir / "metrics.meta.json", json.dumps(_origin(config), indent=1) + "\n")
         return MetricsLog(config, first_step=first_step, silent=silent)
 
@@ -162,7 +165,7 @@ def _train(
     pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
     held_out: dict[str, float] = {}
     for step in range(done + 1, config.steps + 1):
-        state, metrics = train_step(state, put_batch(next(batches), mesh, stride))
+        state, metrics = train_step(step)(state, put_batch(next(batches), mesh, stride))
         # The step before is looked at only now, so that the device never waits for the host.
         if pending is not None:
             log.write(pending[0], reader.read(*pending))
@@ -195,14 +198,28 @@ def _train(
     return state, held_out
 
 
-def _programs(prepared: Prepared) -> tuple[Callable, Callable]:
-    """The update, which takes over the state that it is given, and the loss of a held-out batch."""
-    config, mesh, model = prepared.config.optimizer, prepared.mesh, prepared.model
-    update = make_train_step(model, prepared.optimizer, accumulate=config.accumulate, z_loss=config.z_loss)
-    options = determinism.compiler_options(prepared.config.deterministic)
-    train_step = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None), compiler_options=options)
+def _programs(prepared: Prepared) -> tuple[Callable[[int], Callable], Callable]:
+    """The update of a step, which takes over the state that it is given, and the loss of a held-out batch."""
+    config, mesh, model = prepared.config, prepared.mesh, prepared.model
+    options = determinism.compiler_options(config.deterministic)
+
+    def train_step(model: Transformer) -> Callable:
+        update = make_train_step(
+            model,
+            prepared.optimizer,
+            accumulate=config.optimizer.accumulate,
+            z_loss=config.optimizer.z_loss,
+            opening=annealing.opening(config),
+        )
+        jitted = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None), compiler_options=options)
+        return in_turn(on_mesh(jitted, mesh))
+
+    first, ordinary = train_step(annealing.first_model(model, config)), train_step(model)
     eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch), compiler_options=options)
-    return in_turn(on_mesh(train_step, mesh)), in_turn(on_mesh(eval_step, mesh))
+    return (
+        lambda step: first if annealing.in_first_half(step, config) else ordinary,
+        in_turn(on_mesh(eval_step, mesh)),
+    )
 
 
 class _StepReader:
@@ -210,7 +227,7 @@ class _StepReader:
 
     def __init__(self, prepared: Prepared, checkpointer: Checkpointer, console: Console):
         config = prepared.config
-        self._checkpointer, self._console = checkpointer, console
+        self._checkpointer, self._console, self._anneal_steps = checkpointer, console, config.anneal_steps
         # Computed beforehand: a device that is asked for one in the loop answers only after the step in flight.
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         self._learning_rates = np.asarray(schedule(np.arange(config.steps)))
@@ -244,6 +261,8 @@ class _StepReader:
             "learning_rate": float(self._learning_rates[step - 1]),
             "tokens_per_second": speed,
         }
+        if self._anneal_steps:
+            values["annealed"] = min(1.0, (step - 1) / self._anneal_steps)
         if router is not None:
             values |= {name: float(value) for name, value in router._asdict().items()}
         if of_layers:

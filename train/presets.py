@@ -5,6 +5,7 @@ A new preset is one function here, under `@preset`.
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from train.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from train.run_folder import read_config
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {}
 
@@ -42,12 +44,14 @@ def named(name: str) -> TrainConfig:
 
 
 def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfig:
-    """The config that a command line asks for: a preset, changed by its flags.
+    """The config that a command line asks for: a preset, or the folder of a run to start from, changed by its flags.
 
     Raises:
       SystemExit: for help, and with code 2 where a flag is unknown or its value of the wrong type.
-      ValueError: a setting is impossible.
+      ValueError: a setting is impossible, or those of the run cannot be read.
     """
+    if arguments and arguments[0] not in PRESETS and is_run(arguments[0]):
+        return tyro.cli(TrainConfig, prog=prog, default=_from_run(Path(arguments[0])), args=list(arguments[1:]))
     presets = {name: ((preset.__doc__ or "").strip(), preset()) for name, preset in PRESETS.items()}
     if list(arguments) in (["--help"], ["-h"]):
         with contextlib.suppress(SystemExit):
@@ -55,6 +59,19 @@ def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfi
         # Every preset has the same fields; these show the defaults of the first.
         arguments = [next(iter(presets)), "--help"]
     return tyro.extras.overridable_config_cli(presets, prog=prog, args=list(arguments))
+
+
+def is_run(name: str) -> bool:
+    """Whether a word in the place of a preset is the folder of a run."""
+    return not name.startswith("-") and os.path.isfile(os.path.join(name, "config.json"))
+
+
+def _from_run(run: Path) -> TrainConfig:
+    """The settings of a run, for another one that starts from its parameters and needs a folder of its own."""
+    config = read_config(run)
+    file = run / "tokenizer.json"  # which is there after the folder was moved, too
+    data = dataclasses.replace(config.data, tokenizer=str(file)) if file.is_file() else config.data
+    return dataclasses.replace(config, data=data, init_from=run, init_step=None, run_dir=run)
 
 
 @preset

@@ -3,6 +3,7 @@
     config.json      every setting; paths in it are absolute
     facts.json       what the settings leave open: size and digest of the tokenizer, fingerprint of the data
     tokenizer.json   a copy of the tokenizer, unless that is the byte tokenizer
+    chat_template.json  how a pretrained model talks, if it came with a template
     lock, lock.json  there while a process trains; lock.json says which
 
 Such a folder can be copied or moved: what reads it needs nothing from outside it, except the text to train or to

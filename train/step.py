@@ -71,13 +71,21 @@ def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[
 
 
 def make_train_step(
-    model: Transformer, optimizer: optax.GradientTransformation, *, accumulate: int, z_loss: float
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int,
+    z_loss: float,
+    opening: Callable[[Any, Array], Any] | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, StepMetrics]]:
     """One update, from a batch that is cut into `accumulate` microbatches along its rows.
 
     The gradient is that of the sum of all tokens' losses over the sum of all weights, however many tokens count in
     each microbatch. The losses of layers (`train.model.auxiliary`) are those of each microbatch by itself, weighted by
     the tokens that count in it. The balancing bias of experts moves once, by the loads of the whole batch.
+
+    `opening` is a function from parameters, and the steps made before, to those that the model uses, as in
+    `train.annealing`. Its Jacobian must be the identity.
     """
     moe = model.config.moe
 
@@ -95,8 +103,10 @@ def make_train_step(
         total_weight = jnp.where(total_weight > 0, total_weight, 1.0)
         total_tokens = jnp.maximum(_num_counted(batch), 1.0)
 
+        used = state.params if opening is None else opening(state.params, state.step)
+
         def parts(batch: dict[str, Array]) -> Any:
-            (_, sums), grads = gradient(state.params, batch, total_weight, total_tokens)
+            (_, sums), grads = gradient(used, batch, total_weight, total_tokens)
             return sums, grads
 
         if accumulate == 1:

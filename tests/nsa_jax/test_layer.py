@@ -281,6 +281,27 @@ def test_normalised_queries_and_keys_have_a_root_mean_square_of_their_scale_what
     assert not jnp.allclose(before.kv.cmp_v, 0)
 
 
+@pytest.mark.parametrize("options", [{}, {**PAPER, "tie_keys": True}])
+def test_biases_are_added_to_queries_keys_and_values_before_norm_and_rotation(options):
+    module = layer(**options, qkv_bias=True, rope_theta=None)
+    variables, x = initial(module)
+    biases = {name: p for name, p in variables["params"].items() if name.endswith(("q_bias", "k_bias", "v_bias"))}
+    assert all((bias == 0).all() for bias in biases.values())
+    without = jax.tree.map(lambda p: p, variables)
+    for number, name in enumerate(biases):
+        variables["params"][name] += jax.random.normal(jax.random.key(number), biases[name].shape)
+    before, after = (traced(module, v, x) for v in (without, variables))
+    added = {"q": after.q - before.q} | {
+        name: value - getattr(before.kv, name) for name, value in after.kv._asdict().items()
+    }
+    for name, difference in added.items():
+        short = name.removeprefix("cmp_").removeprefix("slc_").removeprefix("win_")
+        source = "slc_k" if name == "cmp_k" and "tie_keys" in options else name
+        bias = variables["params"][f"{source if options and short != 'q' else short}_bias"]
+        if name != "cmp_v" or not options:  # an MLP phi makes something else of it
+            assert_trees_close(difference, jnp.broadcast_to(bias, difference.shape), 1e-5)
+
+
 def test_full_attention_normalises_queries_and_keys_and_not_values():
     x = embeddings()
     module = nsa_jax.FullAttention(**HEADS, qk_norm=True)

@@ -8,6 +8,7 @@ import pytest
 
 from nsa_jax import RopeScaling
 from train import presets
+from train.__main__ import main
 from train.config import TrainConfig, check, from_json, to_json
 from train.presets import PRESETS, parse, tiny
 
@@ -79,3 +80,23 @@ def test_a_new_preset_is_one_function(monkeypatch):
 
     assert parse(["tiny-full", "--steps", "30"]) == dataclasses.replace(tiny_full(), steps=30)
     assert presets.named("tiny-full") == tiny_full()
+
+
+def test_the_folder_of_a_run_stands_for_its_settings_and_parameters(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    saved = dataclasses.replace(
+        tiny(), steps=7, data=dataclasses.replace(tiny().data, tokenizer="/elsewhere/tokenizer.json")
+    )
+    (run / "config.json").write_text(to_json(saved))
+    expected = dataclasses.replace(saved, init_from=run, run_dir=tmp_path / "new", seed=3)
+    flags = ["--run-dir", str(tmp_path / "new"), "--seed", "3"]
+    assert parse([str(run), *flags]) == expected
+    (run / "tokenizer.json").write_text("{}")
+    data = dataclasses.replace(saved.data, tokenizer=str(run / "tokenizer.json"))
+    assert parse([str(run), *flags]) == dataclasses.replace(expected, data=data)
+    assert main([str(run)]) == 2
+    assert f"init_from = {run}: expected another folder than run_dir" in capsys.readouterr().err
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    assert main([str(run)]) == 2
+    assert "unknown setting model_type" in capsys.readouterr().err

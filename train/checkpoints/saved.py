@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import RopeScaling
+from train import annealing
 from train.checkpoints.checkpointer import Checkpointer
 from train.config import TrainConfig, differences
 from train.data.tokenizer import Tokenizer
@@ -62,10 +63,19 @@ def check_start(config: TrainConfig, facts: dict[str, Any]) -> None:
     """
     assert config.init_from is not None
     old = read_config(config.init_from, "init_from")
+    may_differ: tuple[str, ...] = MAY_DIFFER
+    if annealing.goes_over(old.model, config.model):
+        may_differ += annealing.OF_ATTENTION
+        annealing.check_window(old.model, config)
+    elif config.anneal_steps:
+        raise ValueError(
+            f"anneal_steps = {config.anneal_steps}: expected 0, because attention = {old.model.attention_name} of "
+            f"init_from does not go over to {config.model.attention_name}; full attention goes over to NSA"
+        )
     changed = [
         change
         for change in differences(old, config)
-        if change[0].startswith("model.") and not change[0].startswith(MAY_DIFFER)
+        if change[0].startswith("model.") and not change[0].startswith(may_differ)
     ]
     before = read_facts(config.init_from, "init_from")
     for name, words in (("vocab_size", "the size of the vocabulary"), ("tokenizer", "the tokenizer (SHA-256)")):
@@ -83,12 +93,17 @@ def check_start(config: TrainConfig, facts: dict[str, Any]) -> None:
         )
 
 
-def starting_parameters(config: TrainConfig, abstract_parameters: Any) -> Any:
-    """The parameters that a run with `init_from` starts from, with the shardings of `abstract_parameters`.
+def starting_parameters(config: TrainConfig, fresh: Any) -> Any:
+    """The parameters that a run with `init_from` starts from, with the shardings of `fresh`, its initial parameters.
+
+    Those that `init_from` lacks, because its attention is dense and the run's is NSA, are the fresh ones.
 
     Raises:
       CheckpointError: the checkpoint cannot be read.
     """
     assert config.init_from is not None
     checkpoints = Checkpointer(config.init_from / "checkpoints", config.checkpoint)
-    return checkpoints.restore_parameters(abstract_parameters, config.init_step)
+    if not annealing.goes_over(read_config(config.init_from, "init_from").model, config.model):
+        return checkpoints.restore_parameters(fresh, config.init_step)
+    dense = checkpoints.restore_parameters(annealing.dense_shapes(fresh, config.model), config.init_step)
+    return annealing.from_dense(dense, fresh, config.model)

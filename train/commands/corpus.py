@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from pallas_kernels.benchmarks.provenance import provenance
+from train.commands.output import check_empty
 from train.run_folder import write
 
 SUFFIXES = (".py", ".pyi", ".c", ".cc", ".cpp", ".cxx", ".h", ".hpp", ".cu", ".cuh", ".inl", ".rs", ".js", ".ts")
@@ -53,8 +54,7 @@ def corpus(arguments: Arguments) -> None:
     for name in ("max_file_bytes", "min_package_bytes"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise ValueError(f"out = {arguments.out}: expected a folder that is empty or not there yet")
+    check_empty("out", arguments.out)
     sources = arguments.sources or tuple(_installed())
     for source in sources:
         if not source.is_dir() and not source.name.endswith(ARCHIVES):

@@ -1,16 +1,19 @@
 """Continues a prompt with the model of a run: `python -m train generate --run FOLDER --prompt TEXT`."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from train.checkpoints.saved import SavedModel, load_model
 from train.data import chat
+from train.data.tokenizer import HuggingFaceTokenizer
 from train.generation.generator import LENGTH_MULTIPLE, Generator
 from train.generation.sampling import Sampling, check
+from train.pretrained import chat_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +49,51 @@ def generate(arguments: Arguments) -> None:
     for number in range(arguments.num_samples):
         sampling = dataclasses.replace(arguments.sampling, seed=arguments.sampling.seed + number)
         if arguments.chat:
-            _talk(writer, arguments, sampling)
+            _talk(writer, _chat_of(saved, arguments.run), arguments, sampling)
         else:
             (prompt,) = arguments.prompt
             print(prompt, end="", flush=True)
             _print(writer.write([saved.tokenizer.bos_id, *saved.tokenizer.encode(prompt).tolist()], sampling))
 
 
-def _talk(writer: "_Writer", arguments: Arguments, sampling: Sampling) -> None:
+class _Chat(NamedTuple):
+    """How a model was taught to talk."""
+
+    encode_prompt: Callable[[list[chat.Message]], list[int]]
+    end: str  # of an answer
+
+
+def _chat_of(saved: SavedModel, run: Path) -> _Chat:
+    """The template that came with a pretrained model, and otherwise that of the trainer."""
+    tokenizer, data = saved.tokenizer, saved.config.data
+    own = chat_template.load(run)
+    if own is None:
+        return _Chat(lambda messages: chat.encode_prompt(messages, tokenizer, data), data.chat_end)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return _Chat(lambda messages: own.encode_prompt(messages, tokenizer), own.eos_token or data.chat_end)
+
+
+def _talk(writer: "_Writer", talk: _Chat, arguments: Arguments, sampling: Sampling) -> None:
     """Prints the model's answer to every prompt; what was said before stands before each."""
-    tokenizer, data = writer.saved.tokenizer, writer.saved.config.data
-    end = tokenizer.encode_marker(data.chat_end).tolist()
+    end = writer.saved.tokenizer.encode_marker(talk.end).tolist()
     sampling = dataclasses.replace(
         sampling,
-        stop=(*sampling.stop, data.chat_end),
+        stop=(*sampling.stop, talk.end),
         # A special token has no text that could be found.
         stop_tokens=(*sampling.stop_tokens, *(end if len(end) == 1 else ())),
     )
     messages = [] if arguments.system is None else [chat.Message(chat.SYSTEM, arguments.system)]
-    all_said = [*messages, *(chat.Message(chat.USER, said) for said in arguments.prompt)]
-    writer.reserve(len(chat.encode_prompt(all_said, tokenizer, data)) + len(arguments.prompt) * sampling.max_tokens)
+    answer = ""  # whose tokens are counted below; without answers some templates refuse a second prompt
+    turns = [(chat.Message(chat.USER, said), chat.Message(chat.LEARNT, answer)) for said in arguments.prompt]
+    all_said = [*messages, *itertools.chain.from_iterable(turns)][:-1]
+    writer.reserve(len(talk.encode_prompt(all_said)) + len(arguments.prompt) * sampling.max_tokens)
     for turn, said in enumerate(arguments.prompt):
         if len(arguments.prompt) > 1:
             print(f"> {said}")
         messages.append(chat.Message(chat.USER, said))
         # Another seed in every turn and every sample: with the same one they would be drawn with the same noise.
         drawn = dataclasses.replace(sampling, seed=sampling.seed + turn * arguments.num_samples)
-        answer = _print(writer.write(chat.encode_prompt(messages, tokenizer, data), drawn))
+        answer = _print(writer.write(talk.encode_prompt(messages), drawn))
         messages.append(chat.Message(chat.LEARNT, answer))
 
 

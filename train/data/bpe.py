@@ -9,6 +9,20 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 BYTES = 256
 
 
+def byte_tokenizer() -> str:
+    """The trainer's byte tokenizer, with the same ids, as the JSON of the `tokenizers` library."""
+    # Byte-level BPE writes a byte as a character: itself if it can be seen, and otherwise one from 256 on.
+    seen = {*range(33, 127), *range(161, 173), *range(174, BYTES)}
+    unseen = [byte for byte in range(BYTES) if byte not in seen]
+    characters = [chr(byte if byte in seen else BYTES + unseen.index(byte)) for byte in range(BYTES)]
+    vocab = {token: index for index, token in enumerate([*characters, END_OF_TEXT, PADDING])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
+    return tokenizer.to_str()
+
+
 def check_vocab_size(vocab_size: int) -> None:
     """Raises ValueError where the bytes and the two special tokens would not fit."""
     if vocab_size < BYTES + 2:

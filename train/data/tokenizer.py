@@ -144,6 +144,13 @@ class HuggingFaceTokenizer:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @functools.cached_property
+    def _markup_tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(self.definition)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
     def __reduce__(self):
         # Data workers build their own: the setting for special tokens is not part of the JSON.
         return type(self), (self.definition, self.path)
@@ -173,6 +180,15 @@ class HuggingFaceTokenizer:
         """The token with exactly this text, special ones included; if there is none, as `encode`."""
         token = self._tokenizer.token_to_id(text)
         return self.encode(text) if token is None else np.array([token], dtype=np.int32)
+
+    def encode_markup(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """Ids of `text` in which the names of special tokens stand for these."""
+        return np.asarray(self._markup_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def special_token_in(self, text: str) -> str | None:
+        """The first special token whose name is in `text`, by its id."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return next((token.content for token in added if token.special and token.content in text), None)
 
     def decode(self, ids: Any) -> str:
         """Text of `ids`; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""

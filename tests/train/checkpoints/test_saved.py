@@ -111,7 +111,7 @@ def test_a_step_can_be_named_and_parameters_come_with_the_new_runs_sharding(base
     ("change", "message"),
     [
         ({"model": {"mlp_dim": 32, "num_layers": 2}}, r"num_layers was 1, is 2; model.mlp_dim was 16, is 32"),
-        ({"model": {"attention": "nsa"}}, r"holds another model: model.attention was 'full', is 'nsa'"),
+        ({"model": {"attention": "window"}}, r"holds another model: model.attention was 'full', is 'window'"),
         ({"data": {"tokenizer": "TOKENIZER"}}, r"another model: the size of the vocabulary was 258, is \d+"),
         ({"init_step": 9}, r"init_step = 9: expected the step of a checkpoint in .*checkpoints"),
         ({"init_from": "EMPTY"}, r"init_from = .*empty: expected the folder of a run"),

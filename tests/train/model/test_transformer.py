@@ -105,6 +105,7 @@ def test_every_setting_of_the_model_changes_its_program():
         "compression": "linear",
         "share_kv": False,
         "qk_norm": True,
+        "qkv_bias": True,
         "rope_theta": 100.0,
         "rope_scaling": RopeScaling("linear", 2.0, 8),
         "norm_eps": 1e-3,

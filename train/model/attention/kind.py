@@ -133,6 +133,7 @@ def make_attention(config: ModelConfig, name: str | None = None) -> Any:
         rope_theta=config.rope_theta,
         rope_scaling=config.rope_scaling,
         qk_norm=config.qk_norm,
+        qkv_bias=config.qkv_bias,
         output_init_scale=config.output_init_scale,
         dtype=jnp.dtype(config.dtype),
         batch_axes=mesh_axes["batch"],
