@@ -47,7 +47,7 @@ class Case:
     Tq: int | None = None  # queries; None: all that follow the offset
     traced: bool = True  # whether the offset is known only when running
     segments: tuple[int, ...] = ()  # where segments begin, after the first
-    given: bool = False  # whether the backward pass is given a gate and a dq to add to; otherwise dlse, if it takes one
+    given: bool = False  # whether the backward pass is given a gate and a dq to add to; otherwise dlse
     ops: tuple[str, ...] = (*BRANCHES, "select_blocks")  # what it is for
     backends: tuple[str, ...] = ("triton",)  # who takes it
 
@@ -295,7 +295,7 @@ def backward_options(op: str, case: Case, inputs: Inputs) -> dict[str, jax.Array
     """What the backward pass is given beside the cotangent of o."""
     if case.given:
         return {"gate": inputs.gates[..., BRANCHES.index(op)], "dq": inputs.dq}
-    return {"dlse": inputs.dlse} if op == "compressed_attention" else {}
+    return {"dlse": inputs.dlse}
 
 
 def function(backend: str, op: str, case: Case | None = None) -> Any:
