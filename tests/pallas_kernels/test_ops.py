@@ -150,6 +150,11 @@ REPEATED = {
     *((op, "segments and offset, one head a group, no overlap") for op in BRANCHES[:2]),
     *((op, "last queries only, group of 16, 192 and 128, s = 48, nothing forced") for op in BRANCHES[1:]),
     ("selected_attention", "shorter than a compressed token"),
+    ("selected_attention", "1 block, two heads a group"),
+    ("selected_attention", "40 blocks, segments, last queries only"),
+    ("selected_attention", "64 rows: 1 block, group of 32"),
+    ("selected_attention", "64 rows: 5 blocks, group of 8"),
+    ("selected_attention", "64 rows: 40 blocks, last queries only, group of 64"),
     ("window_attention", "segments, group of 3, s = 24"),
 }
 
