@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, Tq queries, H query heads, K key/value heads, Nc comp
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,11 @@ def _o_split(arguments: Mapping[str, Any]) -> PartitionSpec:
 
 def _lse_split(arguments: Mapping[str, Any]) -> PartitionSpec:
     return split_of(arguments["q"], 0, 2, 1)
+
+
+def _with_lse_split(arguments: Mapping[str, Any]) -> Any:
+    o = _o_split(arguments)
+    return (o, _lse_split(arguments)) if arguments.get("return_lse") else o
 
 
 def _blocks_split(arguments: Mapping[str, Any]) -> PartitionSpec:
@@ -179,8 +184,14 @@ def compressed_attention(
     """
     q, k, v = checked_attention(q, k, v, config)
     positions = _positions_among_compressed(q, k, segment_ids, query_offset, config)
-    scale = score_scale(q, scale)
-    return choice.run("compressed_attention", implementation, (q, k, v, *positions), config=config, scale=scale)
+    return choice.run(
+        "compressed_attention",
+        implementation,
+        (q, k, v, *positions),
+        config=config,
+        scale=score_scale(q, scale),
+        return_lse=True,
+    )
 
 
 @on_auto_axes(_blocks_split)
@@ -228,7 +239,39 @@ def select_blocks(
     return choice.run("select_blocks", implementation, (q, k, lse, *positions), config=config, scale=scale)
 
 
-@on_auto_axes(_o_split)
+@overload
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    *,
+    config: NSAConfig,
+    scale: float | None = ...,
+    segment_ids: Int[Array, "B T"] | None = ...,
+    query_offset: QueryOffset = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Float[Array, "B Tq H Dv"]: ...
+
+
+@overload
+def selected_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    block_indices: Int[Array, "B K Tq n"],
+    *,
+    config: NSAConfig,
+    scale: float | None = ...,
+    segment_ids: Int[Array, "B T"] | None = ...,
+    query_offset: QueryOffset = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]: ...
+
+
+@on_auto_axes(_with_lse_split)
 def selected_attention(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B T K Dk"],
@@ -239,9 +282,13 @@ def selected_attention(
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     query_offset: QueryOffset = 0,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B Tq H Dv"]:
+) -> Any:
     """Attention to the tokens of the selected blocks with position <= t, in the query's segment (section 3.3.2).
+
+    The blocks may come from `select_blocks` or from a choice of your own, which need not be as many as
+    `config.num_selected`.
 
     Example:
       >>> import jax
@@ -252,24 +299,63 @@ def selected_attention(
       >>> selected_attention(q, kv.slc_k, kv.slc_v, block_indices, config=config).shape
       (1, 100, 4, 16)
 
-    Arguments and errors: see `nsa_attention`. `block_indices` int32 [B, K, Tq, n] is what `select_blocks` returns:
-      distinct indices below `num_blocks(T, config)`, ascending, then -1.
+    Arguments and errors: see `nsa_attention`. Of `config`, only `select_block` is read.
+      `block_indices`: integers [B, K, Tq, n] with any n of at least 1; for each query, distinct blocks in ascending
+        order, then -1. A block after the query's own counts as -1. The indices carry no gradient.
+      `return_lse`: whether lse is returned too.
 
     Returns:
-      [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to.
+      o [B, Tq, H, Dv] in the dtype of `q`; 0 for a query that no selected token is visible to. With `return_lse`
+      (o, lse), as `compressed_attention` returns them; lse is -inf for such a query.
     """
-    check_config(config, "num_selected")
     q, k, v = checked_attention(q, k, v, config)
-    expected = (q.shape[0], k.shape[2], q.shape[1], config.num_selected)
+    block_indices = arguments.array("block_indices", block_indices)
+    expected = (q.shape[0], k.shape[2], q.shape[1], max((1, *block_indices.shape[3:4])))
     block_indices = arguments.integers("block_indices", block_indices, expected, "(B, K, Tq, n)")
     positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
-    scale = score_scale(q, scale)
+    own = (positions.query_offset + jnp.arange(q.shape[1], dtype=jnp.int32)) // config.select_block
+    block_indices = jnp.where(block_indices > own[None, None, :, None], -1, block_indices)
     return choice.run(
-        "selected_attention", implementation, (q, k, v, block_indices, *positions), config=config, scale=scale
+        "selected_attention",
+        implementation,
+        (q, k, v, block_indices, *positions),
+        config=config,
+        scale=score_scale(q, scale),
+        return_lse=return_lse,
     )
 
 
-@on_auto_axes(_o_split)
+@overload
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    config: NSAConfig,
+    scale: float | None = ...,
+    segment_ids: Int[Array, "B T"] | None = ...,
+    query_offset: QueryOffset = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Float[Array, "B Tq H Dv"]: ...
+
+
+@overload
+def window_attention(
+    q: Float[Array, "B Tq H Dk"],
+    k: Float[Array, "B T K Dk"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    config: NSAConfig,
+    scale: float | None = ...,
+    segment_ids: Int[Array, "B T"] | None = ...,
+    query_offset: QueryOffset = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]: ...
+
+
+@on_auto_axes(_with_lse_split)
 def window_attention(
     q: Float[Array, "B Tq H Dk"],
     k: Float[Array, "B T K Dk"],
@@ -279,8 +365,9 @@ def window_attention(
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     query_offset: QueryOffset = 0,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B Tq H Dv"]:
+) -> Any:
     """Attention to the last w positions, t - w + 1 .. t, of the query's segment (section 3.3.3).
 
     Example:
@@ -291,16 +378,23 @@ def window_attention(
       >>> window_attention(q, kv.win_k, kv.win_v, config=config).shape
       (1, 100, 4, 16)
 
-    Arguments and errors: see `nsa_attention`.
+    Arguments and errors: see `nsa_attention`. Of `config`, only `window` is read.
+      `return_lse`: whether lse is returned too.
 
     Returns:
-      [B, Tq, H, Dv] in the dtype of `q`.
+      o [B, Tq, H, Dv] in the dtype of `q`; with `return_lse` (o, lse), as `compressed_attention` returns them.
     """
     check_config(config, "window")
     q, k, v = checked_attention(q, k, v, config)
     positions = checked_positions(q, k.shape[1], "k", segment_ids, query_offset)
-    scale = score_scale(q, scale)
-    return choice.run("window_attention", implementation, (q, k, v, *positions), config=config, scale=scale)
+    return choice.run(
+        "window_attention",
+        implementation,
+        (q, k, v, *positions),
+        config=config,
+        scale=score_scale(q, scale),
+        return_lse=return_lse,
+    )
 
 
 @on_auto_axes(lambda a: (_o_split(a), _blocks_split(a)))

@@ -167,19 +167,24 @@ def window_attention(
     config: NSAConfig,
     scale: float | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B S H Dv"]:
+) -> Any:
     """`nsa_jax.window_attention` of a device's S = T / C tokens, with the w tokens before each of its chunks."""
     attention.checked_attention(q, k, v, config)
     S, devices, scale = q.shape[1], jax.lax.axis_size(axes), attention.score_scale(q, scale)
     w = _window_reach(config, S * devices, devices)
     keys, values = (_with_tokens_before(x, w, axes) for x in (k, v))
     places = [_place_among_near(place, w, q) for place in _places(segment_ids, S, axes)]
-    outputs = [
-        choice.run("window_attention", implementation, (part, key, value, *place), config=config, scale=scale)
+    options: dict[str, Any] = {"config": config, "scale": scale, "return_lse": return_lse}
+    results = [
+        choice.run("window_attention", implementation, (part, key, value, *place), **options)
         for part, key, value, place in zip(_chunks(q), keys, values, places, strict=True)
     ]
-    return jnp.concatenate(outputs, axis=1)
+    if not return_lse:
+        return jnp.concatenate(results, axis=1)
+    outputs, sums = zip(*results, strict=True)
+    return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=2)
 
 
 def causal_attention(

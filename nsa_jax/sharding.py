@@ -149,7 +149,7 @@ def sharded(
             lambda arrays: run(**restore(arrays), **options),
             mesh=mesh,
             in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
-            out_specs=jax.tree.map(place, RESULTS[op]),
+            out_specs=jax.tree.map(place, _splits_of_results(op, options)),
             axis_names=manual_axes(sum(over.values(), ()), around),
             # The check would need every `pallas_call` to say over which axes its outputs vary, but kernels see no mesh.
             check_vma=False,
@@ -254,6 +254,10 @@ def _over_context(op: Callable, axes: tuple[str, ...], options: dict[str, Any], 
     if "query_offset" in arrays or options.pop("query_offset", 0) != 0:
         raise ValueError(f"query_offset: expected 0 where context_axes = {axes} split the tokens")
     return functools.partial(OVER_CONTEXT[op], axes=axes)
+
+
+def _splits_of_results(op: Callable, options: Mapping[str, Any]) -> Any:
+    return (RESULTS[op], ARGUMENTS["lse"]) if options.get("return_lse") else RESULTS[op]
 
 
 def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:

@@ -157,8 +157,8 @@ def assert_matches_reference(
 ) -> None:
     """Asserts that an implementation of every op agrees with the reference on `inputs`.
 
-    This compares the three branches, lse, the block indices and the gated sum, and the gradients of each with respect
-    to all its inputs for a random cotangent. The reference gets the same values, in float32 at least. Selected
+    This compares the three branches and their lse, the block indices and the gated sum, and the gradients of each with
+    respect to all its inputs for a random cotangent. The reference gets the same values, in float32 at least. Selected
     attention attends to the reference's blocks. `assert_same_blocks` compares the block indices.
 
     Args:
@@ -185,16 +185,20 @@ def assert_matches_reference(
     if config.num_selected:
         lse, blocks, importance = reference_selection(inputs._replace(q=wide[0], kv=wide[1]), config, scale=scale)
 
-    def compressed(implementation: str | None, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        o, lse = compressed_attention(q, k, v, implementation=implementation, **common)
+    def comparable(o: Array, lse: Array) -> tuple[Array, Array]:
         # An lse of -inf has no gradient to compare.
         return o, jnp.where(lse == -jnp.inf, -1e3, lse)
 
-    def selected(implementation: str | None, q: Array, k: Array, v: Array) -> Array:
-        return selected_attention(q, k, v, blocks, implementation=implementation, **common)
+    def compressed(implementation: str | None, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return comparable(*compressed_attention(q, k, v, implementation=implementation, **common))
 
-    def window(implementation: str | None, q: Array, k: Array, v: Array) -> Array:
-        return window_attention(q, k, v, implementation=implementation, **common)
+    def selected(implementation: str | None, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return comparable(
+            *selected_attention(q, k, v, blocks, return_lse=True, implementation=implementation, **common)
+        )
+
+    def window(implementation: str | None, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return comparable(*window_attention(q, k, v, return_lse=True, implementation=implementation, **common))
 
     def everything(implementation: str | None, q: Array, kv: BranchKV, gates: Array) -> Array:
         return nsa_attention(q, kv, gates, implementation=implementation, **common)

@@ -142,7 +142,9 @@ def select_blocks(q, k, lse, **options):
     return select_blocks_and_margin(q, k, lse, **options)[0]
 
 
-def selected_attention(q, k, v, block_indices, *, config, scale=None, segment_ids=None, query_offset=0):
+def selected_attention(
+    q, k, v, block_indices, *, config, scale=None, segment_ids=None, query_offset=0, return_lse=False
+):
     """Branch 2: softmax over the tokens of the chosen blocks, no later than the query and in its segment."""
     times = _positions_of_queries(q, query_offset)
 
@@ -151,10 +153,11 @@ def selected_attention(q, k, v, block_indices, *, config, scale=None, segment_id
         chosen = {int(j) for j in block_indices[b, kv_head, row]}
         return [u for u in range(t + 1) if u // config.select_block in chosen and _same_segment(segment_ids, b, u, t)]
 
-    return _attend(q, k, v, visible, scale)[0]
+    o, lse = _attend(q, k, v, visible, scale)
+    return (o, lse) if return_lse else o
 
 
-def window_attention(q, k, v, *, config, scale=None, segment_ids=None, query_offset=0):
+def window_attention(q, k, v, *, config, scale=None, segment_ids=None, query_offset=0, return_lse=False):
     """Branch 3: softmax over the last `window` positions, the query's own included, in its segment."""
     times = _positions_of_queries(q, query_offset)
 
@@ -162,7 +165,8 @@ def window_attention(q, k, v, *, config, scale=None, segment_ids=None, query_off
         t = times[row]
         return [u for u in range(t + 1) if u > t - config.window and _same_segment(segment_ids, b, u, t)]
 
-    return _attend(q, k, v, visible, scale)[0]
+    o, lse = _attend(q, k, v, visible, scale)
+    return (o, lse) if return_lse else o
 
 
 def nsa_attention(q, kv, gates, *, config, scale=None, segment_ids=None, query_offset=0):

@@ -72,8 +72,16 @@ def record(choice: Choice) -> None:
         choices.append(choice)
 
 
-def run(op: str, implementation: str | None, arguments: tuple[Any, ...], *, config: NSAConfig, scale: float) -> Any:
-    """The result of an op: (o, lse) of compressed attention, o of selected and window attention.
+def run(
+    op: str,
+    implementation: str | None,
+    arguments: tuple[Any, ...],
+    *,
+    config: NSAConfig,
+    scale: float,
+    return_lse: bool = False,
+) -> Any:
+    """The result of an op: of a branch o, or with `return_lse` (o, lse).
 
     Raises:
       ValueError: there is no backend of this name.
@@ -83,12 +91,11 @@ def run(op: str, implementation: str | None, arguments: tuple[Any, ...], *, conf
     def attempt(backend: Backend) -> Any:
         if op not in BRANCHES:
             return getattr(backend, op)(*arguments, config=config, scale=scale)
-        returns_lse = op == "compressed_attention"
         if not is_differentiable(backend):
-            forward, backward = Forward(op, backend.name), Backward(op, implementation)
-            return Op(forward, backward, returns_lse)(*arguments, config=config, scale=scale)
-        o, lse = run_forward(op, backend, arguments, config=config, scale=scale)
-        return (o, lse) if returns_lse else o
+            forward, backward = Forward(op, backend.name, return_lse), Backward(op, implementation)
+            return Op(forward, backward, return_lse)(*arguments, config=config, scale=scale)
+        o, lse = run_forward(op, backend, arguments, config=config, scale=scale, needs_lse=return_lse)
+        return (o, lse) if return_lse else o
 
     return first_that_takes(op, implementation, attempt)
 
@@ -125,14 +132,18 @@ def first_that_takes(
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """The forward pass of an op by one backend, as `pallas_kernels.differentiable` takes it; lse may be None."""
+    """The forward pass of an op by one backend, as `pallas_kernels.differentiable` takes it.
+
+    Unless `needs_lse`, lse may be None.
+    """
 
     op: str
     backend: str
+    needs_lse: bool = False
 
     def __call__(self, *arguments: Any, **options: Any) -> tuple[Array, Array | None]:
         """(o, lse)."""
-        return run_forward(self.op, registry.get(self.backend), arguments, **options)
+        return run_forward(self.op, registry.get(self.backend), arguments, **options, needs_lse=self.needs_lse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +198,7 @@ def _lse_of(op: str, arguments: tuple[Any, ...], sizes: dict[str, Any]) -> Array
     """The lse of an op by the first backend that returns one."""
 
     def attempt(backend: Backend) -> Array:
-        lse = run_forward(op, backend, arguments, **sizes)[1]
-        if lse is None:
-            raise NotImplementedError("returns no lse")
-        return lse
+        return run_forward(op, backend, arguments, **sizes, needs_lse=True)[1]
 
     return first_that_takes(op, None, attempt)
 
@@ -215,20 +223,28 @@ def _by_differentiation(
     gated = do if gate is None else (do * gate[..., None]).astype(do.dtype)
 
     def forward(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-        o, lse = run_forward(op, backend, (q, k, v, *block_indices, *positions), **sizes)
-        return (o,) if dlse is None or lse is None else (o, lse)
+        arguments = (q, k, v, *block_indices, *positions)
+        o, lse = run_forward(op, backend, arguments, **sizes, needs_lse=dlse is not None)
+        return (o,) if dlse is None else (o, lse)
 
     dq, dk, dv = jax.vjp(forward, q, k, v)[1]((gated,) if dlse is None else (gated, dlse))
     return Gradients(dq if dq_before is None else (dq + dq_before).astype(q.dtype), dk, dv, delta)
 
 
 def run_forward(
-    op: str, backend: Backend, arguments: tuple[Any, ...], *, config: NSAConfig, scale: float
-) -> tuple[Array, Array | None]:
+    op: str,
+    backend: Backend,
+    arguments: tuple[Any, ...],
+    *,
+    config: NSAConfig,
+    scale: float,
+    needs_lse: bool = False,
+) -> tuple[Array, Any]:
     """(o, lse) of a branch by one backend; lse is None where the backend returns o alone.
 
     Raises:
       ValueError: what the backend returned is not what the contract says.
+      NotImplementedError: the backend returns o alone although the call `needs_lse`.
     """
     result = getattr(backend, op)(*arguments, config=config, scale=scale)
     o, lse = result if isinstance(result, tuple | list) and len(result) == 2 else (result, None)
@@ -239,6 +255,8 @@ def run_forward(
         _check_returned(backend, op, "lse", lse, shape, wide_dtype(q.dtype))
     elif op == "compressed_attention":
         raise ValueError(f"backend {backend.name!r}: {op} returned no lse: expected (o, lse)")
+    elif needs_lse:
+        raise NotImplementedError("returns no lse")
     return o, lse
 
 

@@ -40,8 +40,8 @@ class Backend(Protocol):
 
     `compressed_attention`, `selected_attention` and `window_attention` are forward passes and return (o, lse), where
     lse [B, H, Tq] is the natural logarithm of the softmax's sum in float32. Those of selected and window attention may
-    return o alone: lse is then computed again in the backward pass. A backend that has no `<op>_backward` gets its
-    gradients from the next one that has.
+    return o alone: lse is then computed again in the backward pass, and calls with `return_lse` pass the backend over.
+    A backend that has no `<op>_backward` gets its gradients from the next one that has.
 
     A function raises NotImplementedError for arguments that it does not support, and `implementation=None` then asks
     the next backend.

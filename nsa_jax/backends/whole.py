@@ -125,11 +125,11 @@ def _one_after_the_other(
     config: NSAConfig,
     scale: float,
 ) -> Float[Array, "B Tq H Dv"]:
-    def run(op: str, *arguments: Any) -> Any:
-        return choice.run(op, implementation, arguments, config=config, scale=scale)
+    def run(op: str, *arguments: Any, **options: Any) -> Any:
+        return choice.run(op, implementation, arguments, config=config, scale=scale, **options)
 
     o_slc = o_win = None
-    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v, *positions)
+    o_cmp, lse = run("compressed_attention", q, kv.cmp_k, kv.cmp_v, *positions, return_lse=True)
     if config.num_selected:
         block_indices = run("select_blocks", *jax.lax.stop_gradient((q, kv.cmp_k, lse)), *positions)
         o_slc = run("selected_attention", q, kv.slc_k, kv.slc_v, block_indices, *positions)

@@ -19,12 +19,12 @@ from pallas_kernels.compressed_attention import tiles
 from pallas_kernels.compressed_attention.triton import query_major_rows
 from pallas_kernels.compressed_attention.visibility import Visibility, walk
 from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
-from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, row_products, scaled, zeros
+from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, packed_rows, program_pair, store_rows
-from pallas_kernels.triton.softmax import exp2, finish_query_gradient, to_log2
+from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_delta, load_lse_log2
 from pallas_kernels.triton.tiles import Tile, find_tile, key_of
 
 # A key tile's queries are cut into chunks until there is about this much work to spread: enough programs to fill any
@@ -131,13 +131,9 @@ def _query_gradient_kernel(
     q = load_rows(q_ref, at, key_pieces, valid)
     do = load_rows(do_ref, at, value_pieces, valid)
     o = load_rows(o_ref, at, value_pieces, valid)
-    lse = plgpu.load(lse_ref.at[pair.batch, rows.head, rows.query], mask=valid, other=-jnp.inf)
-    lse_log2 = to_log2(lse)
-    delta = row_products(o, do)
-    if dlse_ref is not None:
-        delta -= plgpu.load(dlse_ref.at[pair.batch, rows.head, rows.query], mask=valid, other=0.0)
-    # Rows that see nothing take no part: whatever cotangent came with their lse of -inf is dropped here.
-    delta = jnp.where(lse > -jnp.inf, delta, 0.0)
+    statistic_at = (pair.batch, rows.head, rows.query)
+    lse_log2 = load_lse_log2(lse_ref, statistic_at, valid)
+    delta = load_delta(o, do, lse_log2, dlse_ref, statistic_at, valid)
     row = first_row + iota(tile.rows)
     plgpu.store(lse_log2_ref.at[pair.index, row], lse_log2, mask=valid)
     plgpu.store(delta_ref.at[pair.index, row], delta, mask=valid)

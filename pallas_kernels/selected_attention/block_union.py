@@ -22,6 +22,7 @@ from pallas_kernels.triton.tiles import QueryTile
 _PAST_EVERY_BLOCK = 2**30
 # Below this many queries the choice between two tiles is not worth its own cost, and the first is taken.
 _ADAPTIVE_FROM = 4096
+_MOST_ENTRIES = 1 << 20  # of a list: no array that Triton holds is larger
 
 
 def _block_union_kernel(indices_ref: Any, union_ref: Any, *, num_queries: int, num_selected: int) -> None:
@@ -55,6 +56,8 @@ def block_union(
     block. Unused entries are -1. With one query per tile, the union is that query's blocks, and an entry is a block.
     """
     pairs, Tq, n = block_indices.shape
+    if num_queries * n > _MOST_ENTRIES:
+        raise NotImplementedError(f"block_indices.shape[3] = {n}: expected at most {_MOST_ENTRIES // num_queries}")
     if num_queries == 1:
         return block_indices
     size = next_power_of_two(num_queries * n)

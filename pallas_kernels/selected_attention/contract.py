@@ -3,9 +3,10 @@
 The G heads of a group share the selection. `block_indices` are ascending, without duplicates, -1 at the end where fewer
 than n blocks are selected, and none lies past the query's own block. A query at position t sees the tokens of its
 blocks at positions segment_starts[row] .. t. A query that sees nothing gets zeros, and zero gradients. The indices
-carry no gradient. Results are the same bits from run to run.
+carry no gradient, o and lse do: see `pallas_kernels.compressed_attention.contract`. Results are the same bits from run
+to run.
 
-Sizes read: select_block (s). n is the last axis of block_indices.
+Sizes read: select_block (s). n, any number from 1 on, is the last axis of block_indices, and not config.num_selected.
 """
 
 from typing import Protocol
@@ -34,7 +35,7 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """Gradients of gate * o."""
+    """Gradients of gate * o and of lse."""
 
     def __call__(
         self,
@@ -50,7 +51,8 @@ class Backward(Protocol):
         *,
         config: Sizes,
         scale: float,
+        dlse: Float[Array, "B H Tq"] | None = None,  # cotangent of lse; None: zeros
         gate: Float[Array, "B Tq H"] | None = None,  # float32 factor of o whose product do is the cotangent of; None: 1
         dq: Float[Array, "B Tq H Dk"] | None = None,  # what other branches gave q, to be added to; None: zeros
     ) -> Gradients:
-        """(dq, dk, dv, delta)."""
+        """(dq, dk, dv, delta). With a gate, dlse is None."""

@@ -76,7 +76,7 @@ def check_sizes(q: jax.Array, k: jax.Array, v: jax.Array, block_indices: jax.Arr
         raise NotImplementedError(f"select_block = {config.select_block}: expected {ROWS}")
     n, queries = block_indices.shape[3], CONSUMERS * Packing(group).queries
     if entries_of(n, queries) > MOST_ENTRIES:
-        raise NotImplementedError(f"num_selected = {n}: expected at most {MOST_ENTRIES // queries}")
+        raise NotImplementedError(f"block_indices.shape[3] = {n}: expected at most {MOST_ENTRIES // queries}")
     if k.shape[1] > MOST_BLOCKS * ROWS:
         raise NotImplementedError(f"k.shape = {k.shape}: expected at most {MOST_BLOCKS * ROWS} keys")
     Dk, Dv = q.shape[3], v.shape[3]

@@ -78,11 +78,12 @@ def backward(
     *,
     config: Sizes,
     scale: float,
+    dlse: Float[Array, "B H Tq"] | None = None,
     gate: Float[Array, "B Tq H"] | None = None,
     dq: Float[Array, "B Tq H Dk"] | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """(dq, dk, dv, delta) of gate * o; see the contract.
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract.
 
     Raises:
       NotImplementedError: a version of JAX, dtype, head size, group size, scale, block size or number of blocks that
@@ -96,7 +97,7 @@ def backward(
     (B, Tq, H, _), K = q.shape, k.shape[2]
     packing = Packing(H // K)
     keys, (k_seen, v_seen) = visible(q, k, v, segment_starts, query_offset)
-    statistics, delta = statistics_of(o, lse, do, None, gate, K, packing)
+    statistics, delta = statistics_of(o, lse, do, dlse, gate, K, packing)
     queries = CONSUMERS * packing.queries
     lists = union_lists(block_indices, keys, config.select_block, queries, interpret)
 

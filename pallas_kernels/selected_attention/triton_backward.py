@@ -18,7 +18,7 @@ from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.block_items import item_of
 from pallas_kernels.selected_attention.block_union import block_keys, by_overlap, tile_queries, union_rows
 from pallas_kernels.selected_attention.inverse_index import invert
-from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, row_products, scaled, zeros
+from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import (
@@ -31,7 +31,7 @@ from pallas_kernels.triton.problem import (
     problem_of,
 )
 from pallas_kernels.triton.rows import load_rows, load_starts, program_pair, store_rows, where_all
-from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_lse_log2
+from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_delta, load_lse_log2
 from pallas_kernels.triton.tiles import BlockTile, QueryTile, find_tile, key_of
 
 _REDUCE_ROWS = 16
@@ -50,13 +50,14 @@ def backward(
     *,
     config: Sizes,
     scale: float,
+    dlse: Float[Array, "B H Tq"] | None = None,
     gate: Float[Array, "B Tq H"] | None = None,
     dq: Float[Array, "B Tq H Dk"] | None = None,
     interpret: bool = False,
     query_tile: QueryTile | None = None,
     key_tile: BlockTile | None = None,
 ) -> Gradients:
-    """(dq, dk, dv, delta) of gate * o; see the contract. Tiles override the table, for tests and tuning.
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract. Tiles override the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a dtype, head size, group size, scale or size of blocks that the kernels do not support.
@@ -69,7 +70,7 @@ def backward(
     (B, Tq, H, _), K = q.shape, k.shape[2]
     positions = (offset_array(query_offset), segment_starts)
     block_indices = block_indices.astype(jnp.int32)
-    lse = group_last(lse, K)
+    lse, dlse = group_last(lse, K), None if dlse is None else group_last(dlse, K)
     dq_before = dq
 
     def attend(union: jax.Array, tile: QueryTile) -> Any:
@@ -82,7 +83,7 @@ def backward(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             interpret=interpret,
-        )(q, k, v, o, do, lse, union, *positions, gate, dq_before)
+        )(q, k, v, o, do, lse, dlse, union, *positions, gate, dq_before)
 
     dq, delta = by_overlap(block_indices, H // K, query_tile, attend, interpret=interpret)
     dk, dv = _key_gradients(q, k, v, do, lse, delta, block_indices, positions, gate, problem, key_tile)
@@ -96,6 +97,7 @@ def _query_gradient_kernel(
     o_ref: Any,
     do_ref: Any,
     lse_ref: Any,
+    dlse_ref: Any,
     union_ref: Any,
     offset_ref: Any,
     starts_ref: Any,
@@ -115,9 +117,10 @@ def _query_gradient_kernel(
     at, statistic_at = (pair.batch, union.query, rows.head), (pair.index, union.query, rows.group_head)
     q = load_rows(q_ref, at, key_pieces, valid)
     do = load_rows(do_ref, at, value_pieces, valid)
-    delta = row_products(load_rows(o_ref, at, value_pieces, valid), do)
-    plgpu.store(delta_ref.at[statistic_at], delta, mask=valid)
+    o = load_rows(o_ref, at, value_pieces, valid)
     lse_log2 = load_lse_log2(lse_ref, statistic_at, valid)
+    delta = load_delta(o, do, lse_log2, dlse_ref, statistic_at, valid)
+    plgpu.store(delta_ref.at[statistic_at], delta, mask=valid)
     key, inside = block_keys(problem)
 
     def step(i: Any, dq: Any, *, edge: bool) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton.heads import Piece, scaled, zeros
+from pallas_kernels.triton.heads import Piece, row_products, scaled, zeros
 from pallas_kernels.triton.problem import LOG2_E
 from pallas_kernels.triton.rows import Rows, load_rows
 
@@ -64,14 +64,24 @@ def softmax_finish(m: Any, total: Any, acc: Sequence[Any], scale: float) -> tupl
     return scaled(acc, inverse[:, None]), jnp.where(seen, m * scale + jnp.log(total), -jnp.inf)
 
 
-def to_log2(lse: Any) -> jax.Array:
-    """lse in base 2, and a number so large that every weight vanishes where it is -inf."""
+def load_lse_log2(lse_ref: Any, index: tuple[Any, ...], valid: Any) -> jax.Array:
+    """The rows' lse in base 2; where it is -inf or a row is not `valid`, so large that every weight vanishes."""
+    lse = plgpu.load(lse_ref.at[index], mask=valid, other=-jnp.inf)
     return jnp.where(lse > LEAST, lse * LOG2_E, NEVER)
 
 
-def load_lse_log2(lse_ref: Any, index: tuple[Any, ...], valid: Any) -> jax.Array:
-    """`to_log2` of the rows' lse. Weights vanish in rows that are not `valid`, too."""
-    return to_log2(plgpu.load(lse_ref.at[index], mask=valid, other=-jnp.inf))
+def load_delta(
+    o: Sequence[Any], do: Sequence[Any], lse_log2: Any, dlse_ref: Any, index: tuple[Any, ...], valid: Any
+) -> jax.Array:
+    """rowsum(do * o) - dlse of the rows.
+
+    Rows that see nothing take no part: whatever cotangent came with their lse of -inf is dropped here.
+    """
+    delta = row_products(o, do)
+    if dlse_ref is None:
+        return delta
+    delta -= plgpu.load(dlse_ref.at[index], mask=valid, other=0)
+    return jnp.where(lse_log2 < NEVER, delta, 0)
 
 
 def finish_query_gradient(

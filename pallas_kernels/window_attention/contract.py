@@ -1,7 +1,8 @@
 """Sliding window attention: softmax over the last w positions, the query's own included (section 3.3.3).
 
 A query at position t sees positions max(t - w + 1, segment_starts[row], 0) .. t. A query that sees nothing gets zeros,
-and zero gradients. Results are the same bits from run to run.
+and zero gradients. Both o and lse carry gradients: see `pallas_kernels.compressed_attention.contract`. Results are the
+same bits from run to run.
 
 Sizes read: window (w).
 """
@@ -31,7 +32,7 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """Gradients of gate * o."""
+    """Gradients of gate * o and of lse."""
 
     def __call__(
         self,
@@ -46,7 +47,8 @@ class Backward(Protocol):
         *,
         config: Sizes,
         scale: float,
+        dlse: Float[Array, "B H Tq"] | None = None,  # cotangent of lse; None: zeros
         gate: Float[Array, "B Tq H"] | None = None,  # float32 factor of o whose product do is the cotangent of; None: 1
         dq: Float[Array, "B Tq H Dk"] | None = None,  # what other branches gave q, to be added to; None: zeros
     ) -> Gradients:
-        """(dq, dk, dv, delta)."""
+        """(dq, dk, dv, delta). With a gate, dlse is None."""

@@ -49,11 +49,12 @@ def backward(
     *,
     config: Sizes,
     scale: float,
+    dlse: Float[Array, "B H Tq"] | None = None,
     gate: Float[Array, "B Tq H"] | None = None,
     dq: Float[Array, "B Tq H Dk"] | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """(dq, dk, dv, delta) of gate * o; see the contract.
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract.
 
     Raises:
       NotImplementedError: a version of JAX, dtype, head size, group size or scale that the kernels do not support.
@@ -64,7 +65,7 @@ def backward(
     if 0 in (q.shape[1], k.shape[1]):
         return gradients_of_nothing(q, k, v, dq)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset, config)
-    options: dict[str, Any] = dict(scale=scale, dlse=None, gate=gate, dq=dq, cut=False, interpret=interpret)
+    options: dict[str, Any] = dict(scale=scale, dlse=dlse, gate=gate, dq=dq, cut=False, interpret=interpret)
     return gradients(q, k, v, o, lse, do, keys, name="window_attention", **options)
 
 

@@ -10,12 +10,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Gradients, Sizes
-from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, row_products, scaled, zeros
+from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, group_last, heads_first, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, load_starts, packed_rows, program_pair, store_rows, where_all
-from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_lse_log2
+from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_delta, load_lse_log2
 from pallas_kernels.triton.tiles import Tile, find_tile, key_of
 from pallas_kernels.window_attention import tiles
 from pallas_kernels.window_attention.band import band_of, key_positions, visible
@@ -33,13 +33,14 @@ def backward(
     *,
     config: Sizes,
     scale: float,
+    dlse: Float[Array, "B H Tq"] | None = None,
     gate: Float[Array, "B Tq H"] | None = None,
     dq: Float[Array, "B Tq H Dk"] | None = None,
     interpret: bool = False,
     query_tile: Tile | None = None,
     key_tile: Tile | None = None,
 ) -> Gradients:
-    """(dq, dk, dv, delta) of gate * o; see the contract. Tiles override the table, for tests and tuning.
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract. Tiles override the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a dtype, head size, group size or scale that the kernels do not support.
@@ -49,7 +50,7 @@ def backward(
     query_tile = query_tile or find_tile(tiles.QUERY_GRADIENT, key_of(q, k, v))
     key_tile = key_tile or find_tile(tiles.KEY_GRADIENT, key_of(q, k, v))
     offset, starts = offset_array(query_offset), segment_starts
-    lse = group_last(lse, K)
+    lse, dlse = group_last(lse, K), None if dlse is None else group_last(dlse, K)
     padded_group = next_power_of_two(H // K)
     options: dict[str, Any] = dict(problem=problem_of(config, scale, interpret), padded_group=padded_group)
 
@@ -62,7 +63,7 @@ def backward(
         num_warps=query_tile.num_warps,
         num_stages=query_tile.num_stages,
         interpret=interpret,
-    )(q, k, v, o, do, lse, offset, starts, gate, dq)
+    )(q, k, v, o, do, lse, dlse, offset, starts, gate, dq)
     dk, dv = launch(
         functools.partial(_key_gradient_kernel, tile=key_tile, num_rows=max(key_tile.rows, padded_group), **options),
         name="window_attention_key_gradient",
@@ -82,6 +83,7 @@ def _query_gradient_kernel(
     o_ref: Any,
     do_ref: Any,
     lse_ref: Any,
+    dlse_ref: Any,
     offset_ref: Any,
     starts_ref: Any,
     gate_ref: Any,
@@ -104,9 +106,10 @@ def _query_gradient_kernel(
     statistic_at = (pair.index, band.query, band.rows.group_head)
     q = load_rows(q_ref, at, key_pieces, band.valid)
     do = load_rows(do_ref, at, value_pieces, band.valid)
-    delta = row_products(load_rows(o_ref, at, value_pieces, band.valid), do)
-    plgpu.store(delta_ref.at[statistic_at], delta, mask=band.valid)
+    o = load_rows(o_ref, at, value_pieces, band.valid)
     lse_log2 = load_lse_log2(lse_ref, statistic_at, band.valid)
+    delta = load_delta(o, do, lse_log2, dlse_ref, statistic_at, band.valid)
+    plgpu.store(delta_ref.at[statistic_at], delta, mask=band.valid)
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = key_positions(band, i, tile.keys)

@@ -38,12 +38,18 @@ def each_op(arrays, lse, block_indices, **options):
     q, kv = arrays.q, arrays.kv
     options["segment_ids"] = arrays.segment_ids
     o, own_lse = nsa_jax.compressed_attention(q, kv.cmp_k, kv.cmp_v, **options)
+    chosen = nsa_jax.select_blocks(q, kv.cmp_k, lse, **options)
+    options["return_lse"] = True
+    o_slc, selected_lse = nsa_jax.selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options)
+    o_win, window_lse = nsa_jax.window_attention(q, kv.win_k, kv.win_v, **options)
     return {
         "compressed": o,
         "lse": own_lse,
-        "block_indices": nsa_jax.select_blocks(q, kv.cmp_k, lse, **options),
-        "selected": nsa_jax.selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options),
-        "window": nsa_jax.window_attention(q, kv.win_k, kv.win_v, **options),
+        "block_indices": chosen,
+        "selected": o_slc,
+        "selected_lse": selected_lse,
+        "window": o_win,
+        "window_lse": window_lse,
     }
 
 
@@ -70,13 +76,18 @@ def run_brute_force(arrays, **options):
     options["segment_ids"] = arrays.segment_ids
     o, lse = brute_force.compressed_attention(q, kv.cmp_k, kv.cmp_v, **options)
     block_indices, margin = brute_force.select_blocks_and_margin(q, kv.cmp_k, lse, **options)
+    options["return_lse"] = True
+    o_slc, selected_lse = brute_force.selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options)
+    o_win, window_lse = brute_force.window_attention(q, kv.win_k, kv.win_v, **options)
     return {
         "compressed": o,
         "lse": lse,
         "block_indices": block_indices,
         "margin": margin,
-        "selected": brute_force.selected_attention(q, kv.slc_k, kv.slc_v, block_indices, **options),
-        "window": brute_force.window_attention(q, kv.win_k, kv.win_v, **options),
+        "selected": o_slc,
+        "selected_lse": selected_lse,
+        "window": o_win,
+        "window_lse": window_lse,
     }
 
 
@@ -110,8 +121,10 @@ def assert_each_op_agrees(actual, expected, dtype):
     np.testing.assert_array_equal(np.isneginf(actual["lse"]), sees_nothing)
     np.testing.assert_array_equal(actual["compressed"][sees_nothing.swapaxes(1, 2)], 0)
     # An lse near 0 is the difference of terms of size 1: its error is measured against theirs.
-    seen = ~sees_nothing
-    assert_close("lse", actual["lse"][seen], expected["lse"][seen], tolerance, least_norm=np.sqrt(seen.sum()))
+    seen = {"lse": ~sees_nothing, "selected_lse": ..., "window_lse": ...}
+    for name, rows in seen.items():
+        some = expected[name][rows]
+        assert_close(name, actual[name][rows], some, tolerance, least_norm=np.sqrt(some.size))
 
     assert actual["block_indices"].dtype == np.int32
     rows = decided_rows(expected, dtype)

@@ -117,7 +117,7 @@ WRONG_ARRAYS = [TEXT, None, object(), np.zeros(2, np.float32), np.zeros((B, T, H
 WRONG = {
     **dict.fromkeys(("q", "k", "v", "gates", "x"), WRONG_ARRAYS),
     "lse": [*WRONG_ARRAYS, np.zeros((B, H, T), np.float16)],
-    "block_indices": [*WRONG_ARRAYS, np.zeros((B, K, T, 3), np.float32)],
+    "block_indices": [*WRONG_ARRAYS, np.zeros((B, K, T, 3), np.float32), np.zeros((B, K, T, 0), np.int32)],
     "query_offsets": [TEXT, None, 1.5, np.zeros((B, 1), np.int32), np.zeros(B, np.float32)],
     "positions": [TEXT, None, np.zeros((B, T), np.float32), np.zeros((B, T + 1), np.int32)],
     "kv": [TEXT, None, (1, 2, 3, 4, 5, 6), BranchKV(*[TEXT] * 6), BranchKV(*[np.zeros(2, np.float32)] * 6)],
@@ -159,7 +159,7 @@ def test_every_wrong_argument_of_an_op_is_refused_by_name(op):
 FREE = {
     nsa_jax.compressed_attention: {("q", 1), ("q", 2), ("v", 3), ("segment_ids", 1)},
     nsa_jax.select_blocks: {("k", 2), ("segment_ids", 1)},
-    nsa_jax.selected_attention: {("q", 2), ("v", 3)},
+    nsa_jax.selected_attention: {("q", 2), ("v", 3), ("block_indices", 3)},
     nsa_jax.window_attention: {("q", 1), ("q", 2), ("v", 3)},
     nsa_jax.decode_attention: {("cache.block_tables", 1), *((f"cache.tail_{x}", i) for x in "kv" for i in range(4))},
     causal_attention: {("q", 2), ("v", 3)},

@@ -126,9 +126,9 @@ def test_a_cache_of_values_with_other_heads_than_its_keys_is_refused(name):
 
 
 def test_block_indices_and_lse_of_the_wrong_kind_are_refused(inputs):
-    with pytest.raises(ValueError, match=re.escape("block_indices: int32 (1, 2, 20, 3): expected integers of shape")):
+    with pytest.raises(ValueError, match=re.escape("block_indices: int32 (1, 2, 19, 3): expected integers of shape")):
         nsa_jax.selected_attention(
-            inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, jnp.zeros((1, 2, T, 3), jnp.int32), config=CONFIG
+            inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, jnp.zeros((1, 2, T - 1, 3), jnp.int32), config=CONFIG
         )
     with pytest.raises(ValueError, match=re.escape("lse: float32 (1, 20, 4): expected float32 of shape (B, H, Tq)")):
         nsa_jax.select_blocks(inputs.q, inputs.kv.cmp_k, jnp.zeros((1, T, 4)), config=CONFIG)

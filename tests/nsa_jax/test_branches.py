@@ -14,7 +14,6 @@ from nsa_jax import (
     init_nsa_cache,
     nsa_attention,
     select_blocks,
-    selected_attention,
     window_attention,
 )
 from nsa_jax.backends import explain
@@ -78,8 +77,6 @@ def test_ops_of_a_branch_that_is_off_are_refused():
     q, kv, config = inputs.q, inputs.kv, WITHOUT["both"]
     with pytest.raises(ValueError, match=r"config.num_selected = 0: expected at least 1"):
         select_blocks(q, kv.cmp_k, jnp.zeros((2, 4, 77)), config=config)
-    with pytest.raises(ValueError, match=r"config.num_selected = 0: expected at least 1"):
-        selected_attention(q, kv.slc_k, kv.slc_v, jnp.zeros((2, 2, 77, 0), jnp.int32), config=config)
     with pytest.raises(ValueError, match=r"config.window = 0: expected at least 1"):
         window_attention(q, kv.win_k, kv.win_v, config=config)
 

@@ -139,13 +139,13 @@ def test_devices_receive_what_the_formula_says_and_whole_keys_of_one_head_at_a_t
 def test_a_window_longer_than_the_sequence_reaches_as_far_as_there_are_tokens():
     T, C, config = 48, 2, dataclasses.replace(CONFIG, window=1000)
     q, k, v = (jax.random.normal(key, (1, T, 2, D)) for key in jax.random.split(jax.random.key(0), 3))
-    options = {"config": config, "implementation": "xla"}
+    options = {"config": config, "implementation": "xla", "return_lse": True}
     expected = jax.jit(functools.partial(window_attention, **options))(q, k, v)
     attention = sharded(window_attention, context_axes="context")
     with jax.set_mesh(make_mesh(AUTO, {"context": C})):
         split = [jax.device_put(to_zigzag(x, C), PartitionSpec(None, "context")) for x in (q, k, v)]
-        actual = jax.jit(functools.partial(attention, **options))(*split)
-    assert_trees_close(from_zigzag(jax.device_get(actual), C), expected, 1e-6)
+        o, lse = jax.device_get(jax.jit(functools.partial(attention, **options))(*split))
+    assert_trees_close((from_zigzag(o, C), from_zigzag(lse, C, axis=2)), expected, 1e-6)
     sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": D, "v_head_dim": D, "itemsize": 4}
     # Before each of its two chunks of 12 tokens there are at most 36.
     assert received_bytes("window", config, T=T, devices=C, **sizes) == 2 * 36 * 2 * 2 * D * 4

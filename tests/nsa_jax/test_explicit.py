@@ -162,7 +162,7 @@ def ops(q, kv, gates, cache, implementation="xla", gradients=True):
         blocks = nsa_jax.select_blocks(q, kv.cmp_k, lse, **options)
         return (
             (o_cmp, lse),
-            nsa_jax.selected_attention(q, kv.slc_k, kv.slc_v, blocks, **options),
+            nsa_jax.selected_attention(q, kv.slc_k, kv.slc_v, blocks, return_lse=True, **options),
             nsa_jax.window_attention(q, kv.win_k, kv.win_v, **options),
             nsa_jax.nsa_attention(q, kv, gates, **options),
             causal_attention(q, kv.slc_k, kv.slc_v),

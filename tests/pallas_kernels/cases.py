@@ -47,7 +47,7 @@ class Case:
     Tq: int | None = None  # queries; None: all that follow the offset
     traced: bool = True  # whether the offset is known only when running
     segments: tuple[int, ...] = ()  # where segments begin, after the first
-    given: bool = False  # whether the backward pass is given a gate and a dq to add to; otherwise dlse, if it takes one
+    given: bool = False  # whether the backward pass is given a gate and a dq to add to; otherwise dlse
     ops: tuple[str, ...] = (*BRANCHES, "select_blocks")  # what it is for
     backends: tuple[str, ...] = ("triton",)  # who takes it
 
@@ -90,6 +90,13 @@ CASES = {
     "shorter than a compressed token": Case(
         20, 3, 1, 16, 16, NSAConfig(32, 16, 64, 4, 1, 1, 9), traced=False, given=True
     ),
+    "1 block, two heads a group": Case(
+        75, 4, 2, 32, 16, NSAConfig(16, 8, 16, 1, 0, 1, 50), traced=False, ops=("selected_attention",)
+    ),
+    "40 blocks, segments, last queries only": Case(
+        700, 4, 2, 16, 32, NSAConfig(16, 8, 16, 40, 1, 2, 50), query_offset=651, Tq=37, segments=(20,),
+        ops=("selected_attention",)
+    ),
     # For kernels whose tiles are 64 rows: groups of 16, 1, 64, 4 and 8, and every head size that they take.
     "64 rows: group of 16, odd length": Case(
         83, 16, 1, 128, 128, NSAConfig(16, 8, 64, 2, 0, 1, 50), traced=False, backends=("mosaic",)
@@ -109,6 +116,18 @@ CASES = {
     "64 rows: blocks by segments and offset, group of 16": Case(
         330, 32, 2, 64, 64, NSAConfig(32, 16, 64, 4, 1, 2, 400), query_offset=297, segments=(70, 290, 310), given=True,
         ops=("selected_attention",), backends=("mosaic",)
+    ),
+    "64 rows: 1 block, group of 32": Case(
+        83, 32, 1, 64, 64, NSAConfig(16, 8, 64, 1, 0, 1), traced=False, ops=("selected_attention",),
+        backends=("mosaic",)
+    ),
+    "64 rows: 5 blocks, group of 8": Case(
+        400, 8, 1, 64, 64, NSAConfig(16, 8, 64, 5, 1, 1), query_offset=370, ops=("selected_attention",),
+        backends=("mosaic",)
+    ),
+    "64 rows: 40 blocks, last queries only, group of 64": Case(
+        2700, 64, 1, 64, 64, NSAConfig(16, 8, 64, 40, 1, 1), query_offset=2693, Tq=5, ops=("selected_attention",),
+        backends=("mosaic",)
     ),
     "64 rows: shorter than a compressed token, group of 8": Case(
         20, 8, 1, 256, 256, NSAConfig(32, 16, 64, 4, 1, 1, 9), traced=False, given=True, backends=("mosaic",)
@@ -189,6 +208,14 @@ GPU_CASES = {
         777, 64, 2, 128, 128, NSAConfig(num_selected=5), B=2, segments=(64, 200), ops=("selected_attention",),
         backends=("mosaic",)
     ),
+    "40 blocks, group of 32": Case(
+        3000, 64, 2, 128, 128, NSAConfig(num_selected=40), query_offset=2100, ops=("selected_attention",),
+        backends=BACKENDS
+    ),
+    "40 blocks, one head a group, segments": Case(
+        3000, 4, 4, 64, 64, NSAConfig(num_selected=40), query_offset=2100, segments=(100,), ops=("selected_attention",)
+    ),
+    "1 block, group of 4": Case(1000, 16, 4, 64, 64, NSAConfig(16, 8, 64, 1, 0, 1), ops=("selected_attention",)),
     "long enough to choose tiles by overlap": Case(
         4200, 16, 1, 64, 64, PAPER, ops=("selected_attention",), backends=BACKENDS
     ),
@@ -295,7 +322,7 @@ def backward_options(op: str, case: Case, inputs: Inputs) -> dict[str, jax.Array
     """What the backward pass is given beside the cotangent of o."""
     if case.given:
         return {"gate": inputs.gates[..., BRANCHES.index(op)], "dq": inputs.dq}
-    return {"dlse": inputs.dlse} if op == "compressed_attention" else {}
+    return {"dlse": inputs.dlse}
 
 
 def function(backend: str, op: str, case: Case | None = None) -> Any:
