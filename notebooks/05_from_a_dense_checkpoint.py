@@ -265,8 +265,8 @@ figure
 
 # %% [markdown]
 # In the stored run, annealing spares the model the higher loss of the first steps, and no more: by the middle of the
-# annealing both ways have the same loss, and neither is ahead at the end. Both stay less than 0.01 nats per token above
-# the dense model.
+# annealing both ways have the same loss, and neither is ahead at the end. Averaged over ten steps,
+# both stay less than 0.01 nats per token above the dense model.
 #
 # ## What the selection holds, before and after
 #
@@ -395,11 +395,11 @@ for name, of in tested.items():
     print(f"{name:>26}" + "".join(f"{100 * share:7.0f}" for share in shares) + f"{100 * np.mean(shares):8.0f}")
 
 # %% [markdown]
-# In the stored run the loss does not tell the whole story. NSA is within 0.004 held-out bits per byte of the dense model,
-# but misses most needles at depths of 25% to 75%, where it must select their block. Training at this small scale brought
+# In the stored run the loss does not tell the whole story. NSA is within 0.004 held-out bits per byte of the dense
+# model, but misses most needles at depths of 25% to 75%, where it must select their block. This short training brought
 # little back, with annealing or without. At 0% and 100% the needle lies in blocks that are always read, and there NSA
 # finds nearly all, more than the dense model at 0%. Documents repeat their digit every dozen bytes, so training hardly
-# needs a digit from far away; we have not tried others.
+# needs a digit from far away. We have not tried other documents.
 #
 # ## Speed at 32k tokens
 #
