@@ -142,7 +142,8 @@ def opening(config: TrainConfig) -> Callable[[Any, Int[Array, ""]], Any] | None:
 def gate_shift(progress: Float[Array, ""]) -> Float[Array, "3"]:
     """What is added to the logits of the gates when a part `progress` of `anneal_steps` is made; 0 from 1 on."""
     times, stages = jnp.array([0.0, 0.5, 1.0]), np.array(STAGES).T
-    targets = jnp.stack([jnp.interp(progress, times, jnp.array(stage)) for stage in stages])
+    # A compiled `interp` may round a gate of 0 to less than 0, which has no logit.
+    targets = jnp.stack([jnp.interp(progress, times, jnp.array(stage)) for stage in stages]).clip(0, 1)
     return jnp.where(progress < 1, jnp.clip(_logit(targets) - _logit(jnp.array(GATES)), -LARGEST, LARGEST), 0.0)
 
 

@@ -18,8 +18,8 @@ LARGEST = 600_000  # bytes of a notebook with its outputs
 OURS = ("nsa_jax", "pallas_kernels", "__editable__")
 
 
-def test_there_are_four():
-    assert [text.stem[:2] for text in TEXTS] == ["01", "02", "03", "04"]
+def test_there_are_five():
+    assert [text.stem[:2] for text in TEXTS] == ["01", "02", "03", "04", "05"]
 
 
 def test_all_install_alike():
@@ -51,8 +51,11 @@ def colab(tmp_path_factory):
     return folder
 
 
-# What the second and the third one show is also in the tests of the kernels and of the layers.
-BY_DEFAULT = [pytest.param(text, marks=pytest.mark.exhaustive if text.stem[:2] in "02 03" else ()) for text in TEXTS]
+# What the others show is also in the tests of the kernels, of the layers and of the trainer.
+BY_DEFAULT = [
+    pytest.param(text, marks=() if text.stem[:2] in ("01", "04") else pytest.mark.exhaustive) for text in TEXTS
+]
+TRAIN = ("04", "05")  # and the trainer runs from a clone only
 
 
 @pytest.mark.parametrize("text", BY_DEFAULT, ids=lambda path: path.stem)
@@ -64,7 +67,7 @@ def test_notebook_runs_in_an_environment_with_jax_and_without_us(text, colab, mo
     # One device, as a reader has, and code that is compiled quickly rather than well.
     monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # which means that nothing is fetched for a build
-    install_from = (copy_sources if text.stem.startswith("04") else build_wheel)(tmp_path / "nsa-jax")
+    install_from = (copy_sources if text.stem.startswith(TRAIN) else build_wheel)(tmp_path / "nsa-jax")
     notebook = jupytext.read(text)
     for cell in notebook.cells:
         cell.source = cell.source.replace('INSTALL_FROM = ".."', f"INSTALL_FROM = {str(install_from)!r}")

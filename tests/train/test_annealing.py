@@ -107,6 +107,13 @@ def test_gates_add_up_to_one_and_go_from_stage_to_stage():
     assert gates[0].tolist() == [gates[0, 0], gates[0, 1], 1.0]
 
 
+@pytest.mark.parametrize("steps", [50, 100, 200])
+def test_half_way_no_gate_is_rounded_to_less_than_zero(steps):
+    own = np.log(annealing.GATES) - np.log1p(-np.array(annealing.GATES))
+    shift = jax.jit(lambda step: annealing.gate_shift(step / steps))(jnp.int32(steps // 2))
+    np.testing.assert_allclose(jax.nn.sigmoid(own + shift), annealing.STAGES[1], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "allowed"),
     [
