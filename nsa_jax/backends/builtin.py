@@ -10,6 +10,7 @@ import jax
 
 from nsa_jax.config import NSAConfig
 from pallas_kernels.devices import Capability, Device, current_device
+from pallas_kernels.mosaic.faster import BY_DEFAULT, FASTER, Table, check_faster
 
 
 class BuiltIn:
@@ -36,15 +37,15 @@ class Kernels(BuiltIn):
       name: what `implementation` calls it.
       least_capability: compute capability of the oldest GPUs that the kernels run on.
       functions: by name (see `OPS`), "module:function" under pallas_kernels.
-      only_by_name: those of the functions that `implementation=None` does not choose.
       newest_capability: of the newest GPUs that the kernels run on; None: of all that are newer.
+      faster: for which calls `implementation=None` chooses each function, a table by name; None: for all.
     """
 
     name: str
     least_capability: Capability
     functions: Mapping[str, str] = dataclasses.field(hash=False)
-    only_by_name: frozenset[str] = frozenset()
     newest_capability: Capability | None = None
+    faster: Mapping[str, Table] | None = dataclasses.field(default=None, hash=False)
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_") or op not in self.functions:
@@ -54,6 +55,14 @@ class Kernels(BuiltIn):
     def supports(self, op: str, device: Device) -> bool:
         """Whether the kernels run on a device as they are made to: compiled, on a GPU of a capability they are for."""
         return device.platform == "gpu" and self._check_capability(device)
+
+    def by_default(self, name: str, q: jax.Array, k: jax.Array, v: jax.Array | None) -> bool:
+        """Whether `implementation=None` may choose a function for such arrays: where it is known to be the fastest."""
+        if self.faster is not None:
+            if not self.faster:
+                raise NotImplementedError("only by name")
+            check_faster(self.faster, name, q, k, v)
+        return True
 
     def _call(self, op: str, *arguments: Any, **options: Any) -> Any:
         device = current_device()
@@ -103,18 +112,20 @@ class Functions(BuiltIn):
         return True
 
 
-_MOSAIC_FUNCTIONS = {
-    "compressed_attention": "compressed_attention.mosaic:forward",
-    "compressed_attention_backward": "compressed_attention.mosaic:backward",
-    "select_blocks": "block_selection.mosaic:select_blocks",
-    "selected_attention": "selected_attention.mosaic:forward",
-    "selected_attention_backward": "selected_attention.mosaic_backward:backward",
-    "window_attention": "window_attention.mosaic:forward",
-    "window_attention_backward": "window_attention.mosaic:backward",
-}
-# A pass is taken out of `only_by_name` once it has been measured to be faster than Triton's.
 MOSAIC = Kernels(
-    "mosaic", (9, 0), _MOSAIC_FUNCTIONS, only_by_name=frozenset(_MOSAIC_FUNCTIONS), newest_capability=(9, 0)
+    "mosaic",
+    (9, 0),
+    {
+        "compressed_attention": "compressed_attention.mosaic:forward",
+        "compressed_attention_backward": "compressed_attention.mosaic:backward",
+        "select_blocks": "block_selection.mosaic:select_blocks",
+        "selected_attention": "selected_attention.mosaic:forward",
+        "selected_attention_backward": "selected_attention.mosaic_backward:backward",
+        "window_attention": "window_attention.mosaic:forward",
+        "window_attention_backward": "window_attention.mosaic:backward",
+    },
+    newest_capability=(9, 0),
+    faster=FASTER if BY_DEFAULT else {},
 )
 TRITON = Kernels(
     "triton",

@@ -55,14 +55,14 @@ def recording() -> Iterator[list[Choice]]:
         _recorded.reset(token)
 
 
-def refusal_of(backend: Backend, op: str) -> str | None:
-    """Why a backend does not take an op on this device, whatever the arguments; None if it may."""
-    device = current_device()
+def refusal_of(backend: Backend, op: str, arguments: tuple[Any, ...]) -> str | None:
+    """Why `implementation=None` passes over a backend for arguments that it has not been asked about; None if not."""
     try:
         _check_has(backend, op)
-        return None if _supports(backend, op, device) else f"does not support {device}"
+        _check_automatic(backend, op, arguments)
     except NotImplementedError as refusal:
         return str(refusal)
+    return None
 
 
 def record(choice: Choice) -> None:
@@ -97,25 +97,29 @@ def run(
         o, lse = run_forward(op, backend, arguments, config=config, scale=scale, needs_lse=return_lse)
         return (o, lse) if return_lse else o
 
-    return first_that_takes(op, implementation, attempt)
+    return first_that_takes(op, implementation, arguments, attempt)
 
 
 def first_that_takes(
     op: str,
     implementation: str | None,
+    arguments: tuple[Any, ...],
     attempt: Callable[[Backend], Result],
-    allowed: Callable[[Backend], bool] = lambda backend: True,
+    kernels_alone: bool = False,
 ) -> Result:
-    """attempt(backend) of the named backend, or of the first that does not refuse, of those allowed."""
-    device = current_device()
+    """attempt(backend) of the named backend, or of the first that does not refuse.
+
+    With `kernels_alone`, pure JAX whose turn it is refuses for all that come after it.
+    """
     refusals: list[tuple[str, str]] = []
     for backend in candidates(implementation):
         try:
             _check_has(backend, op)
-            if not allowed(backend):
-                raise NotImplementedError("not a kernel")
-            if implementation is None and not _supports(backend, op, device):
-                raise NotImplementedError(f"does not support {device}")
+            if implementation is None:
+                _check_automatic(backend, op, arguments)
+            if kernels_alone and is_differentiable(backend):
+                refusals.append((backend.name, "not a kernel"))
+                break
             with recording():  # what the backend asks of others is its own affair
                 result = attempt(backend)
         except NotImplementedError as refusal:
@@ -123,7 +127,7 @@ def first_that_takes(
                 raise NotImplementedError(f"implementation = {implementation!r}: {op}: {refusal}") from refusal
             refusals.append((backend.name, str(refusal)))
             continue
-        if implementation is None and backend.name == "xla" and device.platform == "gpu":
+        if implementation is None and backend.name == "xla" and current_device().platform == "gpu":
             _log_once(op, tuple(refusals))
         record(Choice(op, backend.name, tuple(refusals)))
         return result
@@ -161,10 +165,7 @@ class FirstForward:
                 return run_forward(self.op, backend, arguments, **options)
             return getattr(backend, self.op)(*arguments, **options)
 
-        kernels_alone = self.op in BRANCHES
-        return first_that_takes(
-            self.op, self.implementation, attempt, lambda backend: not (kernels_alone and is_differentiable(backend))
-        )
+        return first_that_takes(self.op, self.implementation, arguments, attempt, kernels_alone=self.op in BRANCHES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Backward:
             known = _lse_of(self.op, (*inputs, *positions), sizes) if lse is None else lse
             return Gradients(*getattr(backend, backward)(*inputs, o, known, do, *positions, **options))
 
-        return first_that_takes(backward, implementation, attempt)
+        return first_that_takes(backward, implementation, inputs, attempt)
 
 
 def _lse_of(op: str, arguments: tuple[Any, ...], sizes: dict[str, Any]) -> Array:
@@ -200,7 +201,7 @@ def _lse_of(op: str, arguments: tuple[Any, ...], sizes: dict[str, Any]) -> Array
     def attempt(backend: Backend) -> Array:
         return run_forward(op, backend, arguments, **sizes, needs_lse=True)[1]
 
-    return first_that_takes(op, None, attempt)
+    return first_that_takes(op, None, arguments, attempt)
 
 
 def _by_differentiation(
@@ -302,11 +303,15 @@ def _check_has(backend: Backend, op: str) -> None:
         raise NotImplementedError(f"there is no {op}")
 
 
-def _supports(backend: Backend, op: str, device: Any) -> bool:
-    if op in getattr(backend, "only_by_name", ()):
-        raise NotImplementedError("only by name")
+def _check_automatic(backend: Backend, op: str, arguments: tuple[Any, ...]) -> None:
+    device = current_device()
     supports = getattr(backend, "supports", None)
-    return supports is None or bool(supports(op.removesuffix(BACKWARD), device))
+    if supports is not None and not supports(op.removesuffix(BACKWARD), device):
+        raise NotImplementedError(f"does not support {device}")
+    by_default = getattr(backend, "by_default", None)
+    q, k, v = arguments[:3]
+    if by_default is not None and not by_default(op, q, k, None if op == "select_blocks" else v):
+        raise NotImplementedError("not by default")
 
 
 @functools.cache

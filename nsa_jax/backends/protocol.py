@@ -50,7 +50,10 @@ class Backend(Protocol):
       supports: supports(op, device) -> bool says whether `implementation=None` may choose the backend for an op (a name
         in `OPS`, without "_backward") on a `pallas_kernels.devices.Device`. Without it, the backend is taken on every
         device. A reason can be given by raising NotImplementedError.
-      only_by_name: names of functions, those of backward passes among them, that `implementation=None` passes over.
+      by_default: by_default(name, q, k, v) -> bool says whether `implementation=None` may choose a function (a name in
+        `OPS`) for these arrays; without it, it may for all. Calls for which a backend further back is faster can so be
+        left to it, and be had by name. A reason can be given by raising NotImplementedError. q, k and v are the first
+        arguments of the function (v is None for `select_blocks`); of `nsa_attention`, those of the selected branch.
       differentiable: True where JAX differentiates through the backend's functions, so that no backward pass is needed.
     """
 

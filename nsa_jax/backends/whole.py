@@ -39,7 +39,7 @@ def nsa_attention(
       window_positions: of the queries among the window's keys, which may be others.
     """
     refusals: list[tuple[str, str]] = []
-    for backend, refusal in _with_an_op_of_their_own(implementation, positions is window_positions):
+    for backend, refusal in _with_an_op_of_their_own(implementation, q, kv, positions is window_positions):
         try:
             if refusal is not None:
                 raise NotImplementedError(refusal)
@@ -97,7 +97,7 @@ def _fused(
     if kv.cmp_k.shape[1] == 0:
         raise NotImplementedError("no compressed token")
     for op in branches_of(config):
-        first = _first_that_may_take(op, implementation)
+        first = _first_that_may_take(op, implementation, q, kv)
         if first is None or choice.is_differentiable(first):
             raise NotImplementedError(f"no kernel for {op}" + (f" before {first.name}" if first else ""))
     forward = {op: choice.FirstForward(op, implementation) for op in (*BRANCHES, "select_blocks")}
@@ -138,28 +138,40 @@ def _one_after_the_other(
     return gated_sum(gates, o_cmp, o_slc, o_win)
 
 
-def _first_that_may_take(op: str, implementation: str | None) -> Backend | None:
-    """The named backend, which says by itself what it does not take, or the first that takes an op on this device."""
+def _arguments_of(op: str, q: Array, kv: Any) -> tuple[Array, Array, Array]:
+    """The first arguments of an op."""
+    if op in ("compressed_attention", "select_blocks"):
+        return q, kv.cmp_k, kv.cmp_v
+    return (q, kv.win_k, kv.win_v) if op == "window_attention" else (q, kv.slc_k, kv.slc_v)
+
+
+def _first_that_may_take(op: str, implementation: str | None, q: Array, kv: Any) -> Backend | None:
+    """The named backend, which says by itself what it does not take, or the first that is not passed over."""
     if implementation is not None:
         return choice.named(implementation)
-    return next((backend for backend in registry.in_order() if choice.refusal_of(backend, op) is None), None)
+    arguments = _arguments_of(op, q, kv)
+    return next((one for one in registry.in_order() if choice.refusal_of(one, op, arguments) is None), None)
 
 
-def _with_an_op_of_their_own(implementation: str | None, one_sequence: bool) -> Iterator[tuple[Backend, str | None]]:
+def _with_an_op_of_their_own(
+    implementation: str | None, q: Array, kv: Any, one_sequence: bool
+) -> Iterator[tuple[Backend, str | None]]:
     """Backends with a `nsa_attention` that is more than their parts, and why it is passed over (None: it is not)."""
+
+    def refusal_of(backend: Backend, op: str) -> str | None:
+        return choice.refusal_of(backend, op, _arguments_of(op, q, kv))
+
     parts_taken_by = None
     for backend in choice.candidates(implementation):
         built_in = getattr(type(backend), "nsa_attention", None) is BuiltIn.nsa_attention
         if not built_in and callable(getattr(backend, "nsa_attention", None)):
-            refusal = None if implementation is not None else choice.refusal_of(backend, "nsa_attention")
+            refusal = None if implementation is not None else refusal_of(backend, "nsa_attention")
             if not one_sequence:
                 refusal = "the window's keys are not those that blocks are selected from"
             elif parts_taken_by is not None:
                 refusal = f"stands behind {parts_taken_by}, which takes one of the parts"
             yield backend, refusal
-        if parts_taken_by is None and any(
-            choice.refusal_of(backend, op) is None for op in (*BRANCHES, "select_blocks")
-        ):
+        if parts_taken_by is None and any(refusal_of(backend, op) is None for op in (*BRANCHES, "select_blocks")):
             parts_taken_by = backend.name
 
 

@@ -12,9 +12,11 @@ import pytest
 
 import nsa_jax
 from nsa_jax import NSAConfig, backends, nsa_attention
-from nsa_jax.backends import choice
+from nsa_jax.backends import choice, registry
 from nsa_jax.testing import assert_trees_close, random_inputs
 from pallas_kernels.devices import current_device
+from pallas_kernels.mosaic.faster import Row
+from pallas_kernels.mosaic.launch import check_version
 
 CONFIG = NSAConfig(
     compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
@@ -37,6 +39,21 @@ def register():
     for name in backends.names():
         if name not in before:
             backends.unregister(name)
+
+
+@pytest.fixture
+def mosaic_faster(monkeypatch):
+    """Says which calls Mosaic is faster for, instead of the tables."""
+
+    def replace(faster):
+        order = [dataclasses.replace(one, faster=faster) if one.name == "mosaic" else one for one in registry._order]
+        monkeypatch.setattr(registry, "_order", order)
+
+    try:
+        check_version(interpret=False)
+    except NotImplementedError as refusal:
+        pytest.skip(f"mosaic: {refusal}")
+    return replace
 
 
 def backend(name="mine", **functions):
@@ -215,6 +232,15 @@ def test_pure_jax_of_ones_own_takes_its_op_from_the_fused_one_on_an_h100(registe
     assert dict(made["nsa_attention"].refusals)["fused"] == "no kernel for window_attention before one_op"
     for op in ("compressed_attention", "select_blocks", "selected_attention"):
         assert made[op].backend == "triton"
+
+
+def test_pure_jax_of_ones_own_behind_a_kernel_that_refuses_is_not_passed_over_for_the_fused_op(register):
+    register(OneOp(), before="triton")
+    register(backend("picky", window_attention=refusing(NotImplementedError("too long"))))
+    with abstract("NVIDIA H100"):
+        made = backends.explain(nsa_attention, *gpu_shapes(), config=NSAConfig())
+    assert made["window_attention"].backend == "one_op"
+    assert made["nsa_attention"].backend == "parts"
 
 
 @pytest.mark.parametrize("kind", [choice.Forward, choice.FirstForward, choice.Backward])
@@ -458,7 +484,120 @@ def test_decoding_of_ones_own(register):
     assert made["decode_attention"].backend == "mine"
 
 
+# Mosaic by default
+
+LONG = (Row((128, 128), (16, 16), 2048, ""),)
+BLOCKS = (Row((128,), (1, 16), 1, ""),)
+
+
+def test_mosaic_without_tables_is_taken_by_name_only(mosaic_faster):
+    mosaic_faster({})
+    with abstract("NVIDIA H100"):
+        made = backends.explain(nsa_attention, *gpu_shapes(), config=NSAConfig())
+        named = backends.explain(nsa_attention, *gpu_shapes(), config=NSAConfig(), implementation="mosaic")
+    for op in (*OPS, *(op + "_backward" for op in BRANCHES)):
+        assert (made[op].backend, made[op].refusals) == ("triton", (("mosaic", "only by name"),))
+        assert (named[op].backend, named[op].refusals) == ("mosaic", ())
+
+
+def test_each_pass_goes_to_mosaic_where_its_table_says_that_it_is_faster(mosaic_faster):
+    """Forward of Mosaic with backward of Triton, and the reverse, in one fused op."""
+    faster = {
+        "window_attention": LONG,
+        "compressed_attention_backward": LONG,
+        "select_blocks": (Row((128,), (1, 16), 1, ""),),
+    }
+    mosaic_faster(faster)
+    config, arguments = NSAConfig(), gpu_shapes()
+
+    def loss(*arguments):
+        return nsa_attention(*arguments, config=config).astype(jnp.float32).sum()
+
+    with abstract("NVIDIA H100"):
+        made = backends.explain(nsa_attention, *arguments, config=config)
+        program = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        named = {
+            name: backends.explain(nsa_attention, *arguments, config=config, implementation=name)
+            for name in ("mosaic", "triton")
+        }
+    assert made["nsa_attention"].backend == "fused"
+    reason = "not measured to be faster than triton: 2048 queries of 16 bits, head_dim 128/128, 16 heads a group"
+    for op in (*OPS, *(op + "_backward" for op in BRANCHES)):
+        assert made[op].backend == ("mosaic" if op in faster else "triton")
+        assert dict(made[op].refusals).get("mosaic") == (None if op in faster else reason)
+        assert all(named[name][op].backend == name for name in named)
+    assert program.count("mosaic_gpu") >= 4  # window, blocks, two gradients of compressed attention
+    assert program.count("__gpu$xla.gpu.triton") >= 6
+
+
+def test_calls_that_no_row_is_for_stay_with_triton(mosaic_faster):
+    mosaic_faster({op: LONG for op in BRANCHES})
+    chosen = {}
+    for kind, head_dim in (("NVIDIA H100", 128), ("NVIDIA H100", 64), ("NVIDIA A100", 128)):
+        with abstract(kind):
+            made = backends.explain(nsa_attention, *gpu_shapes(head_dim=head_dim), config=NSAConfig())
+        chosen[kind, head_dim] = {made[op].backend for op in BRANCHES}
+        if kind == "NVIDIA A100":
+            assert "expected compute capability 9.0" in dict(made["window_attention"].refusals)["mosaic"]
+    assert list(chosen.values()) == [{"mosaic"}, {"triton"}, {"triton"}]
+
+
+def test_a_whole_attention_of_ones_own_stands_behind_mosaic_where_it_takes_a_part(mosaic_faster, register):
+    mosaic_faster({"window_attention": LONG})
+    register(backend("whole", nsa_attention=of("xla", "nsa_attention")), before="triton")
+    for head_dim, expected in ((128, "fused"), (64, "whole")):
+        with abstract("NVIDIA H100"):
+            made = backends.explain(nsa_attention, *gpu_shapes(head_dim=head_dim), config=NSAConfig())
+        assert made["nsa_attention"].backend == expected
+
+
 # Who is asked, and what counts as a refusal
+
+
+def test_a_backend_says_for_which_arrays_it_is_taken_by_default(inputs, register):
+    asked = []
+
+    def by_default(name, q, k, v):
+        asked.append((name, q.shape, k.shape, None if v is None else v.shape))
+        if name == "window_attention":
+            raise NotImplementedError("slower on Mondays")
+        return name == "compressed_attention"
+
+    mine = backend(
+        by_default=by_default, **{op: of("xla", op) for op in OPS}, window_attention_backward=refusing(KeyError)
+    )
+    register(mine)
+    refusals = {op: dict(explained(inputs)[op].refusals).get("mine") for op in OPS}
+    assert refusals == {
+        "compressed_attention": None,
+        "select_blocks": "not by default",
+        "selected_attention": "not by default",
+        "window_attention": "slower on Mondays",
+    }
+    shapes = [x.shape for x in (inputs.q, *inputs.kv)]
+    assert ("select_blocks", *shapes[:2], None) in asked
+    assert ("selected_attention", shapes[0], *shapes[3:5]) in asked
+    mine.window_attention.count = 0
+    window = functools.partial(nsa_jax.window_attention, inputs.q, *inputs.kv[4:], config=CONFIG)
+    window(implementation="mine")
+    assert mine.window_attention.count == 1
+
+
+@pytest.mark.parametrize("backward", ["window_attention_backward", "compressed_attention_backward"])
+def test_a_backward_pass_is_left_to_another_by_default(inputs, register, backward):
+    expected = gradients(inputs, "reference")
+    mine = backend(
+        by_default=lambda name, q, k, v: name != backward,
+        **{op: of("xla", op) for op in OPS},
+        **{op + "_backward": choice.Backward(op, "xla") for op in BRANCHES},
+    )
+    register(mine)
+    made = explained(inputs)
+    assert made["nsa_attention"].backend == "fused"
+    assert {op: made[op + "_backward"].backend for op in BRANCHES} == {
+        op: "xla" if op + "_backward" == backward else "mine" for op in BRANCHES
+    }
+    assert_trees_close(gradients(inputs), expected, 1e-5)
 
 
 def test_supports_is_asked_with_the_op_and_the_device(inputs, register):

@@ -1,4 +1,6 @@
-"""What is particular to the Mosaic GPU kernels: how selected attention's backward pass cuts the lists of blocks."""
+"""What is particular to the Mosaic GPU kernels: when they are faster, and how selected attention's lists are cut."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +8,46 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
+from pallas_kernels.mosaic.faster import FASTER, Call, Row, check_faster
 from pallas_kernels.selected_attention import mosaic_backward
 from pallas_kernels.selected_attention.mosaic import visible
 from pallas_kernels.selected_attention.mosaic_items import cut_into_items
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.test_ops import check_branch, same_bits
+from tests.pallas_kernels.test_refusals import call
 
 SIZES = NSAConfig(16, 8, 16, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"group": 16}, True),
+        ({"queries": 9000}, True),
+        ({"head_dims": (128, 192)}, False),
+        ({"head_dims": (192,)}, False),
+        ({"group": 2}, False),
+        ({"group": 32}, False),
+        ({"queries": 8191}, False),
+        ({"itemsize": 4}, False),
+    ],
+    ids=str,
+)
+def test_a_row_is_for_its_head_sizes_its_groups_and_lengths_from_its_own_on(change, expected):
+    row = Row((192, 128), (4, 16), 8192, "")
+    assert row.matches(dataclasses.replace(Call((192, 128), 4, 8192, 2), **change)) == expected
+
+
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in FASTER.items() for row in rows], ids=str)
+def test_calls_that_mosaic_is_faster_for_are_calls_that_it_takes(name, row):
+    for group in row.groups:
+        case = Case(row.queries, group, 1, row.head_dims[0], row.head_dims[-1], NSAConfig())
+        with cases.abstract("NVIDIA H100"):
+            call("mosaic", name, case)
+        shapes = cases.shapes(case, jnp.bfloat16)
+        check_faster(FASTER, name, shapes.q, shapes.kv.cmp_k, None if name == "select_blocks" else shapes.kv.cmp_v)
 
 
 @pytest.mark.parametrize(("size", "step"), [(16, 4), (8, 8), (8, 1)])
