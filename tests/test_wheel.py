@@ -90,7 +90,8 @@ def test_the_wheel_needs_little(wheel):
         metadata = email.message_from_bytes(archive.read(f"nsa_jax-{nsa_jax.__version__}.dist-info/METADATA"))
     requirements = metadata.get_all("Requires-Dist")
     assert {re.match(r"[\w-]+", each)[0] for each in requirements if "extra ==" not in each} == NEEDED
-    extras = {"cuda12", "cuda13", "plot", "train", "parquet", "qwix", "tensorboard", "wandb", "docs", "notebooks"}
+    extras = {"cuda12", "cuda13", "plot", "train", "pretrained", "transformers", "qwix", "parquet", "tensorboard"}
+    extras |= {"wandb", "docs", "notebooks", "mutation", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras | {"dev", "mutation"}
     assert metadata["Version"] == nsa_jax.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
