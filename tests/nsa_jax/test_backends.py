@@ -16,7 +16,7 @@ from nsa_jax.backends import choice, registry
 from nsa_jax.testing import assert_trees_close, random_inputs
 from pallas_kernels.devices import current_device
 from pallas_kernels.mosaic.faster import Row
-from pallas_kernels.mosaic.launch import check_version
+from tests.pallas_kernels.cases import skip_without_mosaic
 
 CONFIG = NSAConfig(
     compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_init=1, num_local=2, window=10
@@ -49,10 +49,7 @@ def mosaic_faster(monkeypatch):
         order = [dataclasses.replace(one, faster=faster) if one.name == "mosaic" else one for one in registry._order]
         monkeypatch.setattr(registry, "_order", order)
 
-    try:
-        check_version(interpret=False)
-    except NotImplementedError as refusal:
-        pytest.skip(f"mosaic: {refusal}")
+    skip_without_mosaic(interpreted=False)
     return replace
 
 

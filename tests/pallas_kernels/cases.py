@@ -138,7 +138,11 @@ FUSED_CASES = {
         70, 6, 2, 48, 40, NSAConfig(16, 8, 16, 3, 1, 1, 9), B=2, query_offset=37, segments=(43,), ops=("nsa_attention",)
     ),
     "group of 4": Case(80, 8, 2, 32, 32, NSAConfig(16, 8, 16, 3, 1, 1, 20), ops=("nsa_attention",)),
-}
+    "64 rows: segments, offset, group of 8": Case(
+        230, 16, 2, 64, 64, NSAConfig(16, 8, 64, 2, 0, 1, 50), query_offset=197, segments=(70, 210),
+        ops=("nsa_attention",), backends=("mosaic",)
+    ),
+}  # fmt: skip
 
 PAPER = NSAConfig()
 # For compiled kernels. An op gets what is cheap enough for the reference.
@@ -157,7 +161,7 @@ GPU_CASES = {
         1777, 12, 2, 192, 128, NSAConfig(num_selected=8), B=2, segments=(64, 192), ops=("select_blocks",)
     ),
     "192 and 128, segments, all branches": Case(
-        1555, 32, 2, 192, 128, PAPER, B=2, segments=(43,), ops=("nsa_attention",)
+        1555, 32, 2, 192, 128, PAPER, B=2, segments=(43,), ops=("nsa_attention",), backends=BACKENDS
     ),
     "odd group, heads and block, offset": Case(
         900, 12, 2, 40, 96, NSAConfig(32, 16, 48, 5, 1, 2, 333), query_offset=301, ops=BRANCHES
@@ -188,6 +192,13 @@ GPU_CASES = {
     ),
     "64 rows: group of 8, 256, offset": Case(
         900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=("mosaic",)
+    ),
+    "64 rows: group of 8, segments, offset, all branches": Case(
+        1555, 16, 2, 64, 64, PAPER, B=2, query_offset=301, segments=(43, 700), ops=("nsa_attention",),
+        backends=("mosaic",)
+    ),
+    "64 rows: group of 32, all branches": Case(
+        1300, 64, 2, 128, 128, NSAConfig(num_selected=5), traced=False, ops=("nsa_attention",), backends=("mosaic",)
     ),
     "64 rows: blocks by segments": Case(
         2001, 32, 2, 64, 64, NSAConfig(num_selected=8), B=2, segments=(64, 700), ops=("select_blocks",),
@@ -333,7 +344,7 @@ def function(backend: str, op: str, case: Case | None = None) -> Any:
     if case is not None and op.endswith("_backward") and case.Dk + case.Dv > largest_backward(backend, op):
         backend = "triton"
     if backend == "mosaic":
-        _check_mosaic()
+        skip_without_mosaic(interpreted=current_device().platform != "gpu")
     if op.endswith("_backward") and hasattr(backends.get(backend), op.removesuffix("_backward")):
         backend = backend if hasattr(backends.get(backend), op) else "triton"
     found = backends.get(backend)
@@ -353,11 +364,17 @@ def largest_backward(backend: str, op: str) -> int:
     return LARGEST_BACKWARD.get((backend, op.removesuffix("_backward")), 512)
 
 
-def _check_mosaic() -> None:
+def skip_without_mosaic(interpreted: bool) -> None:
+    """Skips the test where the Mosaic GPU kernels cannot be lowered, or interpreted."""
     try:
-        check_version(current_device().platform != "gpu")
+        check_version(interpreted)
     except NotImplementedError as refusal:
         pytest.skip(f"mosaic: {refusal}")
+
+
+def rematerialised(backend: str, f: Any) -> Any:
+    """`jax.checkpoint`, which does not take JAX's interpreter of Mosaic GPU kernels: that has effects."""
+    return f if backend == "mosaic" and current_device().platform != "gpu" else jax.checkpoint(f)
 
 
 def poisoned(backend: str) -> contextlib.AbstractContextManager[None]:

@@ -61,7 +61,11 @@ def programs() -> list[Any]:
     found = []
     for backend, op in itertools.product(BACKENDS, OPS):
         ways = list(itertools.product(cases.DTYPES[backend], KINDS[backend]))
-        names = [name for name, case in all_cases.items() if op in case.ops and backend in case.backends]
+        names = [
+            name
+            for name, case in all_cases.items()
+            if op in case.ops and backend in case.backends and not (op == "nsa_attention" and is_mixed(backend, case))
+        ]
         for turn, name in enumerate(names):
             for i, way in enumerate(ways):
                 shown = i == turn % len(ways)
@@ -69,6 +73,11 @@ def programs() -> list[Any]:
                     marks = [] if shown and name not in CASES else [pytest.mark.exhaustive]
                     found.append(pytest.param(backend, op, name, *way, (turn + i // 2 + i) % 2 == 0, marks=marks))
     return found
+
+
+def is_mixed(backend: str, case: Case) -> bool:
+    """Whether some backward passes of the whole attention are another backend's, which a call by name refuses."""
+    return any(case.Dk + case.Dv > cases.largest_backward(backend, op) for op in BRANCHES)
 
 
 def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:

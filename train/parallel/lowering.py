@@ -30,6 +30,8 @@ def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh."""
+    # They are the same whoever computes attention; kernels by name would be interpreted here, if there is no GPU.
+    model = Transformer(dataclasses.replace(model.config, implementation=None), model.vocab_size)
     boxed = jax.eval_shape(make_init(model, optimizer), jax.random.key(0))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

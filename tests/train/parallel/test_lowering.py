@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from tests.pallas_kernels.cases import skip_without_mosaic
 from tests.train.test_meshes import LARGER, models
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.parallel.lowering import lower_for_gpus
@@ -29,6 +30,34 @@ def test_the_papers_model_lowers_for_64_gpus_with_its_kernels(length, rows, mesh
     program = lower_for_gpus(config, 102400, devices=64, device_kind="NVIDIA H100").as_text()
     assert program.count("__gpu$xla.gpu.triton") > 30  # of one layer, or two where the first differs
     assert "mhlo.num_partitions = 64" in program
+
+
+@pytest.mark.parametrize(
+    ("remat", "mesh"),
+    [
+        ("dots", MeshConfig(data=1)),
+        *(
+            pytest.param(*one, marks=pytest.mark.exhaustive)
+            for one in (
+                ("attention", MeshConfig(data=1)),
+                ("full", MeshConfig(data=1)),
+                ("dots", MeshConfig(data=2, explicit=True)),
+                ("attention", MeshConfig(data=1, context=2)),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_step_lowers_with_mosaic_kernels_whatever_is_rematerialised_and_split(remat, mesh):
+    skip_without_mosaic(interpreted=False)
+    config = PRESETS["h100-60m"]()
+    model = dataclasses.replace(config.model, attention="nsa", implementation="mosaic", remat=remat)
+    config = dataclasses.replace(config, model=model, mesh=mesh)
+    devices = mesh.data * mesh.context
+    program = lower_for_gpus(config, 50, devices=devices, device_kind="NVIDIA H100").as_text()
+    again = 5 if remat == "full" else 0  # compressed, blocks, their union, selected, window
+    assert program.count("mosaic_gpu_v2") == (13 + again) * mesh.context
+    assert "__gpu$xla.gpu.triton" not in program
 
 
 @pytest.mark.parametrize("name", ["full", "nsa", "experts"])
