@@ -298,15 +298,19 @@ def _key_gradient_kernel(
                         functools.partial(load_numbers, known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
                     )
 
-                    def products_of(s: Any, *dp: Any) -> Any:
+                    def products_of(s: Any) -> Any:
                         plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
-                        for accumulator in dp:
-                            plgpu.wgmma(accumulator, values_here, do_here.transpose((1, 0)))
-                        scores = plgpu.wgmma_accumulator_load(s, wait_n=len(dp))
-                        p = jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
-                        return p, *(accumulator[...] for accumulator in dp)
 
-                    p, *dp = accumulators(products_of, *[shape] * (1 + makes_dk))
+                        def second(*dp: Any) -> Any:
+                            for accumulator in dp:
+                                plgpu.wgmma(accumulator, values_here, do_here.transpose((1, 0)))
+                            scores = plgpu.wgmma_accumulator_load(s, wait_n=len(dp))
+                            p = jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
+                            return p, *(accumulator[...] for accumulator in dp)
+
+                        return accumulators(second, *[shape] * makes_dk)
+
+                    p, *dp = accumulators(products_of, shape)
                     if edge:
                         p = jnp.where(seen(bounds), p, 0.0)
                     if gated:
