@@ -1,7 +1,7 @@
 """Decoding speed of a whole model, NSA and full attention side by side: `python -m train benchmark decoding`.
 
-Prints and writes tokens per second of the sampling step of a preset's model, with caches that are full of random keys
-and values to a few tokens below the context, random parameters, and the memory of the caches.
+Prints and writes tokens per second of the sampling step of the model of a preset or a run, with caches that are full of
+random keys and values to a few tokens below the context, random parameters, and the memory of the caches.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import cache_bytes
-from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
+from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
 from train.config import ModelConfig
 from train.generation.generator import advance, in_compute_dtype
 from train.generation.sampling import Draw
@@ -28,16 +28,16 @@ from train.presets import named
 class Arguments:
     """What to measure."""
 
-    preset: str = "h100-350m"  # its model
+    preset: str = "h100-350m"  # or the folder of a run: its model
     context: int = 65536  # tokens of each row at the end
     batches: tuple[int, ...] = (1, 16)  # rows
     steps: int = 64  # in each of five timed runs
     out: Path = Path("decode_speed.json")  # where the figures go
 
 
-def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[str, Any]:
+def measure(config: ModelConfig, vocabulary: int, batch: int, context: int, steps: int) -> dict[str, Any]:
     """One row of figures."""
-    model = Transformer(config, VOCABULARY)
+    model = Transformer(config, vocabulary)
 
     @jax.jit
     def make(key: jax.Array) -> Any:
@@ -57,8 +57,8 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
     caches = jax.tree.unflatten(structure, filled)
     del leaves, filled
     size = cache_bytes(caches)
-    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, VOCABULARY, 1.0, 1.0, 0, 0)))
-    seen = jnp.zeros((batch, VOCABULARY), bool)
+    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, vocabulary, 1.0, 1.0, 0, 0)))
+    seen = jnp.zeros((batch, vocabulary), bool)
     active, seconds = jnp.ones((batch,), jnp.int32), []
     for _ in range(6):  # the first compiles
         caches = tuple(x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in caches)
@@ -83,11 +83,11 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
 
 def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes."""
-    config = named(arguments.preset).model
+    config = named(arguments.preset)
     rows: list[dict[str, Any]] = []
     for attention in ATTENTIONS:
         for batch in arguments.batches:
-            model = dataclasses.replace(config, attention=attention)
-            rows.append(measure(model, batch, arguments.context, arguments.steps))
+            model = dataclasses.replace(config.model, attention=attention)
+            rows.append(measure(model, vocab_size(config), batch, arguments.context, arguments.steps))
             print(rows[-1], flush=True)
             write_figures(arguments, rows)
