@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 
 # Whether `implementation=None` may take Mosaic. Until the whole attention has been measured, it is taken by name only.
-BY_DEFAULT = True
+BY_DEFAULT = False
 
 
 @dataclasses.dataclass(frozen=True)
