@@ -1,7 +1,6 @@
 """Which blocks a tile of adjacent queries reads: the union of their selections, and its members per block."""
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,7 +114,7 @@ class UnionRows(NamedTuple):
     valid: Any
     position: Any
     start: Any  # first token of each row's segment; None: 0
-    seen: tuple[Any, Any]  # the first position that a row sees (None: 0), and one past the last; others are not read
+    ends: tuple[Any, Any]  # the first position that a row sees (None: 0), and the last
     num_past: Any  # entries, the first ones, whose blocks lie wholly before the tile, and need no causal mask
     num_entries: Any
     load_entry: Callable[[Any], Any]
@@ -130,15 +129,14 @@ class UnionRows(NamedTuple):
         members = jnp.broadcast_to(entry, self.rows.query.shape)
         return block, (lax.shift_right_logical(members, self.rows.query) & 1) == 1
 
-    def there(self, key_position: Any, inside: Any, edge: bool) -> Any:
-        """Which keys of a block are read: those `inside` it (None: all) that one of the rows sees; None: all."""
-        begin, end = self.seen
-        conditions = [] if inside is None else [inside]
-        if begin is not None:
-            conditions.append(key_position >= begin)
-        if edge:
-            conditions.append(key_position < end)
-        return functools.reduce(operator.and_, conditions) if conditions else None
+    def places(self, key_position: Any, edge: bool) -> Any:
+        """Where the keys of a block are read: at their positions, and at the nearest that a row sees if no row sees it.
+
+        An index costs less than a mask. The mask of the scores hides such keys.
+        """
+        first, last = self.ends
+        place = jnp.minimum(key_position, last) if edge else key_position
+        return place if first is None else jnp.maximum(place, first)
 
     def walk(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `step(i, carry, edge)` over the entries."""
@@ -177,9 +175,9 @@ def union_rows(
         valid=rows.valid(query < Tq),
         position=offset + query,
         start=load_starts(starts_ref, pair.batch, query, query < Tq),
-        seen=(
+        ends=(
             None if starts_ref is None else starts_ref[pair.batch, first_query],
-            jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), num_keys),
+            jnp.minimum(offset + jnp.minimum(first_query + num_queries - 1, Tq - 1), num_keys - 1),
         ),
         num_past=count(past),
         num_entries=count(used),

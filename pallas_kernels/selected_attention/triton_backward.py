@@ -126,9 +126,9 @@ def _query_gradient_kernel(
     def step(i: Any, dq: Any, *, edge: bool) -> Any:
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        there = union.there(key_position, inside, edge)
-        k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, there)
-        v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, there)
+        key_at = (pair.batch, union.places(key_position, edge), pair.kv_head)
+        k = load_rows(k_ref, key_at, key_pieces, inside)
+        v = load_rows(v_ref, key_at, value_pieces, inside)
         reference = lse_log2 if member is None else jnp.where(member, lse_log2, NEVER)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - reference[:, None], problem.interpret)
         seen: list[Any] = []
@@ -215,14 +215,17 @@ def _key_gradient_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
+    item = item_of(pair, q_ref.shape, k_ref.shape[2], num_rows, padded_group, index_refs, problem)
     rows, key, key_position = item.rows, item.key, item.key_position
     item_index = pl.program_id(0)
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, item.there)
-        v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, item.there)
+        last_query = div(choices_ref[pair.index, item.first + item.count - 1], num_selected)
+        last_position = jnp.minimum(offset_ref[0] + last_query, k_ref.shape[1] - 1)
+        at = (pair.batch, item.places(last_position), pair.kv_head)
+        k = load_rows(k_ref, at, key_pieces, item.inside)
+        v = load_rows(v_ref, at, value_pieces, item.inside)
 
         def step(i: Any, carry: Any, *, edge: bool) -> Any:
             dk, dv = carry
@@ -238,13 +241,16 @@ def _key_gradient_kernel(
                 p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
             seen: list[Any] = []
             if edge:
-                seen.append(key_position[:, None] <= jnp.where(valid, offset_ref[0] + query, -1)[None, :])
+                seen.append(key_position[:, None] <= (offset_ref[0] + query)[None, :])
             if starts_ref is not None:
                 start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), k_ref.shape[1])
                 seen.append(key_position[:, None] >= start[None, :])
             p = where_all(seen, p)
             dv = accumulate(dv, p, do)
-            return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv
+            dp = dot_pieces(v, do) - delta[None, :]
+            if starts_ref is not None:
+                dp = where_all(seen, dp)
+            return accumulate(dk, p * dp, q), dv
 
         dk, dv = item.walk(step, (zeros(key.shape[0], key_pieces), zeros(key.shape[0], value_pieces)))
         inside = key < problem.select_block
