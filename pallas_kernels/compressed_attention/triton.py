@@ -95,7 +95,7 @@ def _forward_kernel(
     def step(i: Any, carry: Any, edge: bool) -> Any:
         m, total, acc = carry
         key = i * tile.keys + iota(tile.keys)
-        place, read = sight.places(key, ends[1]) if edge else (key, None)
+        place, read = sight.places(key, ends) if edge else (key, None)
         at = (pair.batch, place, pair.kv_head)
         s = dot_pieces(q, load_rows(k_ref, at, key_pieces, read))
         if edge:

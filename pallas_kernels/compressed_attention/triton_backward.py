@@ -140,14 +140,19 @@ def _query_gradient_kernel(
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = i * tile.keys + iota(tile.keys)
-        place, read = sight.places(key, ends[1]) if edge else (key, None)
+        place, read = sight.places(key, ends) if edge else (key, None)
         at = (pair.batch, place, pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, read)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - lse_log2[:, None], problem.interpret)
         v = load_rows(v_ref, at, value_pieces, read)
-        if edge:
-            p = jnp.where(sight.mask(key, rows.query, 0), p, 0.0)
-        return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
+        seen = sight.mask(key, rows.query, 0) if edge else None
+        if seen is not None:
+            p = jnp.where(seen, p, 0.0)
+        ds = p * (dot_pieces(do, v) - delta[:, None])
+        if seen is not None and starts_ref is not None:
+            # Keys that straddle two segments are read, and seen by no query: their products may be infinite.
+            ds = jnp.where(seen, ds, 0.0)
+        return accumulate(dq, ds, k)
 
     dq = walk(sight.key_ranges(ends, tile.keys), step, zeros(tile.rows, key_pieces))
     dq = finish_query_gradient(
@@ -266,15 +271,15 @@ def _key_gradient_kernel(
     pair = program_pair(K)
     key_tile, part = div(pl.program_id(0), num_chunks), rem(pl.program_id(0), num_chunks)
     sight = Visibility(problem, Nc, pair.batch, offset_ref[0], starts_ref)
-    lo, hi, full_lo, full_hi = query_range(key_tile, sight.offset, stops_ref, pair.batch)
-    lo = jnp.maximum(lo, part * chunk)
-    hi = jnp.minimum(hi, part * chunk + chunk)
+    first, stop, full_lo, full_hi = query_range(key_tile, sight.offset, stops_ref, pair.batch)
+    lo = jnp.maximum(first, part * chunk)
+    hi = jnp.minimum(stop, part * chunk + chunk)
     key = key_tile * tile.keys + iota(tile.keys)
+    seen = sight.seen(key, Tq)
 
     @pl.when(lo < hi)
     def _work() -> None:
         # Zeros instead of keys that no query sees, whose products may not be finite.
-        seen = sight.seen(key, Tq)
         k = load_rows(k_ref, (pair.batch, key, pair.kv_head), key_pieces, seen)
         v = load_rows(v_ref, (pair.batch, key, pair.kv_head), value_pieces, seen)
 
@@ -282,7 +287,7 @@ def _key_gradient_kernel(
             dk, dv = carry
             first_row = i * tile.rows
             rows = packed_rows(first_row, tile.rows, group, pair, H, K)
-            valid = rows.query < Tq if edge else None
+            valid = rows.query < stop if edge else None
             at, statistic_at = (pair.batch, rows.query, rows.head), (pair.index, first_row + iota(tile.rows))
             q = load_rows(q_ref, at, key_pieces, valid)
             lse_log2 = plgpu.load(lse_log2_ref.at[statistic_at], mask=valid, other=NEVER if edge else None)

@@ -52,24 +52,26 @@ class Visibility:
         full_end = jnp.clip(full_end, full_begin, end)
         return [(begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)]
 
-    def places(self, key: Any, last_query: Any) -> tuple[Any, Any]:
-        """(where a tile of queries, of which `last_query` is the last, reads keys; which of these it reads, None: all).
+    def places(self, key: Any, ends: tuple[Any, Any]) -> tuple[Any, Any]:
+        """(where a tile of queries, of which `ends` are the first and the last, reads keys; which it reads, None: all).
 
-        Instead of keys after the last that its last query may see, the tile reads that one again, because an index
-        costs less than a mask. Segments need a mask: the keys that nobody sees, because they straddle two segments, lie
-        between others. The mask of the scores hides whatever else a query does not see.
+        For a key after the last that its last query may see, it reads that one again: an index costs less than a mask.
+        The mask of the scores hides those, and with segments the keys that nobody sees because they straddle two.
         """
+        first_query, last_query = ends
         place = jnp.minimum(key, visible_end(self.offset + last_query, self.problem, self.num_keys) - 1)
-        return place, None if self.starts_ref is None else self.seen(place, last_query + 1)
+        if self.starts_ref is None:
+            return place, None
+        return place, place >= first_visible(self.starts_ref[self.batch, first_query], self.problem)
 
-    def seen(self, key: Any, end_query: Any) -> Any:
-        """Whether one of the call's queries before `end_query` sees the key.
+    def seen(self, key: Any, num_queries: int) -> Any:
+        """Whether one of the call's queries sees the key.
 
         The first query at or after the key's last token does, if any does: its segment begins no later than theirs.
         """
         first_token = key * self.problem.compress_stride
         query = jnp.maximum(first_token + self.problem.compress_block - 1 - self.offset, 0)
-        seen = (key < self.num_keys) & (query < end_query)
+        seen = (key < self.num_keys) & (query < num_queries)
         if self.starts_ref is not None:
             seen &= first_token >= load_starts(self.starts_ref, self.batch, query, seen)
         return seen

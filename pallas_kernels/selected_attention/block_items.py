@@ -29,9 +29,10 @@ class Item(NamedTuple):
     queries: int  # of a step
     choices_ref: Any
 
-    def places(self, last_position: Any) -> Any:
-        """Where the keys are read: each at its position, but for those after `last_position`, that one again."""
-        return jnp.minimum(self.key_position, last_position)
+    def places(self, num_selected: int, offset: Any, num_keys: int) -> Any:
+        """Where the keys are read: each at its position, but instead of those after the item's last query its own."""
+        last_query = div(self.choices_ref[self.pair.index, self.first + self.count - 1], num_selected)
+        return jnp.minimum(self.key_position, jnp.minimum(offset + last_query, num_keys - 1))
 
     def gather(self, i: Any, num_selected: int) -> tuple[Any, Any, Any]:
         """(choice, query, whether there is one) of each packed row in step i."""

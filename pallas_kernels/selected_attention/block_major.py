@@ -99,8 +99,7 @@ def _partial_kernel(
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        last_position = jnp.minimum(offset_ref[0] + q_ref.shape[1], k_ref.shape[1]) - 1
-        at = (pair.batch, item.places(last_position), pair.kv_head)
+        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, item.inside)
         v = load_rows(v_ref, at, value_pieces, item.inside)
 

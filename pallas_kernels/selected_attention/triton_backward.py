@@ -221,9 +221,7 @@ def _key_gradient_kernel(
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        last_query = div(choices_ref[pair.index, item.first + item.count - 1], num_selected)
-        last_position = jnp.minimum(offset_ref[0] + last_query, k_ref.shape[1] - 1)
-        at = (pair.batch, item.places(last_position), pair.kv_head)
+        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, item.inside)
         v = load_rows(v_ref, at, value_pieces, item.inside)
 
@@ -249,6 +247,7 @@ def _key_gradient_kernel(
             dv = accumulate(dv, p, do)
             dp = dot_pieces(v, do) - delta[None, :]
             if starts_ref is not None:
+                # Keys before the segments of all queries are read, and their products may not be finite.
                 dp = where_all(seen, dp)
             return accumulate(dk, p * dp, q), dv
 
