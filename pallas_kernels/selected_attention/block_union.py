@@ -114,7 +114,9 @@ class UnionRows(NamedTuple):
     valid: Any
     position: Any
     start: Any  # first token of each row's segment; None: 0
-    ends: tuple[Any, Any]  # the first position that a row sees (None: 0), and the last
+    first_position: Any  # of the queries
+    first_seen: Any  # the first position that a row sees; None: 0
+    num_keys: int
     num_past: Any  # entries, the first ones, whose blocks lie wholly before the tile, and need no causal mask
     num_entries: Any
     load_entry: Callable[[Any], Any]
@@ -129,14 +131,19 @@ class UnionRows(NamedTuple):
         members = jnp.broadcast_to(entry, self.rows.query.shape)
         return block, (lax.shift_right_logical(members, self.rows.query) & 1) == 1
 
-    def places(self, key_position: Any, edge: bool) -> Any:
-        """Where the keys of a block are read: at their positions, and at the nearest that a row sees if no row sees it.
+    def places(self, i: Any, key_position: Any, edge: bool) -> Any:
+        """Where the keys of entry i are read: at their positions, and at the nearest that a row sees if no row sees it.
 
         An index costs less than a mask. The mask of the scores hides such keys.
         """
-        first, last = self.ends
-        place = jnp.minimum(key_position, last) if edge else key_position
-        return place if first is None else jnp.maximum(place, first)
+        place = key_position
+        if edge:
+            last = self.first_position
+            if self.shift:
+                members = self.load_entry(i) & np.int32((1 << self.shift) - 1)
+                last += 31 - lax.clz(members)  # the last query that selected the block
+            place = jnp.minimum(place, jnp.minimum(last, self.num_keys - 1))
+        return place if self.first_seen is None else jnp.maximum(place, self.first_seen)
 
     def walk(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `step(i, carry, edge)` over the entries."""
@@ -175,10 +182,9 @@ def union_rows(
         valid=rows.valid(query < Tq),
         position=offset + query,
         start=load_starts(starts_ref, pair.batch, query, query < Tq),
-        ends=(
-            None if starts_ref is None else starts_ref[pair.batch, first_query],
-            jnp.minimum(offset + jnp.minimum(first_query + num_queries - 1, Tq - 1), num_keys - 1),
-        ),
+        first_position=offset + first_query,
+        first_seen=None if starts_ref is None else starts_ref[pair.batch, first_query],
+        num_keys=num_keys,
         num_past=count(past),
         num_entries=count(used),
         load_entry=lambda i: union_ref[pair.index, tile, i],

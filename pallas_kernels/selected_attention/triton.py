@@ -103,7 +103,7 @@ def _forward_kernel(
         m, total, acc = carry
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        at = (pair.batch, union.places(key_position, edge), pair.kv_head)
+        at = (pair.batch, union.places(i, key_position, edge), pair.kv_head)
         s = dot_pieces(q, load_rows(k_ref, at, key_pieces, inside))
         if edge:
             s = jnp.where(key_position[None, :] <= union.position[:, None], s, -jnp.inf)

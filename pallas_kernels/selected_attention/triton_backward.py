@@ -126,7 +126,7 @@ def _query_gradient_kernel(
     def step(i: Any, dq: Any, *, edge: bool) -> Any:
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        key_at = (pair.batch, union.places(key_position, edge), pair.kv_head)
+        key_at = (pair.batch, union.places(i, key_position, edge), pair.kv_head)
         k = load_rows(k_ref, key_at, key_pieces, inside)
         v = load_rows(v_ref, key_at, value_pieces, inside)
         reference = lse_log2 if member is None else jnp.where(member, lse_log2, NEVER)
@@ -136,8 +136,12 @@ def _query_gradient_kernel(
             seen.append(key_position[None, :] <= union.position[:, None])
         if union.start is not None:
             seen.append(key_position[None, :] >= union.start[:, None])
+        dp = dot_pieces(do, v) - delta[:, None]
+        if union.start is not None:
+            # A block may begin with keys of another segment, which are read, and whose products may not be finite.
+            dp = where_all(seen, dp)
         # Rows of K past the block's end were loaded as zeros, so that their columns of ds add nothing.
-        return accumulate(dq, where_all(seen, p * (dot_pieces(do, v) - delta[:, None])), k)
+        return accumulate(dq, where_all(seen, p) * dp, k)
 
     dq = union.walk(step, zeros(rows.query.shape[0], key_pieces))
     dq = finish_query_gradient(
@@ -247,7 +251,7 @@ def _key_gradient_kernel(
             dv = accumulate(dv, p, do)
             dp = dot_pieces(v, do) - delta[None, :]
             if starts_ref is not None:
-                # Keys before the segments of all queries are read, and their products may not be finite.
+                # As in the gradient of q: keys of another segment are read.
                 dp = where_all(seen, dp)
             return accumulate(dk, p * dp, q), dv
 
