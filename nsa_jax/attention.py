@@ -210,7 +210,8 @@ def select_blocks(
 
     A block's importance is the sum, over the group's heads and the compressed tokens i, of c(i, j) p_i, where c(i, j)
     is the number of stride-chunks that token i and block j share. The first `num_init` blocks of the query's segment
-    and the last `num_local` up to its own are always read. Ties go to the lower index.
+    and the last `num_local` up to its own are always read. Ties go to the lower index. Without
+    `config.select_in_window`, the others begin before the window of the query at t: j s <= t - w.
 
     Example:
       >>> import jax

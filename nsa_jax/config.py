@@ -20,8 +20,9 @@ class NSAConfig:
       ValueError: NSAConfig.compress_block = 40: expected a multiple of compress_stride = 16
 
     Raises:
-      ValueError: a size is no integer or too small; `compress_stride` does not divide `compress_block` or
-        `select_block`; `compress_block` exceeds `select_block`, or the forced blocks do not fit in `num_selected`.
+      ValueError: a size is no integer or too small, or `select_in_window` no bool; `compress_stride` does not divide
+        `compress_block` or `select_block`; `compress_block` exceeds `select_block`, or the forced blocks do not fit in
+        `num_selected`.
     """
 
     compress_block: int = 32  # l: tokens that one compressed token stands for
@@ -31,9 +32,12 @@ class NSAConfig:
     num_init: int = 1  # blocks at the start of the sequence that are always read
     num_local: int = 2  # blocks up to and including the query's own that are always read
     window: int = 512  # w: tokens of the sliding window, the query's own included; 0: no window
+    select_in_window: bool = True  # whether a block that the window holds whole is chosen without being forced
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        if not isinstance(self.select_in_window, bool):
+            raise ValueError(f"NSAConfig.select_in_window = {self.select_in_window!r}: expected True or False")
+        for field in dataclasses.fields(self)[:-1]:
             least = 0 if field.name in ("num_selected", "num_init", "num_local", "window") else 1
             value = arguments.size(f"NSAConfig.{field.name}", getattr(self, field.name), least=least)
             object.__setattr__(self, field.name, value)  # a Python int, so that equal configs have equal hashes

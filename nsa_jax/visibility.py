@@ -81,12 +81,18 @@ def blocks_scored(num_compressed: int, config: NSAConfig) -> int:
 def candidate_blocks(
     positions: Int[Array, " T"], starts: Int[Array, "B T"], num_blocks: int, config: NSAConfig
 ) -> tuple[Bool[Array, "B T Nb"], Bool[Array, "B T Nb"]]:
-    """The blocks that a query may read, from the first of its segment to its own, and the forced ones of them."""
+    """The blocks that a query may read, from the first of its segment to its own, and the forced ones of them.
+
+    Without `select_in_window`, a block that is not forced has to begin before the query's window.
+    """
     block = jnp.arange(num_blocks, dtype=jnp.int32)[None, None, :]
     own = (positions // config.select_block)[None, :, None]
     first = (starts // config.select_block)[:, :, None]
     candidate = (block >= first) & (block <= own)
-    return candidate, candidate & ((block < first + config.num_init) | (block > own - config.num_local))
+    forced = candidate & ((block < first + config.num_init) | (block > own - config.num_local))
+    if not config.select_in_window:
+        candidate &= forced | (block * config.select_block <= positions[None, :, None] - config.window)
+    return candidate, forced
 
 
 def choose_blocks(

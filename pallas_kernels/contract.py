@@ -56,6 +56,10 @@ class Sizes(Protocol):
     def window(self) -> int:
         """Tokens of the sliding window, the query's own included: w."""
 
+    @property
+    def select_in_window(self) -> bool:
+        """Whether a block that the window holds whole, t - w < s j, is chosen without being forced."""
+
     def __hash__(self) -> int:
         """Sizes are static arguments of compiled functions."""
 

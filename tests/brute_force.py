@@ -108,6 +108,8 @@ def _select(scores, t, first_block, config):
     candidates = range(first_block, last_block + 1)
     forced = [j for j in candidates if j < first_block + config.num_init or j > last_block - config.num_local]
     ranked = sorted((j for j in candidates if j not in forced), key=lambda j: (-scores[j], j))
+    if not config.select_in_window:
+        ranked = [j for j in ranked if j * config.select_block <= t - config.window]
     places = config.num_selected - len(forced)
     taken, left = ranked[:places], ranked[places:]
     if not taken or not left or scores[taken[-1]] == 0:  # zeros on both sides of the cut are exact in any precision

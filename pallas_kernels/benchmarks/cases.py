@@ -36,6 +36,7 @@ class Shape:
     num_selected: int = 16
     num_init: int = 1
     num_local: int = 2
+    select_in_window: bool = True
     window: int = 512
     dtype: str = "bfloat16"
 

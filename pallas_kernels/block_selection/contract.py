@@ -7,10 +7,11 @@ sees (see `pallas_kernels.compressed_attention.contract`), block j has importanc
 
 where c(i, j) counts the chunks of d tokens that compressed token i and block j share. Candidates are the blocks
 segment_starts // s <= j <= t // s. The first `num_init` of them and the last `num_local` are taken, then those of
-highest importance, equal ones in order of index, until `num_selected` are taken or none is left. The result is
+highest importance, equal ones in order of index, until `num_selected` are taken or none is left. Without
+`select_in_window`, these others are of the candidates that begin before the window, j s <= t - w. The result is
 ascending, with -1 in the places left over. It carries no gradient.
 
-Sizes read: all but window.
+Sizes read: all; of them w without `select_in_window` alone.
 """
 
 from typing import Protocol

@@ -101,6 +101,11 @@ def _check_sizes(q: jax.Array, k: jax.Array, query_offset: int | jax.Array, conf
         raise NotImplementedError(
             f"compress_block = {config.compress_block}: expected compress_stride = {d} or twice as much"
         )
+    if not config.select_in_window and config.window % config.select_block:
+        raise NotImplementedError(
+            f"window = {config.window}: expected a multiple of select_block = {config.select_block} without "
+            "select_in_window"
+        )
     if config.num_selected > MOST_SELECTED:
         raise NotImplementedError(f"num_selected = {config.num_selected}: expected at most {MOST_SELECTED}")
     # The longest sequence with Nc compressed tokens bounds the blocks there can be.
@@ -425,7 +430,8 @@ def _best(scored: list[tuple[Any, Any, Any]], begin: Any, end: Any, config: Size
         low, high = of_query(first, shape[0]), of_query(own, shape[0])
         forced = (block < low + i32(config.num_init)) | (block > high - i32(config.num_local))
         x = jnp.where(forced, taken, x)
-        x = jnp.where((block >= low) & (block <= high), x, never)
+        last = high if config.select_in_window else high - i32(config.window // config.select_block)
+        x = jnp.where((block >= low) & (block <= last), x, never)
         # The forced blocks, each once: those at the start that are not among those at the end.
         low, high = of_query(first, MOST_SELECTED), of_query(own, MOST_SELECTED)
         at_start = low + place

@@ -324,7 +324,11 @@ def _top_n_kernel(
     last = jnp.minimum(div(position, problem.select_block), queries.num_blocks - 1)
     candidate = (block >= first[None, :]) & (block <= last[None, :])
     forced = (block < first[None, :] + problem.num_init) | (block > last[None, :] - problem.num_local)
-    ascending = best_blocks(rank_by_importance(importance, candidate, forced), last - first + 1, n)
+    number = last - first + 1
+    if not problem.select_in_window:
+        candidate &= forced | (block * problem.select_block <= position[None, :] - problem.window)
+        number = jnp.sum(candidate.astype(jnp.int32), axis=0, dtype=jnp.int32)
+    ascending = best_blocks(rank_by_importance(importance, candidate, forced), number, n)
     slot = lax.broadcasted_iota(jnp.int32, ascending.shape, 0)
     where = lax.broadcast_in_dim(row, ascending.shape, (1,))
     plgpu.store(chosen_ref.at[pair.index, where, slot], ascending, mask=slot < n)

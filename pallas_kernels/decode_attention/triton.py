@@ -272,10 +272,14 @@ def _choose_kernel(importance_ref: Any, offset_ref: Any, length_ref: Any, indice
     position = _position(offset_ref, length_ref, pair.batch, query)
     last = jnp.minimum(div(position, problem.select_block), step.num_blocks - 1)
     forced = (block < problem.num_init) | (block > last - problem.num_local)
+    candidate, number = block <= last, last + 1
     at = importance_ref.at[jnp.full(block.shape, row), block]
-    importance = plgpu.load(at, mask=block <= last, other=-jnp.inf)
-    importance = rank_by_importance(importance, block <= last, forced)
-    chosen = best_blocks(importance[:, None], jnp.full((1,), last + 1), problem.num_selected)
+    importance = plgpu.load(at, mask=candidate, other=-jnp.inf)
+    if not problem.select_in_window:
+        candidate &= forced | (block * problem.select_block <= position - problem.window)
+        number = jnp.sum(candidate.astype(jnp.int32), dtype=jnp.int32)
+    importance = rank_by_importance(importance, candidate, forced)
+    chosen = best_blocks(importance[:, None], jnp.full((1,), number), problem.num_selected)
     slot = lax.broadcasted_iota(jnp.int32, chosen.shape, 0)
     at = indices_ref.at[jnp.full(chosen.shape, row), slot]
     plgpu.store(at, chosen, mask=slot < problem.num_selected)

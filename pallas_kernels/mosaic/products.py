@@ -80,6 +80,8 @@ def accumulators(body: Callable[..., Any], *shapes: tuple[int, int]) -> Any:
     The zeros cost no instructions where a product follows at once: of two products each has a call of its own, the
     second one inside the first one's body.
     """
+    if not shapes:
+        return body()
     return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 

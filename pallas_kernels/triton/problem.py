@@ -27,6 +27,7 @@ class Problem:
     num_init: int
     num_local: int
     window: int  # w
+    select_in_window: bool
     scale: float
     interpret: bool
 

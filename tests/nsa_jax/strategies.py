@@ -54,6 +54,8 @@ def configs(draw):
         num_init=num_init,
         num_local=num_local,
         window=draw(st.one_of(st.integers(1, 12), st.integers(1, 100))),
+        # Where no block is forced, a query might have none.
+        select_in_window=not forced or draw(st.booleans()),
     )
 
 

@@ -31,6 +31,7 @@ def inputs():
         ({"compress_block": 24}, "NSAConfig.compress_block = 24: expected a multiple of compress_stride = 16"),
         ({"select_block": 40}, "NSAConfig.select_block = 40: expected a multiple of compress_stride = 16"),
         ({"compress_block": 128}, "NSAConfig.compress_block = 128: expected at most select_block = 64"),
+        ({"select_in_window": 1}, "NSAConfig.select_in_window = 1: expected True or False"),
         (
             {"num_selected": 2},
             "NSAConfig.num_selected = 2: expected 0, for no such branch, or at least num_init + num_local = 3",

@@ -126,6 +126,8 @@ def decided(case: LayerCase, layer, parameters, x, ids):
         own = t // sizes.select_block
         free = np.arange(min(first + sizes.num_init, own + 1), max(own - sizes.num_local + 1, first))
         places = sizes.num_selected - (own - first + 1 - len(free))
+        if not sizes.select_in_window:
+            free = free[free * sizes.select_block <= t - sizes.window]
         for scores in importance[b, :, t]:
             ranked = -np.sort(-scores[free])
             if 0 < places < len(ranked) and ranked[places - 1] > 0:

@@ -113,6 +113,10 @@ CASES = {
         199, 8, 2, 128, 128, NSAConfig(32, 32, 64, 8, 1, 2, 400), query_offset=151, traced=False,
         segments=(70, 120, 160), ops=("compressed_attention", "select_blocks", "window_attention"), backends=("mosaic",)
     ),
+    "64 rows: blocks that begin before the window, segments and offset": Case(
+        700, 16, 2, 64, 64, NSAConfig(32, 16, 64, 5, 1, 1, 128, False), query_offset=301, segments=(130, 420),
+        ops=("select_blocks",), backends=("triton", "mosaic")
+    ),
     "64 rows: blocks by segments and offset, group of 16": Case(
         330, 32, 2, 64, 64, NSAConfig(32, 16, 64, 4, 1, 2, 400), query_offset=297, segments=(70, 290, 310), given=True,
         ops=("selected_attention",), backends=("mosaic",)
