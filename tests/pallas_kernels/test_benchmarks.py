@@ -64,7 +64,7 @@ def test_tables_are_of_the_backend_that_was_named_first(first, on_a_gpu, tmp_pat
     others = [backend for backend in BACKENDS if backend != first]
     command.main([*SMALL, "--backends", first, *others, "--out", str(tmp_path / "results")])
     record = json.loads((tmp_path / "results.json").read_text())
-    heading, (tokens, dense, *shown) = tables.speed(record)
+    _, (_, dense, *shown) = tables.speed(record)
     found = {(row["op"], row["backend"], row["selection"]): row for row in record["rows"] if "error" not in row}
     nsa = [found.get(("nsa", first, selection)) for selection in ("random", "local")]
     full = found["dense", "cudnn", None]
