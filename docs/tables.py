@@ -89,10 +89,18 @@ def _times_as_fast(dense: dict[str, Any] | None, nsa: dict[str, Any] | None) -> 
 
 
 class _Ops:
-    """The rows of files of `python -m pallas_kernels.benchmarks`, by length, op and selection."""
+    """The rows of files of `python -m pallas_kernels.benchmarks`, by length, op and selection.
+
+    Where a file has rows of several backends, those of the one that was named first are taken.
+    """
 
     def __init__(self, records: Sequence[Any]):
-        self.rows = {(r["T"], r["op"], r["selection"]): r for record in records for r in record["rows"]}
+        self.rows: dict[tuple[int, str, str | None], dict[str, Any]] = {}
+        for record in records:
+            backends = [row.get("backend") for row in record["rows"]]
+            shown = {"cudnn", next((backend for backend in backends if backend != "cudnn"), None)}
+            found = (row for row, backend in zip(record["rows"], backends, strict=True) if backend in shown)
+            self.rows |= {(row["T"], row["op"], row["selection"]): row for row in found if "error" not in row}
         self.lengths = sorted({T for T, _, _ in self.rows})
 
     def __call__(self, T: int, op: str, selection: str | None = None) -> dict[str, Any] | None:

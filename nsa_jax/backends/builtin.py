@@ -1,16 +1,17 @@
-"""The built-in backends. A kernel is added by its file and one line of `TRITON` or `MOSAIC`."""
+"""The built-in backends. The kernels that there are stand in `pallas_kernels.kernels`."""
 
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from nsa_jax.config import NSAConfig
-from pallas_kernels.devices import Capability, Device, current_device
-from pallas_kernels.mosaic.faster import BY_DEFAULT, FASTER, Table, check_faster
+from pallas_kernels import kernels
+from pallas_kernels.devices import Device, current_device
+from pallas_kernels.kernels import Kernels
 
 
 class BuiltIn:
@@ -30,59 +31,20 @@ class BuiltIn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernels(BuiltIn):
-    """A backend of GPU kernels, imported on first use. Where there is no GPU, a call by name runs them interpreted.
-
-    Attributes:
-      name: what `implementation` calls it.
-      least_capability: compute capability of the oldest GPUs that the kernels run on.
-      functions: by name (see `OPS`), "module:function" under pallas_kernels.
-      newest_capability: of the newest GPUs that the kernels run on; None: of all that are newer.
-      faster: for which calls `implementation=None` chooses each function, a table by name; None: for all.
-    """
-
-    name: str
-    least_capability: Capability
-    functions: Mapping[str, str] = dataclasses.field(hash=False)
-    newest_capability: Capability | None = None
-    faster: Mapping[str, Table] | None = dataclasses.field(default=None, hash=False)
+class KernelBackend(BuiltIn, Kernels):
+    """A backend of GPU kernels. Where there is no GPU, a call by name runs them interpreted."""
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_") or op not in self.functions:
             raise AttributeError(f"backend {self.name!r} has no {op}")
         return functools.partial(self._call, op)
 
-    def supports(self, op: str, device: Device) -> bool:
-        """Whether the kernels run on a device as they are made to: compiled, on a GPU of a capability they are for."""
-        return device.platform == "gpu" and self._check_capability(device)
-
-    def by_default(self, name: str, q: jax.Array, k: jax.Array, v: jax.Array | None) -> bool:
-        """Whether `implementation=None` may choose a function for such arrays: where it is known to be the fastest."""
-        if self.faster is not None:
-            if not self.faster:
-                raise NotImplementedError("only by name")
-            check_faster(self.faster, name, q, k, v)
-        return True
-
     def _call(self, op: str, *arguments: Any, **options: Any) -> Any:
         device = current_device()
         interpret = device.platform != "gpu"
         if not interpret:
-            self._check_capability(device)
-        module, function = self.functions[op].split(":")
-        call = getattr(importlib.import_module(f"pallas_kernels.{module}"), function)
-        return call(*arguments, **options, interpret=interpret)
-
-    def _check_capability(self, device: Device) -> bool:
-        least = ".".join(map(str, self.least_capability))
-        newest = self.newest_capability
-        if device.compute_capability is None:
-            raise NotImplementedError(f"{device}: expected an NVIDIA GPU of a known compute capability")
-        if device.compute_capability < self.least_capability:
-            raise NotImplementedError(f"{device}: expected compute capability {least}" + " or later" * (newest is None))
-        if newest is not None and device.compute_capability > newest:
-            raise NotImplementedError(f"{device}: expected compute capability at most {'.'.join(map(str, newest))}")
-        return True
+            self.check_capability(device)
+        return self.function(op)(*arguments, **options, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,34 +74,7 @@ class Functions(BuiltIn):
         return True
 
 
-MOSAIC = Kernels(
-    "mosaic",
-    (9, 0),
-    {
-        "compressed_attention": "compressed_attention.mosaic:forward",
-        "compressed_attention_backward": "compressed_attention.mosaic:backward",
-        "select_blocks": "block_selection.mosaic:select_blocks",
-        "selected_attention": "selected_attention.mosaic:forward",
-        "selected_attention_backward": "selected_attention.mosaic_backward:backward",
-        "window_attention": "window_attention.mosaic:forward",
-        "window_attention_backward": "window_attention.mosaic:backward",
-    },
-    newest_capability=(9, 0),
-    faster=FASTER if BY_DEFAULT else {},
-)
-TRITON = Kernels(
-    "triton",
-    (8, 0),
-    {
-        "compressed_attention": "compressed_attention.triton:forward",
-        "compressed_attention_backward": "compressed_attention.triton_backward:backward",
-        "select_blocks": "block_selection.triton:select_blocks",
-        "selected_attention": "selected_attention.triton:forward",
-        "selected_attention_backward": "selected_attention.triton_backward:backward",
-        "window_attention": "window_attention.triton:forward",
-        "window_attention_backward": "window_attention.triton_backward:backward",
-        "decode_attention": "decode_attention.triton:decode_attention",
-    },
-)
+MOSAIC = KernelBackend(**vars(kernels.MOSAIC))
+TRITON = KernelBackend(**vars(kernels.TRITON))
 XLA = Functions("xla", "nsa_jax.xla", automatic=True)
 REFERENCE = Functions("reference", "nsa_jax.reference", automatic=False)

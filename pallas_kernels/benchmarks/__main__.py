@@ -1,4 +1,6 @@
-"""Times every op, the whole attention and cuDNN's dense attention; prints a table, writes JSON and a plot.
+"""Times every op and the whole attention by one or several backends, and cuDNN's dense attention.
+
+Prints a table, writes JSON and a plot.
 
 `python -m pallas_kernels.benchmarks tune --op OP` measures the tiles of an op's kernels instead; see `tune`.
 """
@@ -13,7 +15,8 @@ from typing import Any
 import jax
 
 from pallas_kernels.benchmarks import tune
-from pallas_kernels.benchmarks.cases import Shape, cases
+from pallas_kernels.benchmarks.cases import Shape, cases, dense_cases, inputs, lse_of, selection
+from pallas_kernels.benchmarks.ops import BACKENDS, DEFAULT
 from pallas_kernels.benchmarks.plot import describe, plot
 from pallas_kernels.benchmarks.provenance import provenance
 from pallas_kernels.benchmarks.timing import measure
@@ -22,6 +25,7 @@ COLUMNS = (
     "T",
     "selection",
     "op",
+    "backend",
     "forward ms",
     "backward ms",
     "TFLOP/s",
@@ -44,12 +48,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--v-head-dim", type=int, default=None, help="default: --head-dim")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        default=[DEFAULT],
+        help="whose kernels; fastest: for each pass the one that pallas_kernels/mosaic/faster.py has measurements for; "
+        "default: what implementation=None takes (%(default)s). Tables made of OUT.json show the first one",
+    )
     parser.add_argument("--ops", nargs="+", default=None, help="only these; default: all")
     parser.add_argument("--out", type=Path, default=None, help="write OUT.json and OUT.png")
     options = parser.parse_args(arguments)
     if jax.default_backend() != "gpu":
         parser.error("no GPU was found; the kernels are timed on one")
 
+    origin = provenance(["python", "-m", "pallas_kernels.benchmarks", *arguments])
     rows: list[dict[str, Any]] = []
     print(" | ".join(COLUMNS), flush=True)
     for T in options.lengths:
@@ -61,51 +74,50 @@ def main(arguments: list[str]) -> int:
             Dv=options.v_head_dim or options.head_dim,
             dtype=options.dtype,
         )
-        for selection in options.selection:
-            results = []
-            for case in cases(shape, selection):
-                depends = case.name in ("selected_attention", "nsa")
-                wanted = options.ops is None or case.name in options.ops
-                if not wanted or (not depends and selection != options.selection[0]):
-                    continue
-                try:
-                    row = measure(case)
-                except Exception as error:  # one op that fails must not lose the others' figures
-                    row = {"op": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
-                results.append({"T": T, "selection": selection if depends else None, **row})
-            rows += results
-            dense = next((r for r in rows if r["T"] == T and r["op"] == "dense" and "error" not in r), None)
-            for row in results:
-                print(_line(row, dense), flush=True)
+        arrays = inputs(shape, options.selection[0])
+        selections = {pattern: selection(shape, pattern) for pattern in options.selection}
+        lse = lse_of(shape, arrays)
+        timed = [case for backend in options.backends for case in cases(shape, backend, arrays, selections, lse)]
+        timed = [
+            case for case in (*dense_cases(shape, arrays), *timed) if options.ops is None or case.name in options.ops
+        ]
+        dense = None
+        for found in measure(timed):
+            row = {"T": T, **found}
+            rows.append(row)
+            if row["op"] == "dense":
+                dense = row
+            print(_line(row, dense), flush=True)
             if options.out:
-                record = _write(options.out, shape, rows)
-                plot(rows, options.out.with_suffix(".png"), describe(record))
+                _write(options.out, origin, shape, rows)
+        if options.out:
+            record = _write(options.out, origin, shape, rows)
+            plot(rows, options.out.with_suffix(".png"), describe(record))
     return 0
 
 
 def _line(row: dict[str, Any], dense: dict[str, Any] | None) -> str:
+    named = [row["T"], row["selection"] or "", row["op"], row["backend"]]
     if "error" in row:
-        return f"{row['T']} | {row['selection'] or ''} | {row['op']} | {row['error'][:120]}"
+        return " | ".join(map(str, [*named, row["error"][:120]]))
     backward = row.get("backward_ms")
     cells = [
-        row["T"],
-        row["selection"] or "",
-        row["op"],
+        *named,
         f"{row['forward_ms']['median']:.3f}",
         "" if backward is None else f"{backward:.3f}",
         f"{row['forward_tflops']:.0f}",
         f"{row['forward_gbytes_per_s']:.0f}",
         f"{row.get('forward_backward_memory_gib', row['forward_memory_gib']):.2f}",
     ]
-    if dense is not None and row["op"] == "nsa":
+    if dense is not None and "error" not in dense and row["op"] == "nsa":
         cells.append(f"{dense['forward_ms']['median'] / row['forward_ms']['median']:.2f}")
         cells.append(f"{dense['backward_ms'] / row['backward_ms']:.2f}")
     return " | ".join(map(str, cells))
 
 
-def _write(out: Path, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _write(out: Path, origin: dict[str, Any], shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
     record = {
-        "provenance": provenance(["python", "-m", "pallas_kernels.benchmarks", *sys.argv[1:]]),
+        "provenance": origin,
         "shape": {name: value for name, value in dataclasses.asdict(shape).items() if name != "T"},
         "units": "milliseconds per call; backward = forward and backward - forward; memory by the compiler's count",
         "rows": rows,

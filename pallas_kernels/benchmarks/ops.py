@@ -1,34 +1,48 @@
-"""The ops that are timed: the Triton kernels, differentiable where the op is."""
+"""The ops that are timed, as each backend has them."""
 
-from pallas_kernels.block_selection.triton import select_blocks
-from pallas_kernels.compressed_attention import triton as compressed
-from pallas_kernels.compressed_attention import triton_backward as compressed_backward
+import dataclasses
+from typing import Any
+
 from pallas_kernels.decode_attention.triton import decode_attention
-from pallas_kernels.differentiable import Op
+from pallas_kernels.devices import current_device
+from pallas_kernels.kernels import MOSAIC, TRITON
+from pallas_kernels.mosaic.faster import BY_DEFAULT, FASTER
 from pallas_kernels.nsa_attention.contract import Parts
-from pallas_kernels.selected_attention import triton as selected
-from pallas_kernels.selected_attention import triton_backward as selected_backward
-from pallas_kernels.window_attention import triton as window
-from pallas_kernels.window_attention import triton_backward as window_backward
 
-__all__ = [
-    "PARTS",
-    "compressed_attention",
-    "decode_attention",
-    "select_blocks",
-    "selected_attention",
-    "window_attention",
-]
+__all__ = ["BACKENDS", "DEFAULT", "PARTS", "decode_attention", "parts_of"]
 
-compressed_attention = Op(compressed.forward, compressed_backward.backward, returns_lse=True)
-selected_attention = Op(selected.forward, selected_backward.backward)
-window_attention = Op(window.forward, window_backward.backward)
-PARTS = Parts(
-    compressed_attention=compressed.forward,
-    select_blocks=select_blocks,
-    selected_attention=selected.forward,
-    window_attention=window.forward,
-    compressed_attention_backward=compressed_backward.backward,
-    selected_attention_backward=selected_backward.backward,
-    window_attention_backward=window_backward.backward,
-)
+BACKENDS = ("triton", "mosaic", "fastest")
+DEFAULT = "fastest" if BY_DEFAULT else "triton"  # what `implementation=None` takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Fastest:
+    """The pass of this name on Mosaic where `FASTER` has the call and Mosaic takes it, otherwise on Triton.
+
+    `implementation=None` goes by the same rule once `BY_DEFAULT` says so, and then to pure JAX, which is not timed.
+    """
+
+    name: str
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """What the pass returns."""
+        refusals = []
+        q, k, v = arguments[:3]
+        for kernels in (dataclasses.replace(MOSAIC, faster=FASTER), TRITON):
+            try:
+                kernels.check_capability(current_device())
+                kernels.by_default(self.name, q, k, None if self.name == "select_blocks" else v)
+                return kernels.function(self.name)(*arguments, **options)
+            except NotImplementedError as refusal:
+                refusals.append(f"{kernels.name}: {refusal}")
+        raise NotImplementedError("; ".join(refusals))
+
+
+def parts_of(backend: str) -> Parts:
+    """All passes of one of `BACKENDS`."""
+    kernels = {each.name: each for each in (TRITON, MOSAIC)}
+    names = [field.name for field in dataclasses.fields(Parts)]
+    return Parts(**{name: kernels[backend].function(name) if backend in kernels else Fastest(name) for name in names})
+
+
+PARTS = parts_of("triton")

@@ -13,11 +13,13 @@ from matplotlib.ticker import FuncFormatter
 
 from pallas_kernels.palette import COLORS
 
+# What is drawn: an op with a selection, and how a line of it looks.
 LINES = {
-    ("nsa", "random"): ("NSA, random selection", "o-", COLORS[0]),
-    ("nsa", "local"): ("NSA, local selection", "s-", COLORS[1]),
-    ("dense", None): ("dense (cuDNN)", "^--", COLORS[2]),
+    ("nsa", "random"): ("NSA, random selection", COLORS[0]),
+    ("nsa", "local"): ("NSA, local selection", COLORS[1]),
+    ("dense", None): ("dense (cuDNN)", COLORS[2]),
 }
+STYLES = {"triton": "o-", "mosaic": "s--", "fastest": "D:", "cudnn": "^--"}  # by the backend
 
 
 def draw(rows: list[dict[str, Any]], title: str = "") -> Figure:
@@ -29,14 +31,15 @@ def draw(rows: list[dict[str, Any]], title: str = "") -> Figure:
     """
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for (op, selection), (label, style, color) in LINES.items():
-        chosen = [r for r in rows if r["op"] == op and r["selection"] == selection and "error" not in r]
-        chosen.sort(key=lambda row: row["T"])
-        if not chosen:
-            continue
-        lengths = [r["T"] for r in chosen]
-        panels[0].plot(lengths, [r["forward_ms"]["median"] for r in chosen], style, color=color, label=label)
-        panels[1].plot(lengths, [r["backward_ms"] for r in chosen], style, color=color, label=label)
+    drawn = [{**row, "backend": backend_of(row)} for row in rows if "error" not in row]
+    for (op, selection), (label, color) in LINES.items():
+        found = sorted((r for r in drawn if (r["op"], r["selection"]) == (op, selection)), key=lambda row: row["T"])
+        for backend in dict.fromkeys(row["backend"] for row in found):
+            chosen = [row for row in found if row["backend"] == backend]
+            lengths = [row["T"] for row in chosen]
+            look: dict[str, Any] = {"color": color, "label": f"{label}, {backend}" if op == "nsa" else label}
+            panels[0].plot(lengths, [row["forward_ms"]["median"] for row in chosen], STYLES[backend], **look)
+            panels[1].plot(lengths, [row["backward_ms"] for row in chosen], STYLES[backend], **look)
     for axes, name in zip(panels, ("forward", "backward"), strict=True):
         axes.set(yscale="log", title=name, xlabel="sequence length (tokens)")
         axes.set_xscale("log", base=2)
@@ -48,6 +51,11 @@ def draw(rows: list[dict[str, Any]], title: str = "") -> Figure:
         panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def backend_of(row: dict[str, Any]) -> str:
+    """Which backend a recorded row is of; those without one are from when the benchmark timed Triton's kernels only."""
+    return row.get("backend", "cudnn" if row["op"].startswith("dense") else "triton")
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
