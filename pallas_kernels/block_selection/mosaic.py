@@ -184,7 +184,7 @@ def _select(
             Vectors((SCORING, MOST_SELECTED, QUERIES), jnp.int32),
             Barriers(1, SCORING * (group + 2)),
             Barriers(1, SCORING),
-            Barriers(slots),
+            Barriers(slots, WARPS),
             Barriers(slots, SCORING),
             Barriers(SCORING),
             Barriers(SCORING),
@@ -243,9 +243,12 @@ def _kernel(
         return begin, jnp.maximum(end, begin)
 
     def copy(warp: Any) -> None:
-        def by(turn: Any, source: Any, shared: Any, full: Any) -> None:
-            run = functools.partial(plgpu.copy_gmem_to_smem, source, shared, full)
-            pl.when(lax.rem(turn, i32(WARPS)) == warp)(run)
+        # Each warp has its part in every tile and in every slot, so that none falls behind a phase of a barrier.
+        part = pl.ds(warp * i32(ROWS // WARPS), ROWS // WARPS)
+
+        def by(turn: int, source: Any, shared: Any) -> None:
+            run = functools.partial(plgpu.copy_gmem_to_smem, source, shared, q_full)
+            pl.when(warp == i32(turn % WARPS))(run)
 
         def work(i: Any, done: Any) -> Any:
             batch, head, tile = schedule.item(i)
@@ -255,16 +258,16 @@ def _kernel(
                 eight = tile * i32(SCORING) + i32(w)
                 rows = pl.ds(eight * i32(QUERIES), QUERIES)
                 for g in range(group):
-                    by(i32(g), q_ref.at[batch, rows, head, i32(g)], q_shared.at[w, pl.ds(QUERIES * g, QUERIES)], q_full)
+                    by(g, q_ref.at[batch, rows, head, i32(g)], q_shared.at[w, pl.ds(QUERIES * g, QUERIES)])
                 statistics = lse_ref.at[schedule.pair(batch, head), pl.ds(eight * i32(columns), columns)]
-                by(i32(2 * w), statistics, lse_shared.at[w, pl.ds(0, columns)], q_full)
-                by(i32(2 * w + 1), bounds_ref.at[batch, eight], bounds_shared.at[w], q_full)
+                by(2 * w, statistics, lse_shared.at[w, pl.ds(0, columns)])
+                by(2 * w + 1, bounds_ref.at[batch, eight], bounds_shared.at[w])
 
             def step(j: Any, _: Any) -> Any:
                 chunk, c = begin + lax.div(j, i32(per_block)), token(lax.rem(j, i32(per_block)))
                 slot = ring.wait_free(done + j)
-                source = k_ref.at[batch, pl.ds(chunk * i32(ROWS), ROWS), c, head]
-                by(j, source, k_shared.at[slot], k_full.at[slot])
+                rows = pl.ds(chunk * i32(ROWS) + warp * i32(ROWS // WARPS), ROWS // WARPS)
+                plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, c, head], k_shared.at[slot, part], k_full.at[slot])
                 return i32(0)
 
             copied = (end - begin) * i32(per_block)

@@ -175,7 +175,8 @@ def _kernel(
                 return products.add(acc, (p, v_shared.at[slot])), m, total
 
             def advance(step: Any, carry: Any, edge: bool) -> Any:
-                p, state = weigh(*carry, step, edge)
+                s, state = carry
+                p, state = weigh(s, state, step, edge)
                 value_slot = values_ring.wait_full(done + step)
                 key_slot = keys_ring.wait_full(done + step + i32(1))
 
@@ -196,7 +197,8 @@ def _kernel(
                 carry = scores(i32(0)), state
                 for low, high, edge in ((i32(0), begin, True), (begin, middle, False), (middle, last, True)):
                     carry = lax.fori_loop(low, high, functools.partial(advance, edge=edge), carry)
-                p, state = weigh(*carry, last, True)
+                s, state = carry
+                p, state = weigh(s, state, last, True)
                 state = add_values(p, state, values_ring.wait_full(done + last))
                 values_ring.free(done + last)
                 return state
