@@ -54,7 +54,10 @@ def install(extra):
         package = ["--editable", f"{Path(source).resolve()}[{extra}]"]
         sys.path.append(str(Path(source).resolve()))  # only later processes find an editable package by themselves
     else:
-        raise FileNotFoundError(f"INSTALL_FROM = {source!r}: expected a clone of nsa-jax, a wheel or a git URL")
+        raise FileNotFoundError(
+            f"INSTALL_FROM = {source!r}: expected a clone of nsa-jax, a wheel or a git URL. On Colab there is no "
+            "clone: at the top of this cell, set it to a git URL, or to the path of a wheel that you uploaded."
+        )
     constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
     constraints.write_text("\n".join(jax_here))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]

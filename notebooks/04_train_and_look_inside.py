@@ -21,11 +21,14 @@
 # The models are tiny and train for minutes, so that a CPU can do it. Results are shown as they came out, from one seed.
 # They show how things work, not which attention is better. For larger runs, see `docs/results.md`.
 #
+# This notebook needs the trainer, which is in no wheel: it runs from a clone of the repository. On Colab, give the URL
+# of the repository as `INSTALL_FROM` in the first cell, which clones it.
+#
 # The notebook runs unchanged on a GPU, a TPU or a CPU. The stored outputs come from two CPU cores.
 
 # %%
 # Installs the package where it is missing, as on Colab, and prints where this runs.
-INSTALL_FROM = ".."  # a folder with a clone, a wheel, or a git URL such as "git+https://HOST/OWNER/nsa-jax"
+INSTALL_FROM = ".."  # a folder with a clone, or a git URL such as "git+https://HOST/OWNER/nsa-jax"
 
 import importlib.metadata
 import importlib.util
@@ -51,7 +54,10 @@ def install(extra):
         package = ["--editable", f"{Path(source).resolve()}[{extra}]"]
         sys.path.append(str(Path(source).resolve()))  # only later processes find an editable package by themselves
     else:
-        raise FileNotFoundError(f"INSTALL_FROM = {source!r}: expected a clone of nsa-jax, a wheel or a git URL")
+        raise FileNotFoundError(
+            f"INSTALL_FROM = {source!r}: expected a clone of nsa-jax, a wheel or a git URL. On Colab there is no "
+            "clone: at the top of this cell, set it to a git URL, or to the path of a wheel that you uploaded."
+        )
     constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
     constraints.write_text("\n".join(jax_here))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
@@ -67,10 +73,16 @@ def install(extra):
             raise RuntimeError(f"{name} {loaded} was loaded before another was installed: restart and run again.")
 
 
-# The trainer is never installed: it runs from a clone, which is fetched if it is not here.
+# The trainer is in no wheel, so that nobody gets a package named `train`: it runs from a clone, which a git URL gives.
 if INSTALL_FROM.startswith("git+"):
-    subprocess.run(["git", "clone", "--quiet", INSTALL_FROM.removeprefix("git+"), "nsa-jax"], check=True)
+    if not Path("nsa-jax").is_dir():
+        subprocess.run(["git", "clone", "--quiet", INSTALL_FROM.removeprefix("git+"), "nsa-jax"], check=True)
     INSTALL_FROM = "nsa-jax"
+if importlib.util.find_spec("train") is None and not (Path(INSTALL_FROM) / "train").is_dir():
+    raise FileNotFoundError(
+        f"INSTALL_FROM = {INSTALL_FROM!r}: expected a clone of nsa-jax or a git URL; the trainer is in no wheel. On "
+        "Colab there is no clone: at the top of this cell, set it to a git URL, which is then cloned."
+    )
 if importlib.util.find_spec("nsa_jax") is None:
     install("train")
 if importlib.util.find_spec("train") is None:

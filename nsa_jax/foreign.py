@@ -13,6 +13,8 @@ _WIDTH = "no such field: input and output of a layer have one width, which NNX c
 _FLOAT32 = "no such field: softmax and its sums are in float32 at least"
 _RULES = "logical_axes, see nsa_jax.naming"
 _WINDOW = "config=NSAConfig(window=...), or window of FullAttention"
+_OWN_ROPE = "rotate, a rotary embedding of your own"
+_NO_BIAS_INIT = "no such field: biases begin at 0"
 _EPSILON = "no such field: that of the norm of queries and keys is fixed, nsa_jax.layer.NORM_EPSILON"
 
 # What the message says after "expected".
@@ -23,8 +25,9 @@ INSTEAD: Mapping[str, str] = {
     "out_features": _WIDTH,
     "qkv_features": "head_dim, which is qkv_features / num_heads",
     "out_kernel_init": "kernel_init, and output_init_scale for the output projection",
-    "bias_init": "no such field: biases begin at 0",
-    "out_bias_init": "no such field: biases begin at 0",
+    "out_bias": "use_bias, which is for all projections, or qkv_bias, which is for all except the output's",
+    "bias_init": _NO_BIAS_INIT,
+    "out_bias_init": _NO_BIAS_INIT,
     "dropout_rate": _DROPOUT,
     "broadcast_dropout": _DROPOUT,
     "deterministic": _DROPOUT,
@@ -32,6 +35,12 @@ INSTEAD: Mapping[str, str] = {
     "decode": _DECODING,
     "normalize_qk": "qk_norm, which is an RMSNorm",
     "force_fp32_for_softmax": _FLOAT32,
+    # Keras
+    "key_dim": "head_dim",
+    "value_dim": "v_head_dim",
+    "dropout": _DROPOUT,
+    "kernel_initializer": "kernel_init",
+    "bias_initializer": _NO_BIAS_INIT,
     # MaxText
     "num_query_heads": "num_heads",
     "attention_kernel": "implementation",
@@ -42,7 +51,7 @@ INSTEAD: Mapping[str, str] = {
     "float32_qk_product": _FLOAT32,
     "float32_logits": _FLOAT32,
     "rope_max_timescale": "rope_theta",
-    "rope_min_timescale": "rotate, a rotary embedding of your own, where it is not 1",
+    "rope_min_timescale": f"{_OWN_ROPE}, where it is not 1",
     "rope_type": "rope_scaling",
     "max_target_length": "max_length of init_cache",
     "max_prefill_predict_length": "prefill, which takes any number of tokens",
@@ -65,11 +74,22 @@ INSTEAD: Mapping[str, str] = {
     "attention_bias": "use_bias",
     "attention_dropout": _DROPOUT,
     "rope_parameters": "rope_theta and rope_scaling",
-    "partial_rotary_factor": "rotate, a rotary embedding of your own, where it is not 1",
+    "partial_rotary_factor": f"{_OWN_ROPE}, where it is not 1",
     "max_position_embeddings": "no such field: no position is too large; a cache has max_length of init_cache",
     "sliding_window": _WINDOW,
     "attn_logit_softcapping": _SOFT_CAP,
     "rms_norm_eps": _EPSILON,
+}
+
+# Transformers' kinds that are here, too: our fields, and what they are called there. Its yarn is not the paper's.
+_ROPE_SCALING: Mapping[str, Mapping[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "beta_fast": "high_freq_factor",
+        "beta_slow": "low_freq_factor",
+    },
 }
 
 
@@ -84,3 +104,20 @@ def refuse_foreign(known: Collection[str], fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in INSTEAD and name not in known:
             raise ValueError(f"{name} = {shown(value)}: expected {INSTEAD[name]}")
+
+
+def rope_scaling_here(fields: Mapping[str, Any]) -> str:
+    """What to use instead of the fields that Transformers has under rope_scaling or rope_parameters.
+
+    Example:
+      >>> rope_scaling_here({"rope_type": "linear", "factor": 4.0})
+      "nsa_jax.RopeScaling('linear', factor=4.0)"
+    """
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    theta = f", and rope_theta={fields['rope_theta']!r}" if "rope_theta" in fields else ""
+    if kind == "default":
+        return f"nsa_jax.RopeScaling(), which is the default{theta}"
+    if kind not in _ROPE_SCALING:
+        return f"{_OWN_ROPE}; of Transformers' kinds, nsa_jax.RopeScaling has linear and llama3"
+    given = [f"{ours}={fields.get(theirs, '...')}" for ours, theirs in _ROPE_SCALING[kind].items()]
+    return f"nsa_jax.RopeScaling({kind!r}, {', '.join(given)}){theta}"

@@ -39,6 +39,7 @@ from nsa_jax.core import (
 )
 from nsa_jax.dense import causal_attention
 from nsa_jax.explicit import split_like, split_of
+from nsa_jax.foreign import rope_scaling_here
 from nsa_jax.precision import wide_dtype
 from nsa_jax.rope import RopeScaling, apply_rope
 from nsa_jax.sharding import free_axes, sharded
@@ -68,6 +69,9 @@ class LayerConfig(HeadConfig):
         if self.rope_theta is not None:
             self._set("rope_theta", arguments.real("rope_theta", self.rope_theta))
         if not isinstance(self.rope_scaling, RopeScaling):
+            if isinstance(self.rope_scaling, Mapping):
+                fields = dict(self.rope_scaling)  # Flax has made another kind of mapping of it
+                raise ValueError(f"rope_scaling = {fields}: expected {rope_scaling_here(fields)}")
             raise ValueError(f"rope_scaling = {self.rope_scaling!r}: expected an nsa_jax.RopeScaling")
         if self.kernel_init is not None and not callable(self.kernel_init):
             raise ValueError(f"kernel_init = {self.kernel_init!r}: expected an initialiser, as of flax.linen")

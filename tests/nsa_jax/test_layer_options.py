@@ -13,8 +13,8 @@ from programs import equations
 
 import nsa_jax
 import nsa_jax.nnx
-from nsa_jax import NSAConfig
-from nsa_jax.foreign import INSTEAD
+from nsa_jax import NSAConfig, RopeScaling
+from nsa_jax.foreign import INSTEAD, rope_scaling_here
 from nsa_jax.rope import apply_rope
 from nsa_jax.testing import assert_trees_close
 
@@ -221,3 +221,38 @@ def test_what_is_named_instead_exists():
         nsa_jax.NSAttention(**HEADS, window=3)
     with pytest.raises(ValueError, match=r"kernel_init = 'xavier': expected an initialiser"):
         nsa_jax.FullAttention(**HEADS, kernel_init="xavier").init_cache(batch_size=1, max_length=2)
+
+
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (LLAMA_3_1, RopeScaling("llama3", 8.0, 8192, beta_fast=4.0, beta_slow=1.5)),
+        ({"type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+    ],
+    ids=["llama3", "linear"],
+)
+def test_a_rope_scaling_of_transformers_is_answered_with_ours(theirs, ours):
+    assert eval(rope_scaling_here(theirs), {"nsa_jax": nsa_jax}) == ours
+    with pytest.raises(ValueError, match=r"^rope_scaling = \{.*\}: expected ") as caught:
+        nsa_jax.FullAttention(**HEADS, rope_scaling=theirs).init_cache(batch_size=1, max_length=2)
+    assert str(caught.value).endswith(f": expected {rope_scaling_here(theirs)}")
+
+
+def test_a_rope_scaling_without_a_kind_here_is_answered_with_rotate():
+    for kind in ("yarn", "dynamic", "longrope", 3):
+        assert rope_scaling_here({"rope_type": kind, "factor": 2.0}).startswith("rotate, ")
+    assert rope_scaling_here({}) == rope_scaling_here({"rope_type": "default"})
+    assert rope_scaling_here({"rope_type": "linear", "rope_theta": 5e5}).endswith(
+        "factor=...), and rope_theta=500000.0"
+    )
+    with pytest.raises(ValueError, match=r"rope_scaling = 2\.0: expected an nsa_jax\.RopeScaling$"):
+        nsa_jax.nnx.NSAttention(E, rngs=nnx.Rngs(0), **HEADS, rope_scaling=2.0)

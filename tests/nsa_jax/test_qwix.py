@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 
 import nsa_jax
@@ -12,7 +13,6 @@ import nsa_jax.nnx
 from nsa_jax import NSAConfig
 from nsa_jax.testing import normwise_error
 
-qwix = pytest.importorskip("qwix")
 # It reads names of Flax that are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 
@@ -24,8 +24,16 @@ KINDS = {
     "nsa, the paper's layout": ("NSAttention", {**SPARSE, "compression": "mlp", "share_kv": False}),
     "full": ("FullAttention", {}),
 }
-EVERY = pytest.mark.parametrize("kind", KINDS)
-DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+BY_DEFAULT = (("nsa", jnp.bfloat16), ("nsa, the paper's layout", jnp.float32))
+EVERY = pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=() if (kind, dtype) in BY_DEFAULT else pytest.mark.exhaustive)
+        for kind in KINDS
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 LORA = {"module_path": ".*", "op_names": ("dot_general",), "rank": 2, "alpha": 4.0}
 INT8 = {"module_path": ".*", "op_names": ("dot_general",), "weight_qtype": jnp.int8}
 
@@ -55,7 +63,6 @@ def merged(params, lora):
     return {name: kernel(name, value) for name, value in params.items()}
 
 
-@DTYPES
 @EVERY
 def test_lora_adapts_every_projection_of_a_linen_layer_trains_nothing_else_and_merges(kind, dtype):
     linen, _, params, x, kernels = problem(kind, dtype)
@@ -87,7 +94,6 @@ def test_lora_adapts_every_projection_of_a_linen_layer_trains_nothing_else_and_m
     assert normwise_error(plain, y) > 2 * tolerance
 
 
-@DTYPES
 @EVERY
 def test_lora_adapts_every_projection_of_an_nnx_layer_trains_and_merges(kind, dtype):
     _, twin, params, x, kernels = problem(kind, dtype)
@@ -120,7 +126,6 @@ def test_lora_adapts_every_projection_of_an_nnx_layer_trains_and_merges(kind, dt
     assert normwise_error(twin(x), y) < tolerance < normwise_error(before, y) / 2
 
 
-@DTYPES
 @EVERY
 def test_int8_kernels_give_nearly_the_output_in_both_flavours_and_over_a_cache(kind, dtype):
     linen, twin, params, x, kernels = problem(kind, dtype)

@@ -153,10 +153,13 @@ def _continued(params: Any, model: Transformer, prompt: np.ndarray, count: int) 
     return continuation
 
 
-def _digest(source: Path) -> str:
-    """SHA-256 over those of a file, or of the files of a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+def _digest(source: Path) -> str | dict[str, str]:
+    """The SHA-256 of a file, or those of a folder's files by their names."""
+    if source.is_dir():
+        return {file.name: _sha256(file) for file in sorted(source.iterdir()) if file.is_file()}
+    return _sha256(source)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """The command that compares a model with transformers, up to where it needs them."""
 
+import hashlib
 import sys
 
 import pytest
@@ -7,6 +8,10 @@ from helpers.pretrained import MODELS, expected
 
 from train.__main__ import main
 from train.commands import compare as command
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
@@ -45,5 +50,15 @@ def test_the_comparison_is_that_of_the_files_numbers(tmp_path, monkeypatch, caps
     assert not other["same_continuation"]
     assert not other["same_tokens"]
     assert same["model"]["family"] == "qwen2"
+    assert same["model"]["sha256"] == {file.name: sha256(file) for file in (MODELS / "qwen2").iterdir()}
     assert main(["compare", str(MODELS / "qwen2"), "--tokens", "0"]) == 2
     assert "tokens = 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_a_file_is_known_by_its_own_sha256(tmp_path):
+    (tmp_path / "inside").mkdir()
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    assert command._digest(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert command._digest(tmp_path) == {"model.gguf": command._digest(file)}
