@@ -1,4 +1,8 @@
-"""Text from a model: continuous batching over the slots of one cache. Requests join and leave, nothing recompiles."""
+"""Text from a model: continuous batching over the slots of one cache. Requests join and leave, nothing recompiles.
+
+One program samples several tokens of every request, so that the device does not wait for the host between them. The
+host says beforehand how many each request may get, which tokens end it, and which are forced on it.
+"""
 
 import collections
 import dataclasses
@@ -18,6 +22,7 @@ from train.model.transformer import Caches, Transformer, extend, init_caches, lo
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
 LONGEST_CHARACTER = 4  # bytes of UTF-8
+NOT_FORCED = -1  # in place of a token that is forced on a request
 
 
 class NoFreeSlotError(RuntimeError):
@@ -25,7 +30,7 @@ class NoFreeSlotError(RuntimeError):
 
 
 class Piece(NamedTuple):
-    """What a step adds to a request."""
+    """What a token adds to a request."""
 
     request: int
     text: str  # may be empty
@@ -50,6 +55,16 @@ class _Request:
     def num_sampled(self) -> int:
         return len(self.tokens) - self.prompt_length
 
+    @property
+    def limit(self) -> int:
+        """Tokens that it may get before the host must look at its text: no budget of thinking is spent sooner."""
+        most = self.sampling.max_tokens - self.num_sampled
+        if self.forced:
+            return min(most, len(self.forced))
+        if self.sampling.max_thinking_tokens is not None:
+            return min(most, max(1, self.sampling.max_thinking_tokens - self.thought + 1))
+        return most
+
 
 class Generator:
     """A model that continues up to `slots` prompts at a time.
@@ -68,18 +83,30 @@ class Generator:
       slots: requests that run at a time.
       max_length: the most tokens of a request: beginning of text, prompt and continuation.
       chunk: tokens of a prompt that are processed at a time.
+      stride: tokens of every request that one call of `step` samples, in one program. Requests join between two calls.
     """
 
     def __init__(
-        self, params: Any, model: Transformer, tokenizer: Tokenizer, *, slots: int, max_length: int, chunk: int = 64
+        self,
+        params: Any,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int,
+        max_length: int,
+        chunk: int = 64,
+        stride: int = 8,
     ):
-        for name, value, least in (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2)):
+        least_sizes = (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2), ("stride", stride, 1))
+        for name, value, least in least_sizes:
             if value < least:
                 raise ValueError(f"{name} = {value}: expected at least {least}")
         self._params = in_compute_dtype(params, model)
-        self._model, self._tokenizer, self._chunk, self._max_length = model, tokenizer, chunk, max_length
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._chunk, self._stride = chunk, stride
         self._caches = init_caches(model.config, batch_size=slots, max_length=max_length)
         self._seen = jnp.zeros((slots, model.vocab_size), bool)
+        self._ends = jnp.zeros((slots, model.vocab_size), bool)
         self._running: list[_Request | None] = [None] * slots
         self._waiting: collections.deque[_Request] = collections.deque()
         self._submitted = 0
@@ -134,23 +161,36 @@ class Generator:
         raise ValueError(f"number = {number}: expected a request that waits or runs")
 
     def step(self) -> list[Piece]:
-        """Gives free slots to the requests that wait, and samples one token for every request that runs."""
+        """Gives free slots to the requests that wait, and samples up to `stride` tokens for every request that runs."""
         pieces = self._admit()
         running = [(slot, request) for slot, request in enumerate(self._running) if request is not None]
         if not running:
             return pieces
-        tokens, active = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
+        tokens, limits = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
+        forced = np.full((len(self._running), self._stride), NOT_FORCED, np.int32)
         for slot, request in running:
-            tokens[slot], active[slot] = request.tokens[-1], 1
+            tokens[slot], limits[slot] = request.tokens[-1], min(request.limit, self._stride)
+            given = list(request.forced)[: self._stride]
+            forced[slot, : len(given)] = given
         sampled, self._caches, self._seen = advance(
-            self._params, self._caches, self._seen, tokens, active, self._draw(), model=self._model
+            self._params,
+            self._caches,
+            self._seen,
+            self._ends,
+            tokens,
+            limits,
+            forced,
+            self._draw(),
+            model=self._model,
         )
         chosen = np.asarray(sampled)
-        for slot, request in running:
-            piece = self._take(request, int(chosen[slot]))
-            if piece.finished is not None:
-                self._running[slot] = None
-            pieces.append(piece)
+        for index in range(self._stride):
+            for slot, request in running:
+                if index < limits[slot] and self._running[slot] is request:
+                    piece = self._take(request, int(chosen[slot, index]))
+                    if piece.finished is not None:
+                        self._running[slot] = None
+                    pieces.append(piece)
         return pieces
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -173,15 +213,16 @@ class Generator:
                 if request.sampling.max_tokens == 0:
                     pieces.append(Piece(request.number, "", "length"))
                     continue
-                self._prefill(slot, request.tokens)
+                self._prefill(slot, request)
                 self._running[slot] = request
         return pieces
 
-    def _prefill(self, slot: int, tokens: list[int]) -> None:
+    def _prefill(self, slot: int, request: _Request) -> None:
         """Processes all tokens except the last, with which the first step begins."""
-        seen = np.zeros(self._seen.shape[1], bool)
+        tokens, seen, ends = request.tokens, *np.zeros((2, self._seen.shape[1]), bool)
         seen[tokens] = True
-        self._seen = self._seen.at[slot].set(seen)
+        ends[[self._tokenizer.eos_id, *request.sampling.stop_tokens]] = True
+        self._seen, self._ends = self._seen.at[slot].set(seen), self._ends.at[slot].set(ends)
         # Of a prompt of one token nothing is processed, but the slot is emptied.
         for begin in range(0, max(1, len(tokens) - 1), self._chunk):
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
@@ -205,7 +246,7 @@ class Generator:
         return Draw(*(jnp.asarray(column, kind) for column, kind in columns))
 
     def _take(self, request: _Request, token: int) -> Piece:
-        """Adds a token to a request: the one sampled, unless one is forced on it."""
+        """Adds a token to a request: the one sampled, unless one is forced on it. `advance` ends at the same tokens."""
         sampling = request.sampling
         if request.forced:
             token = request.forced.popleft()
@@ -307,17 +348,50 @@ def advance(
     params: Any,
     caches: Caches,
     seen: Bool[Array, "B V"],
+    ends: Bool[Array, "B V"],
     tokens: Int[Array, " B"],
-    active: Int[Array, " B"],
+    limits: Int[Array, " B"],
+    forced: Int[Array, "B S"],
     draw: Draw,
     *,
     model: Transformer,
-) -> tuple[Int[Array, " B"], Caches, Bool[Array, "B V"]]:
-    """Adds one token to every active row and samples the next."""
-    seen |= (tokens[:, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, :]) & (active[:, None] > 0)
-    hidden, caches = extend(params, model.config, tokens[:, None], caches, num_tokens=active)
-    scores = logits(params, hidden[:, 0], model.config)[:, : model.vocab_size]  # the padded rows stand for no token
-    return sample(scores, seen, draw), caches, seen
+) -> tuple[Int[Array, "B S"], Caches, Bool[Array, "B V"]]:
+    """Samples up to S tokens of each row, one after the other, in one loop on the device.
+
+    The number of steps is known when the loop is compiled. A condition on the tokens would make the host wait for each.
+
+    Args:
+      params: of `model`, as `in_compute_dtype` makes them.
+      caches: of the rows, without `tokens`.
+      seen: the tokens that each row holds already.
+      ends: the tokens that end each row.
+      tokens: int32 [B], the last of each row.
+      limits: int32 [B], how many tokens each row may get, at most S. A row with 0 stays as it is.
+      forced: int32 [B, S], tokens to take in place of those that are sampled, or `NOT_FORCED`.
+      draw: settings of the rows.
+      model: the decoder.
+
+    Returns:
+      The tokens int32 [B, S], of which those beyond a row's limit or end mean nothing, and the new caches and `seen`,
+      which hold all tokens except the last one of each row.
+    """
+
+    def step(state: Any, inputs: tuple[Array, Array]) -> tuple[Any, Array]:
+        tokens, going, caches, seen = state
+        index, forced = inputs
+        going &= index < limits
+        seen |= (tokens[:, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, :]) & going[:, None]
+        hidden, caches = extend(params, model.config, tokens[:, None], caches, num_tokens=going.astype(jnp.int32))
+        scores = logits(params, hidden[:, 0], model.config)[:, : model.vocab_size]  # the padded rows stand for no token
+        sampled = sample(scores, seen, draw._replace(num_drawn=draw.num_drawn + index))
+        tokens = jnp.where(forced == NOT_FORCED, sampled, forced)
+        going &= ~jnp.take_along_axis(ends, tokens[:, None], axis=1)[:, 0]
+        return (tokens, going, caches, seen), tokens
+
+    steps = jnp.arange(forced.shape[1], dtype=jnp.int32)
+    state = (tokens, jnp.ones(tokens.shape, bool), caches, seen)
+    (_, _, caches, seen), sampled = jax.lax.scan(step, state, (steps, forced.T))
+    return sampled.T, caches, seen
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,9 @@ from nsa_jax import NSAConfig
 from train.config import ModelConfig
 from train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from train.generation import generator as generate_module
-from train.generation.generator import Generator, NoFreeSlotError, generate
-from train.generation.sampling import Sampling
-from train.model.transformer import Transformer, logits
+from train.generation.generator import NOT_FORCED, Generator, NoFreeSlotError, advance, generate
+from train.generation.sampling import Draw, Sampling
+from train.model.transformer import Transformer, extend, init_caches, logits
 
 pytestmark = pytest.mark.xdist_group("generator")  # the models and programs that these tests share are made once
 
@@ -55,15 +56,15 @@ def make():
     return Generator(*trained(), TOKENIZER, **SIZES)
 
 
-def finish(generator, texts=None):
-    texts = {} if texts is None else texts
-    reasons = {}
+def finish(generator, pieces=()):
+    """The text of every request, of which some pieces came before, and why it ended."""
+    pieces = list(pieces)
     while generator.busy:
-        for piece in generator.step():
-            texts[piece.request] = texts.get(piece.request, "") + piece.text
-            if piece.finished:
-                reasons[piece.request] = piece.finished
-    return texts, reasons
+        pieces += generator.step()
+    texts = {piece.request: "" for piece in pieces}
+    for piece in pieces:
+        texts[piece.request] += piece.text
+    return texts, {piece.request: piece.finished for piece in pieces if piece.finished}
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full", "window"])
@@ -103,17 +104,86 @@ def test_requests_that_join_and_leave_give_the_text_they_give_alone(seed, reques
         (prompt, Sampling(max_tokens=count, temperature=float(rng.choice([0.0, 1.0])), top_p=0.9, seed=number), pause)
         for number, (prompt, count, pause) in enumerate(requests)
     ]
-    together, texts = make(), {}
+    together, pieces = make(), []
     for prompt, sampling, pause in made:
         together.submit(prompt, sampling)
         for _ in range(pause):
-            for piece in together.step():
-                texts[piece.request] = texts.get(piece.request, "") + piece.text
-    finish(together, texts)
+            pieces += together.step()
+    texts, _ = finish(together, pieces)
     for number, (prompt, sampling, _) in enumerate(made):
         alone = make()
         alone.submit(prompt, sampling)
         assert texts.get(number, "") == finish(alone)[0].get(0, ""), (prompt, sampling)
+
+
+def in_turn(params, model, caches, seen, ends, tokens, limits, forced, draw):
+    """What `advance` returns, from a call for each token."""
+    sampled, going = [], np.ones(len(tokens), bool)
+    for index in range(forced.shape[1]):
+        going &= index < limits
+        one = draw._replace(num_drawn=draw.num_drawn + index)
+        given = (tokens, going.astype(np.int32), forced[:, index : index + 1], one)
+        new, caches, seen = advance(params, caches, seen, ends, *given, model=model)
+        tokens = np.array(new[:, 0])
+        sampled.append(np.where(going, tokens, -1))
+        going &= ~np.asarray(ends)[np.arange(len(tokens)), tokens]
+    return np.stack(sampled, 1), caches, seen
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
+    params, model = trained(attention)
+    B, S, V, rng = 6, 7, TOKENIZER.vocab_size, np.random.default_rng(3)
+    draw = Draw(
+        temperature=jnp.array([0.0, 1, 2, 1, 0.5, 1], jnp.float32),
+        top_k=jnp.array([V, V, 9, V, V, V]),
+        top_p=jnp.array([1, 0.9, 1, 1, 0.5, 1], jnp.float32),
+        repetition_penalty=jnp.array([1, 1, 1.5, 1, 1, 1], jnp.float32),
+        seed=jnp.arange(B),
+        num_drawn=jnp.array([0, 5, 0, 0, 2, 0]),
+    )
+    forced = np.full((B, S), NOT_FORCED, np.int32)
+    forced[2, 1:3] = 5, 6
+    limits, tokens = np.array([7, 7, 7, 0, 3, 7], np.int32), rng.integers(0, V, B).astype(np.int32)
+    ends = rng.random((B, V)) < np.array([0, 0.3, 0, 0, 0, 0.3])[:, None]
+    held, results = rng.integers(0, V, (B, 20)), []
+    for way in (functools.partial(advance, model=model), lambda params, *given: in_turn(params, model, *given)):
+        caches = init_caches(model.config, batch_size=B, max_length=64)
+        _, caches = extend(params, model.config, held, caches, num_tokens=jnp.array([20, 3, 0, 9, 12, 15]))
+        results.append(way(params, caches, jnp.zeros((B, V), bool), ends, tokens, limits, forced, draw))
+    (together, caches, seen), (alone, *others) = results
+    assert {*np.count_nonzero(alone >= 0, axis=1)} >= {0, 3, 7}  # some rows end early
+    assert np.any((alone[1] < 0) | (alone[5] < 0))
+    np.testing.assert_array_equal(np.where(alone >= 0, together, -1), alone)
+    assert alone[2, 1:3].tolist() == [5, 6]
+    jax.tree.map(np.testing.assert_array_equal, [caches, seen], others)
+
+
+OPTIONS = (
+    {"temperature": 0.0},
+    {"stop_tokens": tuple(range(0, 256, 9))},
+    {"stop": tuple("aeiou \ufffd"), "top_p": 0.9},
+    {"max_thinking_tokens": 4, "think_start": "<", "think_end": "/>"},
+    {"repetition_penalty": 1.3, "max_thinking_tokens": 0, "think_start": "o", "think_end": "ab"},
+)
+
+
+def test_requests_get_the_same_pieces_whatever_the_stride():
+    made = {}
+    for stride in (1, 3, 8):
+        generator = Generator(*trained(), TOKENIZER, **SIZES, stride=stride)
+        for seed, options in itertools.product(range(2), OPTIONS):
+            sampling = Sampling(max_tokens=10 + seed, temperature=1.5, seed=seed)
+            generator.submit("so < it", dataclasses.replace(sampling, **options))
+        pieces = []
+        while generator.busy:
+            pieces += generator.step()
+        made[stride] = sorted(pieces, key=lambda piece: piece.request)  # those of a request stay in order
+    assert made[1] == made[3] == made[8]
+    assert {piece.finished for piece in made[1]} >= {None, "stop", "length"}
+    texts = {number: "".join(p.text for p in made[1] if p.request == number) for number in range(10)}
+    assert "/>" in texts[3]
+    assert texts[4].count("ab") == 1
 
 
 def test_joining_and_leaving_compile_nothing():
@@ -309,7 +379,7 @@ def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
     expected = finish(alone)[0][0]
     generator = make()
     numbers = [generator.submit("ab", dataclasses.replace(GREEDY, max_tokens=9)) for _ in range(2)]
-    texts = {piece.request: piece.text for piece in generator.step()}
+    pieces = generator.step()
     with pytest.raises(NoFreeSlotError, match="all 2 slots are taken"):
         generator.submit("b", GREEDY, wait=False)
     with pytest.raises(ValueError, match=r"prompt of 101 tokens and max_tokens = 5: expected at most max_length = 96"):
@@ -321,4 +391,4 @@ def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
     with pytest.raises(ValueError, match="number = 7: expected a request"):
         generator.cancel(7)
     generator.cancel(generator.submit("never", GREEDY))
-    assert finish(generator, texts)[0] == dict.fromkeys(numbers, expected)
+    assert finish(generator, pieces=pieces)[0] == dict.fromkeys(numbers, expected)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from nsa_jax import cache_bytes
 from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
 from train.config import ModelConfig
-from train.generation.generator import advance, in_compute_dtype
+from train.generation.generator import NOT_FORCED, advance, in_compute_dtype
 from train.generation.sampling import Draw
 from train.model.transformer import Transformer, init_caches
 from train.presets import named
@@ -31,7 +31,7 @@ class Arguments:
     preset: str = "h100-350m"  # its model
     context: int = 65536  # tokens of each row at the end
     batches: tuple[int, ...] = (1, 16)  # rows
-    steps: int = 64  # in each of five timed runs
+    steps: int = 64  # of one program, which is run five times
     out: Path = Path("decode_speed.json")  # where the figures go
 
 
@@ -58,16 +58,15 @@ def measure(config: ModelConfig, batch: int, context: int, steps: int) -> dict[s
     del leaves, filled
     size = cache_bytes(caches)
     draw = Draw(*(jnp.full((batch,), value) for value in (0.8, VOCABULARY, 1.0, 1.0, 0, 0)))
-    seen = jnp.zeros((batch, VOCABULARY), bool)
-    active, seconds = jnp.ones((batch,), jnp.int32), []
+    seen, ends = jnp.zeros((2, batch, VOCABULARY), bool)  # no token ends a row
+    tokens, limits = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), steps, jnp.int32)
+    forced, seconds = jnp.full((batch, steps), NOT_FORCED, jnp.int32), []
     for _ in range(6):  # the first compiles
         caches = tuple(x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in caches)
-        tokens = jnp.zeros((batch,), jnp.int32)
         jax.block_until_ready(caches)
         begin = time.perf_counter()
-        for _ in range(steps):
-            tokens, caches, seen = advance(params, caches, seen, tokens, active, draw, model=model)
-        jax.block_until_ready(tokens)
+        sampled, caches, seen = advance(params, caches, seen, ends, tokens, limits, forced, draw, model=model)
+        jax.block_until_ready(sampled)
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])
     return {
