@@ -13,7 +13,7 @@ do not fit are dropped without a message, so the caller has to count on the host
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ from nsa_jax.core import (
     core_inputs,
     core_on_mesh,
     gates,
+    products,
     rotated_branches,
 )
 from nsa_jax.dense import causal_attention, dense_attention
@@ -68,6 +69,7 @@ from nsa_jax.layer import (
     join_heads,
     layer_inputs,
     layer_on_mesh,
+    layer_products,
     project_branches,
     project_dense,
 )
@@ -132,16 +134,9 @@ def core_prefill(
       ValueError: an argument does not fit, named with what was expected.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    before, counts = _checked(cache if continuing else _emptied(cache), NSACache, q, num_tokens, config)
-    _check_pages(before, config)
-    x, q, k, v = counted((x, q, k, v), num_tokens)
-    q, new, cache = _take_in(weights, q, k, v, before, counts, positions, config, continuing=continuing)
-    g = gates(x, weights, q, config)
-    if continuing:
-        o, _ = _attend_continuing(q, new, before, cache, g, config)
-    else:
-        o = nsa_attention(q, new, g, **_op_options(config))
-    return o, cache
+    g = gates(products(counted(x, num_tokens), weights, config), weights, q, config)
+    tokens = _Tokens(q, k, v, g, positions, num_tokens)
+    return _prefill(weights, tokens, cache, config=config, continuing=continuing)
 
 
 @core_on_mesh(lambda given: (split_of(given["q"], 0, 1, 2), split_like(given["cache"])))
@@ -163,18 +158,8 @@ def core_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `core_prefill`.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    cache, counts = _checked(cache, NSACache, q, num_tokens, config)
-    _check_pages(cache, config)
-    if q.shape[1] > step_tokens(cache, config.config):
-        raise ValueError(
-            f"q: {describe(q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
-            f"step_tokens; prefill takes more"
-        )
-    x, q, k, v = counted((x, q, k, v), num_tokens)
-    offsets = cache.lengths
-    q, _, cache = _take_in(weights, q, k, v, cache, counts, positions, config, continuing=True)
-    o, _ = decode_attention(q, cache, gates(x, weights, q, config), offsets, **_op_options(config))
-    return o, cache
+    g = gates(products(counted(x, num_tokens), weights, config), weights, q, config)
+    return _decode_step(weights, _Tokens(q, k, v, g, positions, num_tokens), cache, config=config)
 
 
 def _layer_split(given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -198,11 +183,8 @@ def nsa_layer_prefill(
     Returns:
       y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
     """
-    x, weights = layer_inputs(x, parameters, config)
-    x = counted(x, num_tokens)
-    q, k, v = project_branches(weights, x, config)
-    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "continuing": continuing}
-    o, cache = core_prefill(weights, x, q, k, v, cache, config=config, **options)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config)
+    o, cache = _prefill(weights, tokens, cache, config=config, continuing=continuing)
     return join_heads(o, weights, config), cache
 
 
@@ -217,11 +199,8 @@ def nsa_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
     """`core_decode_step` between a layer's projections."""
-    x, weights = layer_inputs(x, parameters, config)
-    x = counted(x, num_tokens)
-    q, k, v = project_branches(weights, x, config)
-    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens}
-    o, cache = core_decode_step(weights, x, q, k, v, cache, config=config, **options)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config)
+    o, cache = _decode_step(weights, tokens, cache, config=config)
     return join_heads(o, weights, config), cache
 
 
@@ -242,7 +221,7 @@ def full_layer_prefill(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache if continuing else _emptied(cache), DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
+    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if continuing:
         o = _attend_to_dense(q, before, cache, window, config)
@@ -267,7 +246,7 @@ def full_layer_decode_step(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
+    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
         o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
@@ -287,6 +266,66 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < counts, x, 0)
 
     return jax.tree.map(zeroed, tree)
+
+
+class _Tokens(NamedTuple):
+    """The new tokens of every row, as an attention takes them."""
+
+    q: Float[Array, "B T H Dk"]
+    k: Branches
+    v: Branches
+    gates: Float[Array, "B T H 3"]
+    positions: Int[Array, "B T"] | None
+    num_tokens: NumTokens
+
+
+def _projected(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    positions: Int[Array, "B T"] | None,
+    num_tokens: NumTokens,
+    config: NSALayerConfig,
+) -> tuple[dict[str, Array], _Tokens]:
+    """A layer's parameters in the dtype of the computation, and what it makes of its input."""
+    x, weights = layer_inputs(x, parameters, config)
+    product = layer_products(counted(x, num_tokens), weights, config)
+    q, k, v = project_branches(product, weights, config)
+    k, v = (x if isinstance(x, Branches) else Branches(x, x, x) for x in (k, v))
+    return weights, _Tokens(q, k, v, gates(product, weights, q, config), positions, num_tokens)
+
+
+def _prefill(
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig, continuing: bool
+) -> tuple[Float[Array, "B T H Dv"], NSACache]:
+    """See `core_prefill`."""
+    cache = cache if continuing else _emptied(cache)
+    before, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
+    _check_pages(before, config)
+    q, k, v = counted(tokens[:3], tokens.num_tokens)
+    q, new, cache = _take_in(weights, q, k, v, before, counts, tokens.positions, config, continuing=continuing)
+    if continuing:
+        o, _ = _attend_continuing(q, new, before, cache, tokens.gates, config)
+    else:
+        o = nsa_attention(q, new, tokens.gates, **_op_options(config))
+    return o, cache
+
+
+def _decode_step(
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig
+) -> tuple[Float[Array, "B m H Dv"], NSACache]:
+    """See `core_decode_step`."""
+    cache, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
+    _check_pages(cache, config)
+    if tokens.q.shape[1] > step_tokens(cache, config.config):
+        raise ValueError(
+            f"q: {describe(tokens.q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
+            f"step_tokens; prefill takes more"
+        )
+    q, k, v = counted(tokens[:3], tokens.num_tokens)
+    offsets = cache.lengths
+    q, _, cache = _take_in(weights, q, k, v, cache, counts, tokens.positions, config, continuing=True)
+    o, _ = decode_attention(q, cache, tokens.gates, offsets, **_op_options(config))
+    return o, cache
 
 
 def _take_in(

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import equations
 
 import nsa_jax
 import nsa_jax.nnx
@@ -103,6 +104,41 @@ def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_posit
         actual[b, :prompt] = np.asarray(first[b, :prompt].astype(jnp.float32))
     assert (cache.lengths == T).all()
     assert_trees_close(jnp.asarray(actual), y.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "nsa, biases", "nsa, constant gates", "full, biases"])
+def test_joined_projections_are_one_product_and_change_nothing(name):
+    more = {
+        "nsa, biases": nsa_jax.NSAttention(**HEADS, config=CONFIG, use_bias=True),
+        "nsa, constant gates": nsa_jax.NSAttention(**HEADS, config=CONFIG, constant_gates=(0.2, 0.5, 0.3)),
+        "full, biases": nsa_jax.FullAttention(**HEADS, qkv_bias=True),
+    }
+    layer, x = (LAYERS | more)[name], jax.random.normal(jax.random.key(0), (3, 24, E))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    def run(params):
+        cache = layer.init_cache(batch_size=3, max_length=32)
+        counts = jnp.array([9, 3, 7])
+        first, cache = layer.apply({"params": params}, x[:, :9], cache, num_tokens=counts, method="prefill")
+        options = {"continuing": True, "method": "prefill"}
+        second, cache = layer.apply({"params": params}, x[:, 9:14], cache, **options)
+        third, cache = layer.apply({"params": params}, x[:, 14:15], cache, method="decode_step")
+        return (first[1:2, :3], second, third), cache
+
+    joined = layer.join_projections(params)
+    assert_trees_close(jax.jit(run)(joined), jax.jit(run)(params), 1e-5)
+
+    def products_of_a_step(params):
+        step = functools.partial(layer.apply, method="decode_step")
+        cache = layer.init_cache(batch_size=3, max_length=32)
+        found = equations(jax.make_jaxpr(step)({"params": params}, x[:, :1], cache))
+        return sum(each.primitive.name == "dot_general" and each.invars[0].aval.shape == (3, 1, E) for each in found)
+
+    assert products_of_a_step(joined) == 1
+    assert products_of_a_step(params) >= 3
+    with pytest.raises(ValueError, match="q_kernel is missing"):
+        layer.join_projections(joined)
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 17])

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 from nsa_jax.cache import put_row, take_row
 from train.data.tokenizer import UNFINISHED, Tokenizer
 from train.generation.sampling import Draw, Sampling, check, sample
-from train.model.transformer import Caches, Transformer, extend, init_caches, logits
+from train.model.transformer import Caches, Transformer, decoding_parameters, extend, init_caches, logits
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
 LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -101,7 +101,7 @@ class Generator:
         for name, value, least in least_sizes:
             if value < least:
                 raise ValueError(f"{name} = {value}: expected at least {least}")
-        self._params = in_compute_dtype(params, model)
+        self._params = decoding_parameters(params, model.config)
         self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._chunk, self._stride = chunk, stride
         self._caches = init_caches(model.config, batch_size=slots, max_length=max_length)
@@ -335,14 +335,6 @@ def _beginning_of(stops: tuple[str, ...], text: str) -> int:
     )
 
 
-def in_compute_dtype(params: Any, model: Transformer) -> Any:
-    """Parameters as the model uses them, so that a step reads them as such: norms and routers keep float32."""
-    kept = ("scale", "router_kernel", "balance_bias")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in kept else x.astype(model.config.dtype), params
-    )
-
-
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("caches", "seen"))
 def advance(
     params: Any,
@@ -361,7 +353,7 @@ def advance(
     The number of steps is known when the loop is compiled. A condition on the tokens would make the host wait for each.
 
     Args:
-      params: of `model`, as `in_compute_dtype` makes them.
+      params: of `model`, as `decoding_parameters` makes them.
       caches: of the rows, without `tokens`.
       seen: the tokens that each row holds already.
       ends: the tokens that end each row.

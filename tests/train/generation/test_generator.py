@@ -20,7 +20,7 @@ from train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from train.generation import generator as generate_module
 from train.generation.generator import NOT_FORCED, Generator, NoFreeSlotError, advance, generate
 from train.generation.sampling import Draw, Sampling
-from train.model.transformer import Transformer, extend, init_caches, logits
+from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, logits
 
 pytestmark = pytest.mark.xdist_group("generator")  # the models and programs that these tests share are made once
 
@@ -133,6 +133,7 @@ def in_turn(params, model, caches, seen, ends, tokens, limits, forced, draw):
 @pytest.mark.parametrize("attention", ["nsa", "full", "window"])
 def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
     params, model = trained(attention)
+    params = decoding_parameters(params, model.config)
     B, S, V, rng = 6, 7, TOKENIZER.vocab_size, np.random.default_rng(3)
     draw = Draw(
         temperature=jnp.array([0.0, 1, 2, 1, 0.5, 1], jnp.float32),
