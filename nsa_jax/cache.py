@@ -277,6 +277,22 @@ def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, 
     return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
 
 
+def pooled_tokens(
+    ring: Float[Array, "B R K D"], x: Float[Array, "B T K D"], lengths: Int[Array, " B"], config: NSAConfig
+) -> Float[Array, "B P K D"]:
+    """The tokens of the ring and T new ones, from the first one of each row's next compressed token on.
+
+    P = l + (ceil(T / d) - 1) d, so that they hold all compressed tokens that the new ones can finish. What lies beyond
+    the new tokens finishes none, and may be anything.
+    """
+    l, d, T = config.compress_block, config.compress_stride, x.shape[1]  # noqa: E741
+    held = lengths - (l - 1)  # at most l - 1 of the tokens are in the ring
+    begin = next_compressed(lengths, config) * d - held
+    take = begin[:, None] + jnp.arange(l + (-(-T // d) - 1) * d, dtype=jnp.int32)[None, :]
+    tokens = jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
+    return jnp.take_along_axis(tokens, jnp.minimum(take, l - 1 + T - 1)[:, :, None, None], axis=1)
+
+
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:
     """Positions first .. first + count - 1 of each row; zeros for negative positions."""
     positions = (first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :])[:, :, None, None]

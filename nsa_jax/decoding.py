@@ -31,6 +31,7 @@ from nsa_jax.attention import (
     selected_attention,
     window_attention,
 )
+from nsa_jax.backends import choice
 from nsa_jax.cache import (
     POOLS,
     DenseCache,
@@ -40,6 +41,7 @@ from nsa_jax.cache import (
     init_nsa_cache,
     next_compressed,
     next_positions,
+    pooled_tokens,
     read_pages,
     read_ring,
     step_tokens,
@@ -75,6 +77,7 @@ from nsa_jax.layer import (
 )
 from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
+from pallas_kernels.append_tokens.contract import Places
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
@@ -323,7 +326,7 @@ def _decode_step(
         )
     q, k, v = counted(tokens[:3], tokens.num_tokens)
     offsets = cache.lengths
-    q, _, cache = _take_in(weights, q, k, v, cache, counts, tokens.positions, config, continuing=True)
+    q, cache = _append(weights, q, k, v, cache, counts, tokens.positions, config)
     o, _ = decode_attention(q, cache, tokens.gates, offsets, **_op_options(config))
     return o, cache
 
@@ -341,30 +344,59 @@ def _take_in(
     continuing: bool,
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV, NSACache]:
     """Rotated queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
-    l, d, T = config.config.compress_block, config.config.compress_stride, q.shape[1]  # noqa: E741
     positions = _positions(cache, q, positions)
     q, new = rotated_branches(q, k, v, positions, config)
-    pooled: tuple[Array, Array] = (new.cmp_k, new.cmp_v)
-    most = -(-T // d)  # compressed tokens that T tokens can finish
+    pooled = (new.cmp_k, new.cmp_v)
     if continuing:
-        # The tokens from the first one of the next compressed token on. At most l - 1 of them are in the ring.
-        held = cache.lengths - (l - 1)
-        begin = next_compressed(cache.lengths, config.config) * d - held
-        take = begin[:, None] + jnp.arange(l + (most - 1) * d, dtype=jnp.int32)[None, :]
-        take = jnp.minimum(take, l - 1 + T - 1)  # tokens beyond finish no compressed token
-        k_and_v = (
-            jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
-            for ring, x in zip((cache.tail_k, cache.tail_v), pooled, strict=True)
-        )
-        pooled_k, pooled_v = (jnp.take_along_axis(x, take[:, :, None, None], axis=1) for x in k_and_v)
-        earlier = positions[:, :1] - jnp.arange(l - 1, 0, -1, dtype=jnp.int32)[None, :]
-        positions = jnp.take_along_axis(jnp.concatenate([earlier, positions], axis=1), take, axis=1)
+        compressed = _finished(weights, pooled, cache, positions, config)
     else:
-        pooled_k, pooled_v = pooled
-    compressed = compressed_tokens(weights, pooled_k, pooled_v, positions, config)
+        compressed = compressed_tokens(weights, *pooled, positions, config)
     selected, window = (new.slc_k, new.slc_v), (new.win_k, new.win_v)
     cache = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config.config)
     return q, new._replace(cmp_k=compressed[0], cmp_v=compressed[1]), cache
+
+
+def _append(
+    weights: Mapping[str, Array],
+    q: Float[Array, "B m H Dk"],
+    k: Branches,
+    v: Branches,
+    cache: NSACache,
+    num_tokens: Int[Array, " B"],
+    positions: Int[Array, "B m"] | None,
+    config: CoreConfig,
+) -> tuple[Float[Array, "B m H Dk"], NSACache]:
+    """`_take_in` of a decoding step, in place and in one kernel if a backend has it, with phi if that is a mean."""
+    positions = _positions(cache, q, positions)
+    q, new = rotated_branches(q, k, v, positions, config)
+    finished: tuple[Array | None, Array | None] = (None, None)
+    if config.compression != "mean":
+        finished = _finished(weights, (new.cmp_k, new.cmp_v), cache, positions, config)
+    tokens = (new.cmp_k, new.cmp_v, new.slc_k, new.slc_v, new.win_k, new.win_v)
+    inputs = (*tokens, *finished, Places(*cache[: len(Places._fields)]), cache.lengths, num_tokens, cache.block_tables)
+    implementation = choice.implementation_with("append_tokens", config.implementation)
+
+    def attempt(backend: Any) -> Places:
+        return backend.append_tokens(*inputs, config=config.config)
+
+    places = choice.first_that_takes("append_tokens", implementation, inputs, attempt)
+    return q, cache._replace(**places._asdict(), lengths=cache.lengths + num_tokens)
+
+
+def _finished(
+    weights: Mapping[str, Array],
+    pooled: tuple[Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]],
+    cache: NSACache,
+    positions: Int[Array, "B T"],
+    config: CoreConfig,
+) -> tuple[Float[Array, "B C K Dk"], Float[Array, "B C K Dv"]]:
+    """The compressed tokens that new tokens may finish, beginning with the one that each row finishes next."""
+    sizes, tails = config.config, (cache.tail_k, cache.tail_v)
+    k, v = (pooled_tokens(ring, x, cache.lengths, sizes) for ring, x in zip(tails, pooled, strict=True))
+    # Positions go up by one from token to token, also from those in the tail to the new ones.
+    first = positions[:, 0] - cache.lengths + next_compressed(cache.lengths, sizes) * sizes.compress_stride
+    positions = first[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    return compressed_tokens(weights, k, v, positions, config)
 
 
 def _attend_continuing(

@@ -3,6 +3,7 @@
 The functions are those of a backend (see `nsa_jax.backends`). Their contracts are in `pallas_kernels.<op>.contract`.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
+from pallas_kernels.append_tokens.contract import Places
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -161,6 +163,79 @@ def decode_attention(
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
+
+
+def append_tokens(
+    pooled_k: Float[Array, "B m K Dk"],
+    pooled_v: Float[Array, "B m K Dv"],
+    selected_k: Float[Array, "B m K Dk"],
+    selected_v: Float[Array, "B m K Dv"],
+    window_k: Float[Array, "B m K Dk"],
+    window_v: Float[Array, "B m K Dv"],
+    finished_k: Float[Array, "B C K Dk"] | None,
+    finished_v: Float[Array, "B C K Dv"] | None,
+    places: Places,
+    lengths: Int[Array, " B"],
+    num_tokens: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+) -> Places:
+    """A cache's arrays with new tokens, and with the compressed tokens that they finish.
+
+    This asks of every place which of the tokens it shall hold.
+    """
+    (B, m), P = pooled_k.shape[:2], places.cmp_k.shape[0]
+    l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
+    ends = lengths + num_tokens
+    tokens = jnp.arange(m, dtype=jnp.int32)[None, :]
+    positions = jnp.where(tokens < num_tokens[:, None], lengths[:, None] + tokens, -1)  # [B, m]
+    which = jnp.arange(-(-m // d), dtype=jnp.int32)[None, :]
+    starts = (jnp.maximum(0, (lengths - l) // d + 1)[:, None] + which) * d  # of compressed tokens, [B, C]
+
+    def in_pages(pool: Array, values: Array, positions: Array) -> Array:
+        """Values [B, n, K, D] of what starts at positions [B, n], which are -1 for none."""
+        stride = s // pool.shape[2]
+        start = jnp.arange(s // stride, dtype=jnp.int32) * stride
+        blocks = jnp.arange(block_tables.shape[1], dtype=jnp.int32)
+        for b, i in itertools.product(range(B), range(values.shape[1])):
+            page = jnp.arange(P, dtype=jnp.int32)[:, None]
+            holds = (block_tables[b][None, :] == page) & (blocks == positions[b, i] // s)[None, :]  # [P, N]
+            here = jnp.any(holds, axis=1)[:, None] & (start == positions[b, i] % s)[None, :] & (positions[b, i] >= 0)
+            pool = jnp.where(here[:, None, :, None], values[b, i][None, :, None, :], pool)
+        return pool
+
+    def in_ring(ring: Array, values: Array) -> Array:
+        slots = jnp.arange(ring.shape[1], dtype=jnp.int32)[None, :]
+        for i in range(m):
+            position = positions[:, i, None]
+            here = (slots == position % ring.shape[1]) & (position >= 0)
+            ring = jnp.where(here[:, :, None, None], values[:, i, None], ring)
+        return ring
+
+    def mean(tail: Array, x: Array) -> Array:
+        """Of the l tokens from each start on."""
+        entries = starts[:, :, None] + jnp.arange(l, dtype=jnp.int32)[None, None, :]
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None, None]
+        new = x[rows, jnp.clip(entries - lengths[:, None, None], 0, m - 1)]
+        old = tail[rows, entries % tail.shape[1]]
+        each = jnp.where((entries < lengths[:, None, None])[..., None, None], old, new)
+        return jnp.mean(each.astype(wide_dtype(x.dtype)), axis=2).astype(x.dtype)
+
+    finished = jnp.where(starts + l <= ends[:, None], starts, -1)
+    cmp_k = mean(places.tail_k, pooled_k) if finished_k is None else finished_k
+    cmp_v = mean(places.tail_v, pooled_v) if finished_v is None else finished_v
+    selects = config.num_selected > 0
+    return Places(
+        slc_k=in_pages(places.slc_k, selected_k, positions) if selects else places.slc_k,
+        slc_v=in_pages(places.slc_v, selected_v, positions) if selects else places.slc_v,
+        cmp_k=in_pages(places.cmp_k, cmp_k, finished),
+        cmp_v=in_pages(places.cmp_v, cmp_v, finished),
+        tail_k=in_ring(places.tail_k, pooled_k),
+        tail_v=in_ring(places.tail_v, pooled_v),
+        win_k=in_ring(places.win_k, window_k) if config.window else places.win_k,
+        win_v=in_ring(places.win_v, window_v) if config.window else places.win_v,
+    )
 
 
 def masked_attention(

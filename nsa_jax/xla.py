@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import next_compressed, read_pages
+from nsa_jax.cache import NSACache, next_compressed, pooled_tokens, read_pages, write_nsa_tokens
+from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
@@ -27,6 +28,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
+from pallas_kernels.append_tokens.contract import Places
 
 CHUNK_ELEMENTS = 1 << 22  # the most scores, or gathered key elements, of one chunk of queries
 
@@ -196,6 +198,33 @@ def decode_attention(
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
+
+
+def append_tokens(
+    pooled_k: Float[Array, "B m K Dk"],
+    pooled_v: Float[Array, "B m K Dv"],
+    selected_k: Float[Array, "B m K Dk"],
+    selected_v: Float[Array, "B m K Dv"],
+    window_k: Float[Array, "B m K Dk"],
+    window_v: Float[Array, "B m K Dv"],
+    finished_k: Float[Array, "B C K Dk"] | None,
+    finished_v: Float[Array, "B C K Dv"] | None,
+    places: Places,
+    lengths: Int[Array, " B"],
+    num_tokens: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+) -> Places:
+    """A cache's arrays with new tokens, and with the compressed tokens that they finish."""
+
+    def finished(given: Array | None, tail: Array, x: Array) -> Array:
+        return compress(pooled_tokens(tail, x, lengths, config), config=config) if given is None else given
+
+    compressed = finished(finished_k, places.tail_k, pooled_k), finished(finished_v, places.tail_v, pooled_v)
+    pooled, selected, window = (pooled_k, pooled_v), (selected_k, selected_v), (window_k, window_v)
+    cache = NSACache(*places, lengths, block_tables)
+    return Places(*write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config)[:-2])
 
 
 def _attend_to_pages(

@@ -139,6 +139,7 @@ TRITON = Kernels(
         "window_attention": "window_attention.triton:forward",
         "window_attention_backward": "window_attention.triton_backward:backward",
         "decode_attention": "decode_attention.triton:decode_attention",
+        "append_tokens": "append_tokens.triton:append_tokens",
     },
 )
 XLA = Functions("xla", "nsa_jax.xla", automatic=True)

@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+from pallas_kernels.append_tokens.contract import Append
 from pallas_kernels.block_selection.contract import Select
 from pallas_kernels.compressed_attention import contract as compressed
 from pallas_kernels.contract import Sizes
@@ -31,6 +32,7 @@ OPS: dict[str, type | None] = {
     "window_attention_backward": window.Backward,
     "nsa_attention": None,
     "decode_attention": Decode,
+    "append_tokens": Append,
 }
 
 

@@ -1,0 +1,167 @@
+"""New tokens in a paged cache, place by place, by every backend that has kernels for it and by those in pure JAX."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig, backends
+from nsa_jax.testing import tolerance_of
+from pallas_kernels.append_tokens.contract import Places
+from tests.pallas_kernels import cases
+
+SMALL = NSAConfig(8, 4, 16, 4, 1, 2, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Append:
+    """New tokens of a few rows, up to dtype and values."""
+
+    lengths: tuple[int, ...]  # of each row, without the new tokens
+    num_tokens: tuple[int, ...]  # new tokens that count
+    m: int  # new tokens
+    K: int
+    Dk: int
+    Dv: int
+    config: NSAConfig
+    finished: tuple[bool, bool] = (False, False)  # whether compressed keys and values are given
+    pages: int | None = None  # that every row has; None: as many as its tokens need
+
+
+APPENDS = {
+    "one token, ragged": Append((0, 6, 7, 8, 11, 63, 64, 150), (1, 1, 1, 0, 1, 1, 1, 1), 1, 2, 32, 32, SMALL),
+    "drafts that finish two, heads of odd sizes": Append((0, 3, 5, 40, 131), (6, 5, 6, 1, 0), 6, 3, 80, 40, SMALL),
+    "compressed values are given": Append((7, 15, 9), (1, 2, 2), 2, 1, 16, 24, SMALL, (False, True)),
+    "compressed tokens are given": Append((7, 15, 9, 4), (5, 5, 3, 4), 5, 2, 64, 64, SMALL, (True, True)),
+    "rows without a page": Append((15, 16, 30, 32), (2, 1, 4, 3), 4, 1, 32, 32, SMALL, pages=2),
+    "no overlap, odd sizes": Append((47, 30, 95), (1, 1, 1), 1, 2, 32, 16, NSAConfig(24, 24, 48, 4, 1, 2, 7)),
+}
+GPU_APPENDS = {
+    "paper": Append((31, 4000, 9007, 0), (1, 1, 1, 1), 1, 4, 128, 128, NSAConfig()),
+    "drafts, 192 and 128": Append((31, 3000, 90), (4, 4, 2), 4, 4, 192, 128, NSAConfig()),
+    "compressed tokens are given": Append((31, 47), (1, 1), 1, 1, 64, 48, NSAConfig(), (True, True)),
+}
+
+
+def inputs(case: Append, dtype: Any) -> tuple[Any, ...]:
+    """Arguments of the op. What the cache must keep are random numbers, with NaN in every place that holds no token."""
+    config, B, m = case.config, len(case.lengths), case.m
+    l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
+    rng = np.random.default_rng(0)
+    N = -(-max(a + b for a, b in zip(case.lengths, case.num_tokens, strict=True)) // s)
+    pages = N if case.pages is None else case.pages
+    tables = rng.permutation(B * N + 2)[: B * N].reshape(B, N).astype(np.int32)
+    tables[:, pages:] = -1
+
+    def normal(*shape: int) -> np.ndarray:
+        return np.array(jnp.asarray(rng.standard_normal(shape), dtype))
+
+    def ring(R: int, D: int) -> np.ndarray:
+        x = np.full((B, R, case.K, D), np.nan, normal(1).dtype)
+        for b, length in enumerate(case.lengths):
+            for position in range(max(0, length - R), length):
+                x[b, position % R] = normal(case.K, D)
+        return x
+
+    sizes = (case.Dk, case.Dv)
+    places = Places(
+        *(normal(B * N + 2, case.K, s, D) for D in sizes),
+        *(normal(B * N + 2, case.K, s // d, D) for D in sizes),
+        *(ring(l + m - 1, D) for D in sizes),
+        *(ring(config.window + m - 1, D) for D in sizes),
+    )
+    new = [normal(B, m, case.K, D) for D in sizes * 3]
+    for x in new:
+        for b, count in enumerate(case.num_tokens):
+            x[b, count:] = np.nan
+    finished = [
+        normal(B, -(-m // d), case.K, D) if given else None for D, given in zip(sizes, case.finished, strict=True)
+    ]
+    return (*new, *finished, places, np.int32(case.lengths), np.int32(case.num_tokens), tables)
+
+
+def expected(case: Append, given: tuple[Any, ...]) -> Places:
+    """The cache after the loop that the contract describes."""
+    *tokens, places, lengths, counts, tables = given
+    pooled, selected, window, finished = tokens[:2], tokens[2:4], tokens[4:6], tokens[6:]
+    config, after = case.config, Places(*map(np.copy, places))
+    l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
+    for b, kind in itertools.product(range(len(lengths)), (0, 1)):
+        slc, cmp, tail, win = after[kind::2]
+        length, end = lengths[b], lengths[b] + counts[b]
+        number = 0
+        for i in range(end):
+            if not length < i * d + l <= end:
+                continue
+            values = finished[kind]
+            if values is None:
+                old, R = places[4 + kind], tail.shape[1]
+                each = [old[b, p % R] if p < length else pooled[kind][b, p - length] for p in range(i * d, i * d + l)]
+                value = np.mean(np.float32(each), axis=0)
+            else:
+                value = values[b, number]
+            number += 1
+            if (page := tables[b, i * d // s]) >= 0:
+                cmp[page, :, i * d % s // d] = value
+        for j, p in enumerate(range(length, end)):
+            if (page := tables[b, p // s]) >= 0:
+                slc[page, :, p % s] = selected[kind][b, j]
+            tail[b, p % tail.shape[1]] = pooled[kind][b, j]
+            win[b, p % win.shape[1]] = window[kind][b, j]
+    return after
+
+
+def check(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
+    given = inputs(case, dtype)
+    written = jax.jit(functools.partial(append, config=case.config))(*jax.tree.map(jnp.asarray, given))
+    for name, actual, wanted in zip(Places._fields, written, expected(case, given), strict=True):
+        assert actual.dtype == dtype
+        actual, wanted = np.asarray(actual, np.float32), np.asarray(wanted, np.float32)
+        if name.startswith("cmp"):
+            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance, err_msg=name)
+        else:
+            np.testing.assert_array_equal(actual, wanted, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "triton"])
+@pytest.mark.parametrize("name", APPENDS)
+def test_every_place_holds_what_the_contract_says(backend, name):
+    append = backends.get(backend).append_tokens if backend != "triton" else cases.function(backend, "append_tokens")
+    check(append, APPENDS[name], jnp.float32, 2e-6)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(("dtype", "kind"), [(jnp.bfloat16, "NVIDIA H100"), (jnp.float32, "NVIDIA A100")])
+@pytest.mark.parametrize("name", GPU_APPENDS)
+def test_lowers_for_gpus_to_one_kernel_that_writes_in_place(name, dtype, kind, x64):
+    case = GPU_APPENDS[name]
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(case, dtype))
+    with jax.enable_x64(x64), cases.abstract(kind):
+        append = functools.partial(cases.function("triton", "append_tokens"), config=case.config)
+        text = jax.jit(append).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call") == 1
+    assert text.count("output_operand_alias<") == len(Places._fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("name", [*APPENDS, *GPU_APPENDS])
+def test_every_place_on_a_gpu_holds_what_the_contract_says(name, dtype):
+    check(cases.function("triton", "append_tokens"), (APPENDS | GPU_APPENDS)[name], dtype, tolerance_of(dtype))
+
+
+def test_triton_refuses_a_branch_that_is_off_and_another_dtype():
+    case = APPENDS["one token, ragged"]
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(case, jnp.float32))
+    append = functools.partial(cases.function("triton", "append_tokens"), config=case.config)
+    for change, message in (
+        ({"win_k": jax.ShapeDtypeStruct((8, 0, 2, 32), jnp.float32)}, "win_k: expected places"),
+        ({"cmp_v": jax.ShapeDtypeStruct(given[8].cmp_v.shape, jnp.bfloat16)}, "cmp_v.dtype = bfloat16: expected that"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(append, *given[:8], given[8]._replace(**change), *given[9:])
