@@ -93,6 +93,7 @@ class Block(nn.Module):
     """Attention, then SwiGLU or a mixture of experts, each on the normalised residual stream and added to it."""
 
     config: ModelConfig
+    verifies: bool = False  # whether several new tokens over a cache are drafts, and not the next chunk of a prompt
 
     @nn.compact
     def __call__(
@@ -111,7 +112,7 @@ class Block(nn.Module):
         normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
         if cache is None:
             attended = attention(normalised, segment_ids=segment_ids)
-        elif x.shape[1] == 1:
+        elif x.shape[1] == 1 or self.verifies:
             attended, cache = attention.decode_step(normalised, cache, num_tokens=num_tokens)
         else:
             attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
@@ -190,13 +191,14 @@ def layer_stacks(config: ModelConfig) -> dict[str, Stack]:
     return {**stacks, "layers": Stack(group, (config.num_layers - dense) // period)}
 
 
-def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
+def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_tokens: int = 1) -> Caches:
     """An empty cache for each layer.
 
     Args:
       config: of the model.
       batch_size: rows.
       max_length: the most tokens a row can hold.
+      step_tokens: the most tokens that a step adds to a row: one, and drafts.
 
     Raises:
       ValueError: a kind of attention of the model has no cache.
@@ -204,8 +206,16 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
     for kind in config.attention_of_layers:
         if not attention_kind(kind).decodes:
             raise ValueError(f"model.attention = {kind}: expected a kind that decodes; this one is for training only")
+    sizes = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
     attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
-    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for attention in attentions)
+    named = zip(config.attention_of_layers, attentions, strict=True)
+    return tuple(attention_kind(kind).init_cache(attention, **sizes) for kind, attention in named)
+
+
+def rollback_caches(config: ModelConfig, caches: Caches, num_rejected: Int[Array, " B"]) -> Caches:
+    """The caches without the last tokens of each row, which the step before added."""
+    named = zip(config.attention_of_layers, caches, strict=True)
+    return tuple(attention_kind(kind).rollback(cache, num_rejected, config) for kind, cache in named)
 
 
 class Transformer(nn.Module):
@@ -311,11 +321,12 @@ def extend(
     caches: Caches,
     *,
     num_tokens: Int[Array, " B"] | None = None,
+    verifies: bool = False,
 ) -> tuple[Float[Array, "B T E"], Caches]:
     """Final hidden states of T more tokens of each row, and the caches with them.
 
-    T = 1 is a decode step; more tokens are the next chunk of a prompt. This goes layer by layer and not through a scan,
-    which would copy the caches instead of updating them in place.
+    T = 1 is a decoding step; more tokens are the next chunk of a prompt, or, if it `verifies`, a step too. This goes
+    layer by layer and not through a scan, which would copy the caches instead of updating them in place.
 
     Args:
       params: as `decoding_parameters` makes them.
@@ -324,12 +335,13 @@ def extend(
       caches: as `init_caches` makes them.
       num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
         mean nothing. None: all.
+      verifies: whether the tokens are one and its drafts, at most the caches' `step_tokens`.
     """
     x = jnp.take(params["embedding"], tokens, axis=0)
     extended: list[Cache] = []
     layers = [layer for stack in layer_stacks(config).values() for layer in stack.layers * stack.groups]
     for layer, block, cache in zip(layers, params["layers"], caches, strict=True):
-        out: Any = Block(layer).apply({"params": block}, x, cache, None, num_tokens, None)
+        out: Any = Block(layer, verifies).apply({"params": block}, x, cache, None, num_tokens, None)
         x = out[0]
         extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)

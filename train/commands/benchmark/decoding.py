@@ -27,7 +27,7 @@ from rich.table import Table
 from nsa_jax import cache_bytes
 from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
 from train.config import Attention, ModelConfig
-from train.generation.generator import NOT_FORCED, advance
+from train.generation.generator import NOT_FORCED, Rows, advance
 from train.generation.sampling import Draw
 from train.model.attention import attention_kind
 from train.model.transformer import Transformer, decoding_parameters, init_caches
@@ -80,21 +80,22 @@ def measure(
     size = cache_bytes(caches)
     draw = Draw(*(jnp.full((batch,), value) for value in (0.8, VOCABULARY, 1.0, 1.0, 0, 0)))
     seen, ends = jnp.zeros((2, batch, VOCABULARY), bool)  # no token ends a row
+    rows = Rows(caches, seen, ends, jnp.zeros((batch, 0), jnp.int32))
+    del caches
     tokens, limits = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), steps, jnp.int32)
     forced, seconds = jnp.full((batch, steps), NOT_FORCED, jnp.int32), []
 
-    def run(caches: Any, seen: jax.Array) -> Any:
-        return advance(params, caches, seen, ends, tokens, limits, forced, draw, model=model)
+    def run(rows: Rows) -> Any:
+        return advance(params, rows, tokens, limits, forced, draw, model=model)
 
-    def rewound(caches: Any) -> Any:
-        return jax.block_until_ready(
-            tuple(x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in caches)
-        )
+    def rewound(rows: Rows) -> Rows:
+        caches = (x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in rows.caches)
+        return jax.block_until_ready(rows._replace(caches=tuple(caches)))
 
     for _ in range(6):  # the first compiles
-        caches = rewound(caches)
+        rows = rewound(rows)
         begin = time.perf_counter()
-        sampled, caches, seen = run(caches, seen)
+        sampled, _, rows = run(rows)
         jax.block_until_ready(sampled)
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])
@@ -113,7 +114,7 @@ def measure(
         "cache_gib": size / 2**30,
     }
     if profile:
-        _, trace = record(functools.partial(run, rewound(caches), seen))
+        _, trace = record(functools.partial(run, rewound(rows)))
         row["profile"] = step_profile(kernels(trace)[0], steps)
     return row
 
