@@ -137,8 +137,8 @@ def core_prefill(
       ValueError: an argument does not fit, named with what was expected.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    g = gates(products(counted(x, num_tokens), weights, config), weights, q, config)
-    tokens = _Tokens(q, k, v, g, positions, num_tokens)
+    x, q, k, v = counted((x, q, k, v), num_tokens)
+    tokens = _Tokens(q, k, v, gates(products(x, weights, config), weights, q, config), positions, num_tokens)
     return _prefill(weights, tokens, cache, config=config, continuing=continuing)
 
 
@@ -161,8 +161,9 @@ def core_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `core_prefill`.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    g = gates(products(counted(x, num_tokens), weights, config), weights, q, config)
-    return _decode_step(weights, _Tokens(q, k, v, g, positions, num_tokens), cache, config=config)
+    x, q, k, v = counted((x, q, k, v), num_tokens)
+    tokens = _Tokens(q, k, v, gates(products(x, weights, config), weights, q, config), positions, num_tokens)
+    return _decode_step(weights, tokens, cache, config=config)
 
 
 def _layer_split(given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -259,7 +260,10 @@ def full_layer_decode_step(
 
 
 def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
-    """Arrays [B, T, ...] with zeros in place of tokens that do not count, whatever these hold."""
+    """Arrays [B, T, ...] with zeros in place of tokens that do not count, whatever these hold.
+
+    An array that occurs several times stays one, by which `rotated_branches` knows what branches share.
+    """
     if num_tokens is None:
         return tree
 
@@ -268,11 +272,13 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
         counts = counts.reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < counts, x, 0)
 
-    return jax.tree.map(zeroed, tree)
+    arrays = {id(x): x for x in jax.tree.leaves(tree)}
+    of_id = {key: zeroed(x) for key, x in arrays.items()}
+    return jax.tree.map(lambda x: of_id[id(x)], tree)
 
 
 class _Tokens(NamedTuple):
-    """The new tokens of every row, as an attention takes them."""
+    """The new tokens of every row, as an attention takes them: finite where they do not count."""
 
     q: Float[Array, "B T H Dk"]
     k: Branches
@@ -304,8 +310,7 @@ def _prefill(
     cache = cache if continuing else _emptied(cache)
     before, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
     _check_pages(before, config)
-    q, k, v = counted(tokens[:3], tokens.num_tokens)
-    q, new, cache = _take_in(weights, q, k, v, before, counts, tokens.positions, config, continuing=continuing)
+    q, new, cache = _take_in(weights, tokens, before, counts, config, continuing=continuing)
     if continuing:
         o, _ = _attend_continuing(q, new, before, cache, tokens.gates, config)
     else:
@@ -324,28 +329,24 @@ def _decode_step(
             f"q: {describe(tokens.q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
             f"step_tokens; prefill takes more"
         )
-    q, k, v = counted(tokens[:3], tokens.num_tokens)
     offsets = cache.lengths
-    q, cache = _append(weights, q, k, v, cache, counts, tokens.positions, config)
+    q, cache = _append(weights, tokens, cache, counts, config)
     o, _ = decode_attention(q, cache, tokens.gates, offsets, **_op_options(config))
     return o, cache
 
 
 def _take_in(
     weights: Mapping[str, Array],
-    q: Float[Array, "B T H Dk"],
-    k: Branches,
-    v: Branches,
+    tokens: _Tokens,
     cache: NSACache,
     num_tokens: Int[Array, " B"],
-    positions: Int[Array, "B T"] | None,
     config: CoreConfig,
     *,
     continuing: bool,
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV, NSACache]:
     """Rotated queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
-    positions = _positions(cache, q, positions)
-    q, new = rotated_branches(q, k, v, positions, config)
+    positions = _positions(cache, tokens.q, tokens.positions)
+    q, new = rotated_branches(*tokens[:3], positions, config)
     pooled = (new.cmp_k, new.cmp_v)
     if continuing:
         compressed = _finished(weights, pooled, cache, positions, config)
@@ -357,23 +358,16 @@ def _take_in(
 
 
 def _append(
-    weights: Mapping[str, Array],
-    q: Float[Array, "B m H Dk"],
-    k: Branches,
-    v: Branches,
-    cache: NSACache,
-    num_tokens: Int[Array, " B"],
-    positions: Int[Array, "B m"] | None,
-    config: CoreConfig,
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, num_tokens: Int[Array, " B"], config: CoreConfig
 ) -> tuple[Float[Array, "B m H Dk"], NSACache]:
     """`_take_in` of a decoding step, in place and in one kernel if a backend has it, with phi if that is a mean."""
-    positions = _positions(cache, q, positions)
-    q, new = rotated_branches(q, k, v, positions, config)
+    positions = _positions(cache, tokens.q, tokens.positions)
+    q, new = rotated_branches(*tokens[:3], positions, config)
     finished: tuple[Array | None, Array | None] = (None, None)
     if config.compression != "mean":
         finished = _finished(weights, (new.cmp_k, new.cmp_v), cache, positions, config)
-    tokens = (new.cmp_k, new.cmp_v, new.slc_k, new.slc_v, new.win_k, new.win_v)
-    inputs = (*tokens, *finished, Places(*cache[: len(Places._fields)]), cache.lengths, num_tokens, cache.block_tables)
+    arrays = (new.cmp_k, new.cmp_v, new.slc_k, new.slc_v, new.win_k, new.win_v)
+    inputs = (*arrays, *finished, Places(*cache[: len(Places._fields)]), cache.lengths, num_tokens, cache.block_tables)
     implementation = choice.implementation_with("append_tokens", config.implementation)
 
     def attempt(backend: Any) -> Places:

@@ -359,6 +359,7 @@ class _Progress(NamedTuple):
     last: Int[Array, " B"]  # its last token
     got: Int[Array, " B"]  # how many tokens
     going: Bool[Array, " B"]  # whether none of them ended it
+    lengths: Int[Array, " B"]  # tokens in its caches
     sampled: Int[Array, "B S"]
 
 
@@ -400,11 +401,12 @@ def advance(
     up_to = jnp.tri(1 + drafts, dtype=bool)[None]  # [1, j, i]: whether token i of a step comes before j, or is it
 
     def step(_: int, state: tuple[Rows, _Progress]) -> tuple[Rows, _Progress]:
-        (caches, seen, ends, history), (last, got, going, sampled) = state
+        (caches, seen, ends, history), (last, got, going, lengths, sampled) = state
+        caches = with_lengths(caches, lengths)
         going &= got < limits
         given = last[:, None]
         if drafts:
-            held = caches[0].lengths + 1
+            held = lengths + 1
             given = jnp.concatenate([given, repeat(history, held, drafts)], axis=1)
         num_tokens = jnp.where(going, jnp.minimum(1 + drafts, limits - got), 0)
         hidden, caches = extend(params, model.config, given, caches, num_tokens=num_tokens, verifies=drafts > 0)
@@ -430,10 +432,20 @@ def advance(
         last = jnp.where(going, jnp.take_along_axis(chosen, at, axis=1)[:, 0], last)
         sampled = sampled.at[row, jnp.where(kept, index, forced.shape[1])].set(chosen, mode="drop")
         going &= ~jnp.any(kept & ended, axis=1)
-        return Rows(caches, seen, ends, history), _Progress(last, got + added, going, sampled)
+        progress = _Progress(last, got + added, going, caches[0].lengths, sampled)
+        return Rows(with_lengths(caches, None), seen, ends, history), progress
 
-    progress = _Progress(tokens, jnp.zeros_like(limits), jnp.ones(tokens.shape, bool), jnp.zeros_like(forced))
-    rows, progress = jax.lax.fori_loop(0, forced.shape[1] // (1 + drafts), step, (rows, progress))
+    def with_lengths(caches: Caches, lengths: Any) -> Caches:
+        """All layers hold as many tokens. If each had lengths of its own, the loop would copy all of them in a step."""
+        return tuple(cache._replace(lengths=lengths) for cache in caches)
+
+    nothing, all_rows, lengths = jnp.zeros_like(limits), jnp.ones(tokens.shape, bool), rows.caches[0].lengths
+    state = (
+        rows._replace(caches=with_lengths(rows.caches, None)),
+        _Progress(tokens, nothing, all_rows, lengths, jnp.zeros_like(forced)),
+    )
+    rows, progress = jax.lax.fori_loop(0, forced.shape[1] // (1 + drafts), step, state)
+    rows = rows._replace(caches=with_lengths(rows.caches, progress.lengths))
     return progress.sampled, progress.got, rows
 
 
