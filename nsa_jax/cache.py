@@ -4,7 +4,7 @@ A cache holds one layer's keys and values of B sequences ("rows") of different l
 attention; `nsa_jax.decoding` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
+from nsa_jax.rope import rotate_pairs
+from pallas_kernels.append_tokens.contract import Heads, Places
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -291,6 +293,26 @@ def pooled_tokens(
     take = begin[:, None] + jnp.arange(l + (-(-T // d) - 1) * d, dtype=jnp.int32)[None, :]
     tokens = jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
     return jnp.take_along_axis(tokens, jnp.minimum(take, l - 1 + T - 1)[:, :, None, None], axis=1)
+
+
+def appended_heads(
+    q: Heads | None,
+    new: Sequence[Heads],
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    places: Places,
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, list[Array]]:
+    """Rotated queries, and new keys and values [B, m, K, D] as a cache holds them, of what `append_tokens` is given."""
+    K, Dk = places.tail_k.shape[2:]
+
+    def taken(heads: Heads, count: int, size: int, rotates: bool) -> Array:
+        columns = heads.array[:, :, heads.column : heads.column + count * size]
+        x = columns.reshape(*columns.shape[:2], count, size)
+        return x if rotation is None or not rotates else rotate_pairs(x, *rotation)
+
+    sizes = (Dk, places.tail_v.shape[3]) * (len(new) // 2)
+    tokens = [taken(heads, K, size, i % 2 == 0) for i, (heads, size) in enumerate(zip(new, sizes, strict=True))]
+    return None if q is None else taken(q, num_heads, Dk, True), tokens
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:

@@ -341,9 +341,12 @@ def products(x: Float[Array, "B T E"] | None, weights: Mapping[str, Array], conf
 
 
 def gates(
-    product: Products, weights: Mapping[str, Array], q: Float[Array, "B T H Dk"], config: CoreConfig
+    product: Products, weights: Mapping[str, Array], q: Array | jax.ShapeDtypeStruct, config: CoreConfig
 ) -> Float[Array, "B T H 3"]:
-    """g = sigmoid(MLP(x)) in the order (compressed, selected, window), in float32 at least, or the constant gates."""
+    """g = sigmoid(MLP(x)) in the order (compressed, selected, window), in float32 at least, or the constant gates.
+
+    Of the queries, which are [B, T, H, Dk], this needs shape and dtype.
+    """
     wide = wide_dtype(q.dtype)
     if config.constant_gates is not None:
         return jnp.broadcast_to(jnp.asarray(config.constant_gates, wide)[None, None, None, :], (*q.shape[:3], 3))

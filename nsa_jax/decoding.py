@@ -13,7 +13,7 @@ do not fit are dropped without a message, so the caller has to count on the host
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ from nsa_jax.core import (
 from nsa_jax.dense import causal_attention, dense_attention
 from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
 from nsa_jax.layer import (
+    JoinedProducts,
     LayerConfig,
     NSALayerConfig,
     join_heads,
@@ -77,7 +78,7 @@ from nsa_jax.layer import (
 )
 from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
-from pallas_kernels.append_tokens.contract import Places
+from pallas_kernels.append_tokens.contract import Heads, Places
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
@@ -187,7 +188,7 @@ def nsa_layer_prefill(
     Returns:
       y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
     """
-    weights, tokens = _projected(parameters, x, positions, num_tokens, config)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=False)
     o, cache = _prefill(weights, tokens, cache, config=config, continuing=continuing)
     return join_heads(o, weights, config), cache
 
@@ -203,7 +204,7 @@ def nsa_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
     """`core_decode_step` between a layer's projections."""
-    weights, tokens = _projected(parameters, x, positions, num_tokens, config)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=True)
     o, cache = _decode_step(weights, tokens, cache, config=config)
     return join_heads(o, weights, config), cache
 
@@ -278,14 +279,22 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
 
 
 class _Tokens(NamedTuple):
-    """The new tokens of every row, as an attention takes them: finite where they do not count."""
+    """The new tokens of every row, as an attention takes them: not rotated, and finite where they do not count.
 
-    q: Float[Array, "B T H Dk"]
+    Queries, keys and values are arrays, or all of them `Heads` of one product.
+    """
+
+    q: Any
     k: Branches
     v: Branches
     gates: Float[Array, "B T H 3"]
     positions: Int[Array, "B T"] | None
     num_tokens: NumTokens
+
+    @property
+    def array(self) -> Array:
+        """An array [B, T, ...] of them."""
+        return self.q.array if isinstance(self.q, Heads) else self.q
 
 
 def _projected(
@@ -294,13 +303,21 @@ def _projected(
     positions: Int[Array, "B T"] | None,
     num_tokens: NumTokens,
     config: NSALayerConfig,
+    *,
+    for_step: bool,
 ) -> tuple[dict[str, Array], _Tokens]:
     """A layer's parameters in the dtype of the computation, and what it makes of its input."""
     x, weights = layer_inputs(x, parameters, config)
     product = layer_products(counted(x, num_tokens), weights, config)
-    q, k, v = project_branches(product, weights, config)
+    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
+    alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)
+    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself:
+        q, k, v = project_branches(cast(Any, product.heads), weights, config)
+    else:
+        q, k, v = project_branches(product, weights, config)
     k, v = (x if isinstance(x, Branches) else Branches(x, x, x) for x in (k, v))
-    return weights, _Tokens(q, k, v, gates(product, weights, q, config), positions, num_tokens)
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
+    return weights, _Tokens(q, k, v, gates(product, weights, shape, config), positions, num_tokens)
 
 
 def _prefill(
@@ -322,12 +339,12 @@ def _decode_step(
     weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig
 ) -> tuple[Float[Array, "B m H Dv"], NSACache]:
     """See `core_decode_step`."""
-    cache, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
+    cache, counts = _checked(cache, NSACache, tokens.array, tokens.num_tokens, config)
     _check_pages(cache, config)
-    if tokens.q.shape[1] > step_tokens(cache, config.config):
+    if tokens.array.shape[1] > step_tokens(cache, config.config):
         raise ValueError(
-            f"q: {describe(tokens.q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
-            f"step_tokens; prefill takes more"
+            f"q: {describe(tokens.array)}: expected at most {step_tokens(cache, config.config)} tokens a row, the "
+            f"cache's step_tokens; prefill takes more"
         )
     offsets = cache.lengths
     q, cache = _append(weights, tokens, cache, counts, config)
@@ -361,20 +378,29 @@ def _append(
     weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, num_tokens: Int[Array, " B"], config: CoreConfig
 ) -> tuple[Float[Array, "B m H Dk"], NSACache]:
     """`_take_in` of a decoding step, in place and in one kernel if a backend has it, with phi if that is a mean."""
-    positions = _positions(cache, tokens.q, tokens.positions)
-    q, new = rotated_branches(*tokens[:3], positions, config)
+    positions = _positions(cache, tokens.array, tokens.positions)
     finished: tuple[Array | None, Array | None] = (None, None)
-    if config.compression != "mean":
-        finished = _finished(weights, (new.cmp_k, new.cmp_v), cache, positions, config)
-    arrays = (new.cmp_k, new.cmp_v, new.slc_k, new.slc_v, new.win_k, new.win_v)
-    inputs = (*arrays, *finished, Places(*cache[: len(Places._fields)]), cache.lengths, num_tokens, cache.block_tables)
+    if isinstance(tokens.q, Heads):
+        assert isinstance(config, NSALayerConfig)
+        given, rotation = tokens.q, config.rotation(positions, tokens.array.dtype)
+        new: list[Any] = [heads for pair in zip(tokens.k, tokens.v, strict=True) for heads in pair]
+    else:
+        q, kv = rotated_branches(*tokens[:3], positions, config)
+        given, rotation = None, None
+        new = [Heads(x.reshape(*x.shape[:2], -1)) for x in kv]
+        if config.compression != "mean":
+            finished = _finished(weights, (kv.cmp_k, kv.cmp_v), cache, positions, config)
+    places = Places(*cache[: len(Places._fields)])
+    inputs = (given, *new, *finished, rotation, places, cache.lengths, num_tokens, cache.block_tables)
     implementation = choice.implementation_with("append_tokens", config.implementation)
 
-    def attempt(backend: Any) -> Places:
-        return backend.append_tokens(*inputs, config=config.config)
+    def attempt(backend: Any) -> tuple[Array | None, Places]:
+        return backend.append_tokens(*inputs, config=config.config, num_heads=config.num_heads)
 
-    places = choice.first_that_takes("append_tokens", implementation, inputs, attempt)
-    return q, cache._replace(**places._asdict(), lengths=cache.lengths + num_tokens)
+    known = (places.tail_k, places.tail_k, places.tail_v)
+    rotated, places = choice.first_that_takes("append_tokens", implementation, known, attempt)
+    cache = cache._replace(**places._asdict(), lengths=cache.lengths + num_tokens)
+    return q if rotated is None else rotated, cache
 
 
 def _finished(

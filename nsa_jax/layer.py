@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.attention import AttentionInputs, BranchKV, checked_segment_ids
@@ -44,8 +44,9 @@ from nsa_jax.core import (
 from nsa_jax.dense import causal_attention
 from nsa_jax.explicit import split_like, split_of
 from nsa_jax.precision import wide_dtype
-from nsa_jax.rope import RopeScaling, apply_rope
+from nsa_jax.rope import RopeScaling, apply_rope, rotation_of
 from nsa_jax.sharding import free_axes, sharded
+from pallas_kernels.append_tokens.contract import Heads
 
 NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
 JOINED = "joined_kernel"  # the parameter that stands for all that take x; see `join_projections`
@@ -79,11 +80,23 @@ class LayerConfig(HeadConfig):
         if self.rotate is None and self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary position embedding needs an even head size")
 
+    @property
+    def rotates_itself(self) -> bool:
+        """Whether queries and keys are rotated by the layer's own embedding, and not by `rotate` or not at all."""
+        return self.rotate is None and self.rope_theta is not None
+
     def rotated(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
         """Queries or keys, rotated at their positions by `rotate`, or by the layer's own embedding, if it has one."""
         if self.rotate is not None or self.rope_theta is None:
             return super().rotated(x, positions)
         return apply_rope(x, positions, self.rope_theta, self.rope_scaling)
+
+    def rotation(
+        self, positions: Int[Array, "B T"], dtype: DTypeLike
+    ) -> tuple[Float[Array, "B T Dk/2"], Float[Array, "B T Dk/2"]]:
+        """cos and sin by which a layer that `rotates_itself` rotates heads of a dtype."""
+        assert self.rope_theta is not None
+        return rotation_of(positions, self.head_dim, self.rope_theta, self.rope_scaling, wide_dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +210,35 @@ def join_projections(parameters: Mapping[str, Array], config: LayerConfig) -> di
     }
 
 
-def layer_products(x: Float[Array, "B T E"], weights: Mapping[str, Array], config: LayerConfig) -> Products:
+@dataclasses.dataclass(frozen=True)
+class JoinedProducts:
+    """The products of x with the parameters that take it, from one product."""
+
+    array: Float[Array, "B T F"]
+    columns: Mapping[str, int]  # where each begins
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __call__(self, name: str) -> Array:
+        """The product with one parameter."""
+        begin, shape = self.columns[name], self.shapes[name]
+        part = self.array[:, :, begin : begin + math.prod(shape)]
+        return part.reshape(*part.shape[:2], *shape)
+
+    def heads(self, name: str) -> Heads:
+        """The same where it is, for kernels that read it there."""
+        return Heads(self.array, self.columns[name])
+
+
+def layer_products(
+    x: Float[Array, "B T E"], weights: Mapping[str, Array], config: LayerConfig
+) -> Products | JoinedProducts:
     """The products of x with the parameters that take it: one of all, if the parameters are joined."""
     if JOINED not in weights:
         return products(x, weights, config)
     shapes = {name: each.shape[1:] for name, each in _taking_x(layer_parameters(config, x.shape[2])).items()}
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
-    parts = jnp.split(multiply(x, weights[JOINED], config), ends[:-1], axis=-1)
-    of_name = {
-        name: part.reshape(*x.shape[:2], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
-    return of_name.__getitem__
+    columns = dict(zip(shapes, [0, *ends[:-1]], strict=True))
+    return JoinedProducts(multiply(x, weights[JOINED], config), columns, shapes)
 
 
 def _axes_of_projections(given: Mapping[str, Any]) -> Axes:

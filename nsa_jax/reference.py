@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import next_compressed, read_pages
+from nsa_jax.cache import appended_heads, next_compressed, read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
@@ -23,7 +23,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
-from pallas_kernels.append_tokens.contract import Places
+from pallas_kernels.append_tokens.contract import Heads, Places
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -166,30 +166,35 @@ def decode_attention(
 
 
 def append_tokens(
-    pooled_k: Float[Array, "B m K Dk"],
-    pooled_v: Float[Array, "B m K Dv"],
-    selected_k: Float[Array, "B m K Dk"],
-    selected_v: Float[Array, "B m K Dv"],
-    window_k: Float[Array, "B m K Dk"],
-    window_v: Float[Array, "B m K Dv"],
+    q: Heads | None,
+    pooled_k: Heads,
+    pooled_v: Heads,
+    selected_k: Heads,
+    selected_v: Heads,
+    window_k: Heads,
+    window_v: Heads,
     finished_k: Float[Array, "B C K Dk"] | None,
     finished_v: Float[Array, "B C K Dv"] | None,
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
     places: Places,
     lengths: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
     config: NSAConfig,
-) -> Places:
-    """A cache's arrays with new tokens, and with the compressed tokens that they finish.
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
+    """Rotated queries, and a cache's arrays with new tokens and with the compressed tokens that they finish.
 
     This asks of every place which of the tokens it shall hold.
     """
-    (B, m), P = pooled_k.shape[:2], places.cmp_k.shape[0]
+    (B, m), P = pooled_k.array.shape[:2], places.cmp_k.shape[0]
+    new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
+    rotated, tokens = appended_heads(q, new, rotation, places, num_heads)
     l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
     ends = lengths + num_tokens
-    tokens = jnp.arange(m, dtype=jnp.int32)[None, :]
-    positions = jnp.where(tokens < num_tokens[:, None], lengths[:, None] + tokens, -1)  # [B, m]
+    number = jnp.arange(m, dtype=jnp.int32)[None, :]
+    positions = jnp.where(number < num_tokens[:, None], lengths[:, None] + number, -1)  # [B, m]
     which = jnp.arange(-(-m // d), dtype=jnp.int32)[None, :]
     starts = (jnp.maximum(0, (lengths - l) // d + 1)[:, None] + which) * d  # of compressed tokens, [B, C]
 
@@ -223,18 +228,18 @@ def append_tokens(
         return jnp.mean(each.astype(wide_dtype(x.dtype)), axis=2).astype(x.dtype)
 
     finished = jnp.where(starts + l <= ends[:, None], starts, -1)
-    cmp_k = mean(places.tail_k, pooled_k) if finished_k is None else finished_k
-    cmp_v = mean(places.tail_v, pooled_v) if finished_v is None else finished_v
+    cmp_k = mean(places.tail_k, tokens[0]) if finished_k is None else finished_k
+    cmp_v = mean(places.tail_v, tokens[1]) if finished_v is None else finished_v
     selects = config.num_selected > 0
-    return Places(
-        slc_k=in_pages(places.slc_k, selected_k, positions) if selects else places.slc_k,
-        slc_v=in_pages(places.slc_v, selected_v, positions) if selects else places.slc_v,
+    return rotated, Places(
+        slc_k=in_pages(places.slc_k, tokens[2], positions) if selects else places.slc_k,
+        slc_v=in_pages(places.slc_v, tokens[3], positions) if selects else places.slc_v,
         cmp_k=in_pages(places.cmp_k, cmp_k, finished),
         cmp_v=in_pages(places.cmp_v, cmp_v, finished),
-        tail_k=in_ring(places.tail_k, pooled_k),
-        tail_v=in_ring(places.tail_v, pooled_v),
-        win_k=in_ring(places.win_k, window_k) if config.window else places.win_k,
-        win_v=in_ring(places.win_v, window_v) if config.window else places.win_v,
+        tail_k=in_ring(places.tail_k, tokens[0]),
+        tail_v=in_ring(places.tail_v, tokens[1]),
+        win_k=in_ring(places.win_k, tokens[4]) if config.window else places.win_k,
+        win_v=in_ring(places.win_v, tokens[5]) if config.window else places.win_v,
     )
 
 

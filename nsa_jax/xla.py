@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import NSACache, next_compressed, pooled_tokens, read_pages, write_nsa_tokens
+from nsa_jax.cache import NSACache, appended_heads, next_compressed, pooled_tokens, read_pages, write_nsa_tokens
 from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.finite import finite_part, is_finite
@@ -28,7 +28,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
-from pallas_kernels.append_tokens.contract import Places
+from pallas_kernels.append_tokens.contract import Heads, Places
 
 CHUNK_ELEMENTS = 1 << 22  # the most scores, or gathered key elements, of one chunk of queries
 
@@ -201,30 +201,36 @@ def decode_attention(
 
 
 def append_tokens(
-    pooled_k: Float[Array, "B m K Dk"],
-    pooled_v: Float[Array, "B m K Dv"],
-    selected_k: Float[Array, "B m K Dk"],
-    selected_v: Float[Array, "B m K Dv"],
-    window_k: Float[Array, "B m K Dk"],
-    window_v: Float[Array, "B m K Dv"],
+    q: Heads | None,
+    pooled_k: Heads,
+    pooled_v: Heads,
+    selected_k: Heads,
+    selected_v: Heads,
+    window_k: Heads,
+    window_v: Heads,
     finished_k: Float[Array, "B C K Dk"] | None,
     finished_v: Float[Array, "B C K Dv"] | None,
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
     places: Places,
     lengths: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
     block_tables: Int[Array, "B N"],
     *,
     config: NSAConfig,
-) -> Places:
-    """A cache's arrays with new tokens, and with the compressed tokens that they finish."""
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
+    """Rotated queries, and a cache's arrays with new tokens and with the compressed tokens that they finish."""
+    new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
+    rotated, tokens = appended_heads(q, new, rotation, places, num_heads)
+    pooled, selected, window = ((tokens[i], tokens[i + 1]) for i in (0, 2, 4))
 
     def finished(given: Array | None, tail: Array, x: Array) -> Array:
         return compress(pooled_tokens(tail, x, lengths, config), config=config) if given is None else given
 
-    compressed = finished(finished_k, places.tail_k, pooled_k), finished(finished_v, places.tail_v, pooled_v)
-    pooled, selected, window = (pooled_k, pooled_v), (selected_k, selected_v), (window_k, window_v)
+    compressed = finished(finished_k, places.tail_k, pooled[0]), finished(finished_v, places.tail_v, pooled[1])
     cache = NSACache(*places, lengths, block_tables)
-    return Places(*write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config)[:-2])
+    written = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config)
+    return rotated, Places(*written[: len(places)])
 
 
 def _attend_to_pages(

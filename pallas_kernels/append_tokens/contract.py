@@ -7,10 +7,14 @@ nothing is kept. Position p of a row lies in
 * slot p mod R of the rings `tail_k` and `tail_v` (R >= l + m - 1), for which `pooled_k` and `pooled_v` are;
 * slot p mod W of the rings `win_k` and `win_v` (W >= window + m - 1), for which `window_k` and `window_v` are.
 
+With a `rotation`, which is (cos, sin), the H heads of the queries and all keys are not rotated yet. Every pair (x_i,
+x_{i + Dk/2}) of them becomes (x_i cos_i - x_{i + Dk/2} sin_i, x_{i + Dk/2} cos_i + x_i sin_i), in float32 at least. The
+queries are only rotated: they are returned, or None without a rotation.
+
 Compressed token i, which starts at position i d, lies in page block_tables[b, i d // s], at place i d mod s over d. It
 is finished if i d + l <= lengths[b] + num_tokens[b]. Those that the new tokens finish are written: the entries of
 `finished_k` and `finished_v`, of which the first is the next that the row finishes; or, where these are None, the means
-of tokens in the tail and of new ones, summed in float32 at least.
+of tokens in the tail and of new ones as they are stored, summed in float32 at least.
 
 What would lie in no page (-1, or beyond the table) is dropped. All other places keep what they hold. Not
 differentiable.
@@ -23,6 +27,13 @@ from typing import NamedTuple, Protocol
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes
+
+
+class Heads(NamedTuple):
+    """Heads of each token, in neighbouring columns of an array that may hold more, such as a joined product."""
+
+    array: Float[Array, "B m F"]
+    column: int = 0  # where the first head begins
 
 
 class Places(NamedTuple):
@@ -43,19 +54,22 @@ class Append(Protocol):
 
     def __call__(
         self,
-        pooled_k: Float[Array, "B m K Dk"],
-        pooled_v: Float[Array, "B m K Dv"],
-        selected_k: Float[Array, "B m K Dk"],
-        selected_v: Float[Array, "B m K Dv"],
-        window_k: Float[Array, "B m K Dk"],
-        window_v: Float[Array, "B m K Dv"],
+        q: Heads | None,
+        pooled_k: Heads,
+        pooled_v: Heads,
+        selected_k: Heads,
+        selected_v: Heads,
+        window_k: Heads,
+        window_v: Heads,
         finished_k: Float[Array, "B C K Dk"] | None,
         finished_v: Float[Array, "B C K Dv"] | None,
+        rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
         places: Places,
         lengths: Int[Array, " B"],
         num_tokens: Int[Array, " B"],
         block_tables: Int[Array, "B N"],
         *,
         config: Sizes,
-    ) -> Places:
-        """The same arrays with the new tokens."""
+        num_heads: int,
+    ) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
+        """(rotated queries, the same arrays with the new tokens); `num_heads` is H. q is None without a rotation."""

@@ -141,6 +141,29 @@ def test_joined_projections_are_one_product_and_change_nothing(name):
         layer.join_projections(joined)
 
 
+@pytest.mark.parametrize("share_kv", [True, False])
+def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "v_head_dim": 16}
+    layer = nsa_jax.NSAttention(**heads, config=CONFIG, share_kv=share_kv)
+    x = jax.random.normal(jax.random.key(0), (2, 14, E))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+
+    def run(params, implementation):
+        step = functools.partial(layer.clone(implementation=implementation).apply, method="decode_step")
+        cache = layer.init_cache(batch_size=2, max_length=16, step_tokens=3)
+        outputs = []
+        for begin, end, counts in ((0, 3, [3, 1]), (3, 4, [1, 0]), (4, 7, [2, 3])):
+            options = {"num_tokens": jnp.array(counts)}
+            y, cache = jax.jit(step)({"params": params}, x[:, begin:end], cache, **options)
+            outputs += [y[b, :count] for b, count in enumerate(counts)]
+        return outputs, cache
+
+    joined = layer.join_projections(params)
+    (outputs, cache), (expected, plain) = run(joined, "triton"), run(params, "xla")
+    assert_trees_close(outputs, expected, 1e-5)
+    assert_trees_close(cache, plain, 1e-5)
+
+
 @pytest.mark.parametrize("chunk", [3, 8, 17])
 @pytest.mark.parametrize("name", ["nsa", "nsa, blocks that do not overlap", "full", "window"])
 def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, chunk):

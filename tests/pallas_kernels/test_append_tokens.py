@@ -1,7 +1,6 @@
 """New tokens in a paged cache, place by place, by every backend that has kernels for it and by those in pure JAX."""
 
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from nsa_jax import NSAConfig, backends
 from nsa_jax.testing import tolerance_of
-from pallas_kernels.append_tokens.contract import Places
+from pallas_kernels.append_tokens.contract import Heads, Places
 from tests.pallas_kernels import cases
 
 SMALL = NSAConfig(8, 4, 16, 4, 1, 2, 20)
@@ -31,6 +30,7 @@ class Append:
     config: NSAConfig
     finished: tuple[bool, bool] = (False, False)  # whether compressed keys and values are given
     pages: int | None = None  # that every row has; None: as many as its tokens need
+    H: int | None = None  # query heads, if the kernel rotates them, and keys; the six arrays are then columns of one
 
 
 APPENDS = {
@@ -39,9 +39,13 @@ APPENDS = {
     "compressed values are given": Append((7, 15, 9), (1, 2, 2), 2, 1, 16, 24, SMALL, (False, True)),
     "compressed tokens are given": Append((7, 15, 9, 4), (5, 5, 3, 4), 5, 2, 64, 64, SMALL, (True, True)),
     "rows without a page": Append((15, 16, 30, 32), (2, 1, 4, 3), 4, 1, 32, 32, SMALL, pages=2),
+    "rotated, ragged, group of 3": Append((0, 6, 7, 8, 63, 150), (1, 1, 1, 0, 1, 1), 1, 2, 32, 32, SMALL, H=6),
+    "rotated drafts, odd heads": Append((0, 3, 5, 40, 131), (6, 5, 6, 1, 0), 6, 1, 80, 40, SMALL, H=4),
     "no overlap, odd sizes": Append((47, 30, 95), (1, 1, 1), 1, 2, 32, 16, NSAConfig(24, 24, 48, 4, 1, 2, 7)),
 }
 GPU_APPENDS = {
+    "paper, rotated": Append((31, 4000, 9007, 0), (1, 1, 1, 1), 1, 4, 128, 128, NSAConfig(), H=64),
+    "drafts, 192 and 128, rotated": Append((31, 3000, 90), (4, 4, 2), 4, 2, 192, 128, NSAConfig(), H=6),
     "paper": Append((31, 4000, 9007, 0), (1, 1, 1, 1), 1, 4, 128, 128, NSAConfig()),
     "drafts, 192 and 128": Append((31, 3000, 90), (4, 4, 2), 4, 4, 192, 128, NSAConfig()),
     "compressed tokens are given": Append((31, 47), (1, 1), 1, 1, 64, 48, NSAConfig(), (True, True)),
@@ -75,20 +79,42 @@ def inputs(case: Append, dtype: Any) -> tuple[Any, ...]:
         *(ring(l + m - 1, D) for D in sizes),
         *(ring(config.window + m - 1, D) for D in sizes),
     )
-    new = [normal(B, m, case.K, D) for D in sizes * 3]
-    for x in new:
-        for b, count in enumerate(case.num_tokens):
-            x[b, count:] = np.nan
+    widths = [case.K * D for D in sizes * 3]
+    if case.H is not None:
+        widths = [case.H * case.Dk, *widths, 7]  # of which the last are something else
+    joined = normal(B, m, sum(widths))
+    for b, count in enumerate(case.num_tokens):
+        joined[b, count:] = np.nan
+    columns = [sum(widths[:i]) for i in range(len(widths))]
+    q, rotation = None, None
+    if case.H is None:
+        new = [Heads(joined[:, :, i : i + width]) for i, width in zip(columns, widths, strict=True)]
+    else:
+        q, *new = (Heads(joined, column) for column in columns[:-1])
+        angle = rng.standard_normal((2, B, m, case.Dk // 2)).astype(np.float32)
+        rotation = (np.cos(angle[0]), np.sin(angle[1]))
     finished = [
         normal(B, -(-m // d), case.K, D) if given else None for D, given in zip(sizes, case.finished, strict=True)
     ]
-    return (*new, *finished, places, np.int32(case.lengths), np.int32(case.num_tokens), tables)
+    return (q, *new, *finished, rotation, places, np.int32(case.lengths), np.int32(case.num_tokens), tables)
 
 
-def expected(case: Append, given: tuple[Any, ...]) -> Places:
-    """The cache after the loop that the contract describes."""
-    *tokens, places, lengths, counts, tables = given
-    pooled, selected, window, finished = tokens[:2], tokens[2:4], tokens[4:6], tokens[6:]
+def expected(case: Append, given: tuple[Any, ...]) -> tuple[np.ndarray | None, Places]:
+    """Rotated queries, and the cache after the loop that the contract describes."""
+    q, *heads, finished_k, finished_v, rotation, places, lengths, counts, tables = given
+    finished = finished_k, finished_v
+
+    def taken(heads: Heads, count: int, D: int, rotates: bool) -> np.ndarray:
+        x = heads.array[:, :, heads.column : heads.column + count * D].reshape(*heads.array.shape[:2], count, D)
+        if rotation is None or not rotates:
+            return x
+        cos, sin = (each[:, :, None] for each in rotation)
+        low, high = np.split(np.float32(x), 2, axis=3)
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=3).astype(x.dtype)
+
+    rotated = None if q is None else taken(q, case.H or 0, case.Dk, True)
+    tokens = [taken(each, case.K, (case.Dk, case.Dv)[i % 2], i % 2 == 0) for i, each in enumerate(heads)]
+    pooled, selected, window = tokens[:2], tokens[2:4], tokens[4:]
     config, after = case.config, Places(*map(np.copy, places))
     l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
     for b, kind in itertools.product(range(len(lengths)), (0, 1)):
@@ -113,19 +139,39 @@ def expected(case: Append, given: tuple[Any, ...]) -> Places:
                 slc[page, :, p % s] = selected[kind][b, j]
             tail[b, p % tail.shape[1]] = pooled[kind][b, j]
             win[b, p % win.shape[1]] = window[kind][b, j]
-    return after
+    return rotated, after
+
+
+def call(append: Any, case: Append, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The op as a function of arrays alone, and these."""
+    columns = [None if heads is None else heads.column for heads in given[:7]]
+
+    def run(arrays: tuple[Any, ...], *rest: Any) -> Any:
+        heads = [None if x is None else Heads(x, column) for x, column in zip(arrays, columns, strict=True)]
+        return append(*heads, *rest, config=case.config, num_heads=case.H or case.K)
+
+    return run, ([None if heads is None else heads.array for heads in given[:7]], *given[7:])
 
 
 def check(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
     given = inputs(case, dtype)
-    written = jax.jit(functools.partial(append, config=case.config))(*jax.tree.map(jnp.asarray, given))
-    for name, actual, wanted in zip(Places._fields, written, expected(case, given), strict=True):
+    run, arrays = call(append, case, given)
+    rotated, written = jax.jit(run)(*jax.tree.map(jnp.asarray, arrays))
+    wanted_q, wanted = expected(case, given)
+    assert (rotated is None) == (wanted_q is None)
+    if rotated is not None:
+        assert rotated.dtype == dtype
+        for b, count in enumerate(case.num_tokens):
+            np.testing.assert_allclose(
+                np.float32(rotated[b, :count]), np.float32(wanted_q[b, :count]), tolerance, tolerance
+            )
+    for name, actual, place in zip(Places._fields, written, wanted, strict=True):
         assert actual.dtype == dtype
-        actual, wanted = np.asarray(actual, np.float32), np.asarray(wanted, np.float32)
-        if name.startswith("cmp"):
-            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance, err_msg=name)
+        actual, place = np.asarray(actual, np.float32), np.asarray(place, np.float32)
+        if name.startswith("cmp") or (name.endswith("k") and rotated is not None):
+            np.testing.assert_allclose(actual, place, rtol=tolerance, atol=tolerance, err_msg=name)
         else:
-            np.testing.assert_array_equal(actual, wanted, err_msg=name)
+            np.testing.assert_array_equal(actual, place, err_msg=name)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "triton"])
@@ -140,10 +186,11 @@ def test_every_place_holds_what_the_contract_says(backend, name):
 @pytest.mark.parametrize("name", GPU_APPENDS)
 def test_lowers_for_gpus_to_one_kernel_that_writes_in_place(name, dtype, kind, x64):
     case = GPU_APPENDS[name]
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(case, dtype))
+    given = inputs(case, dtype)
     with jax.enable_x64(x64), cases.abstract(kind):
-        append = functools.partial(cases.function("triton", "append_tokens"), config=case.config)
-        text = jax.jit(append).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+        run, arrays = call(cases.function("triton", "append_tokens"), case, given)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+        text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1
     assert text.count("output_operand_alias<") == len(Places._fields)
 
@@ -157,11 +204,12 @@ def test_every_place_on_a_gpu_holds_what_the_contract_says(name, dtype):
 
 def test_triton_refuses_a_branch_that_is_off_and_another_dtype():
     case = APPENDS["one token, ragged"]
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(case, jnp.float32))
-    append = functools.partial(cases.function("triton", "append_tokens"), config=case.config)
+    run, arrays = call(cases.function("triton", "append_tokens"), case, inputs(case, jnp.float32))
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    places = arrays[4]
     for change, message in (
         ({"win_k": jax.ShapeDtypeStruct((8, 0, 2, 32), jnp.float32)}, "win_k: expected places"),
-        ({"cmp_v": jax.ShapeDtypeStruct(given[8].cmp_v.shape, jnp.bfloat16)}, "cmp_v.dtype = bfloat16: expected that"),
+        ({"cmp_v": jax.ShapeDtypeStruct(places.cmp_v.shape, jnp.bfloat16)}, "bfloat16 beside float32: expected one"),
     ):
         with pytest.raises(NotImplementedError, match=message):
-            jax.eval_shape(append, *given[:8], given[8]._replace(**change), *given[9:])
+            jax.eval_shape(run, *arrays[:4], places._replace(**change), *arrays[5:])

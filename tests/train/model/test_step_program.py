@@ -61,4 +61,5 @@ def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(comp
     assert layer["dot_general"] == products
     if compression == "mean":
         assert layer["gather"] == 0
+        assert layer["concatenate"] == 0
         assert layer["reduce"] == 2  # the two norms
