@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
+from nsa_jax.gating import open_gates
 from nsa_jax.rope import rotate_pairs
-from pallas_kernels.append_tokens.contract import Heads, Places
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -313,6 +314,14 @@ def appended_heads(
     sizes = (Dk, places.tail_v.shape[3]) * (len(new) // 2)
     tokens = [taken(heads, K, size, i % 2 == 0) for i, (heads, size) in enumerate(zip(new, sizes, strict=True))]
     return None if q is None else taken(q, num_heads, Dk, True), tokens
+
+
+def appended_gates(gates: Gates | None) -> Float[Array, "B m H 3"] | None:
+    """The gates that `append_tokens` opens."""
+    if gates is None:
+        return None
+    begin, F = gates.hidden.column, gates.in_bias.shape[0]
+    return open_gates(gates.hidden.array[:, :, begin : begin + F], *gates[1:])
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:

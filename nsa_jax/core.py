@@ -22,9 +22,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
 from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, checked_segment_ids, nsa_attention
-from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress, phi_shapes
+from nsa_jax.compression import COMPRESSIONS, Compression, compress, phi_shapes
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.gating import open_gates
 from nsa_jax.precision import wide_dtype
 from nsa_jax.sharding import MeshAxes, check_mesh_axes, devices_along, free_axes, place, sharded, token_positions
 
@@ -347,12 +348,11 @@ def gates(
 
     Of the queries, which are [B, T, H, Dk], this needs shape and dtype.
     """
-    wide = wide_dtype(q.dtype)
     if config.constant_gates is not None:
-        return jnp.broadcast_to(jnp.asarray(config.constant_gates, wide)[None, None, None, :], (*q.shape[:3], 3))
-    hidden = jax.nn.silu(add_bias(product("gate_in_kernel"), weights["gate_in_bias"]))
-    logits = add_bias(multiply(hidden, weights["gate_out_kernel"], config), weights["gate_out_bias"])
-    return jax.nn.sigmoid(logits.astype(wide))
+        constant = jnp.asarray(config.constant_gates, wide_dtype(q.dtype))
+        return jnp.broadcast_to(constant[None, None, None, :], (*q.shape[:3], 3))
+    in_bias, out_kernel, out_bias = (weights[f"gate_{name}"] for name in ("in_bias", "out_kernel", "out_bias"))
+    return open_gates(product("gate_in_kernel"), in_bias, out_kernel, out_bias, precision=config.precision)
 
 
 def multiply(x: Array, kernel: Array, config: HeadConfig, *, over: int = 1) -> Array:

@@ -78,7 +78,7 @@ from nsa_jax.layer import (
 )
 from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
-from pallas_kernels.append_tokens.contract import Heads, Places
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
@@ -281,13 +281,13 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
 class _Tokens(NamedTuple):
     """The new tokens of every row, as an attention takes them: not rotated, and finite where they do not count.
 
-    Queries, keys and values are arrays, or all of them `Heads` of one product.
+    All are arrays, or queries, keys and values are `Heads` of one product, and the gates may be `Gates`.
     """
 
     q: Any
     k: Branches
     v: Branches
-    gates: Float[Array, "B T H 3"]
+    gates: Any
     positions: Int[Array, "B T"] | None
     num_tokens: NumTokens
 
@@ -309,15 +309,25 @@ def _projected(
     """A layer's parameters in the dtype of the computation, and what it makes of its input."""
     x, weights = layer_inputs(x, parameters, config)
     product = layer_products(counted(x, num_tokens), weights, config)
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
     # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
     alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)
     if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself:
         q, k, v = project_branches(cast(Any, product.heads), weights, config)
+        g = _gates_to_open(product, weights, config) or gates(product, weights, shape, config)
     else:
         q, k, v = project_branches(product, weights, config)
+        g = gates(product, weights, shape, config)
     k, v = (x if isinstance(x, Branches) else Branches(x, x, x) for x in (k, v))
-    shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
-    return weights, _Tokens(q, k, v, gates(product, weights, shape, config), positions, num_tokens)
+    return weights, _Tokens(q, k, v, g, positions, num_tokens)
+
+
+def _gates_to_open(product: JoinedProducts, weights: Mapping[str, Array], config: CoreConfig) -> Gates | None:
+    """Gates that `append_tokens` opens in the precision that it has; None if it shall not."""
+    if config.constant_gates is not None or config.precision is not None:
+        return None
+    in_bias, out_kernel, out_bias = (weights[f"gate_{name}"] for name in ("in_bias", "out_kernel", "out_bias"))
+    return Gates(product.heads("gate_in_kernel"), in_bias, out_kernel, out_bias)
 
 
 def _prefill(
@@ -347,8 +357,8 @@ def _decode_step(
             f"cache's step_tokens; prefill takes more"
         )
     offsets = cache.lengths
-    q, cache = _append(weights, tokens, cache, counts, config)
-    o, _ = decode_attention(q, cache, tokens.gates, offsets, **_op_options(config))
+    q, opened, cache = _append(weights, tokens, cache, counts, config)
+    o, _ = decode_attention(q, cache, opened, offsets, **_op_options(config))
     return o, cache
 
 
@@ -376,8 +386,11 @@ def _take_in(
 
 def _append(
     weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, num_tokens: Int[Array, " B"], config: CoreConfig
-) -> tuple[Float[Array, "B m H Dk"], NSACache]:
-    """`_take_in` of a decoding step, in place and in one kernel if a backend has it, with phi if that is a mean."""
+) -> tuple[Float[Array, "B m H Dk"], Float[Array, "B m H 3"], NSACache]:
+    """`_take_in` of a decoding step, and its gates: in place and in one kernel if a backend has it.
+
+    A phi that is a mean belongs to it.
+    """
     positions = _positions(cache, tokens.array, tokens.positions)
     finished: tuple[Array | None, Array | None] = (None, None)
     if isinstance(tokens.q, Heads):
@@ -391,16 +404,17 @@ def _append(
         if config.compression != "mean":
             finished = _finished(weights, (kv.cmp_k, kv.cmp_v), cache, positions, config)
     places = Places(*cache[: len(Places._fields)])
-    inputs = (given, *new, *finished, rotation, places, cache.lengths, num_tokens, cache.block_tables)
+    gates = tokens.gates if isinstance(tokens.gates, Gates) else None
+    inputs = (given, *new, *finished, rotation, gates, places, cache.lengths, num_tokens, cache.block_tables)
     implementation = choice.implementation_with("append_tokens", config.implementation)
 
-    def attempt(backend: Any) -> tuple[Array | None, Places]:
+    def attempt(backend: Any) -> tuple[Array | None, Array | None, Places]:
         return backend.append_tokens(*inputs, config=config.config, num_heads=config.num_heads)
 
     known = (places.tail_k, places.tail_k, places.tail_v)
-    rotated, places = choice.first_that_takes("append_tokens", implementation, known, attempt)
+    rotated, opened, places = choice.first_that_takes("append_tokens", implementation, known, attempt)
     cache = cache._replace(**places._asdict(), lengths=cache.lengths + num_tokens)
-    return q if rotated is None else rotated, cache
+    return q if rotated is None else rotated, tokens.gates if opened is None else opened, cache
 
 
 def _finished(

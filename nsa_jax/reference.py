@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import appended_heads, next_compressed, read_pages
+from nsa_jax.cache import appended_gates, appended_heads, next_compressed, read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
@@ -23,7 +23,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
-from pallas_kernels.append_tokens.contract import Heads, Places
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -176,6 +176,7 @@ def append_tokens(
     finished_k: Float[Array, "B C K Dk"] | None,
     finished_v: Float[Array, "B C K Dv"] | None,
     rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    gates: Gates | None,
     places: Places,
     lengths: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
@@ -183,8 +184,8 @@ def append_tokens(
     *,
     config: NSAConfig,
     num_heads: int,
-) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
-    """Rotated queries, and a cache's arrays with new tokens and with the compressed tokens that they finish.
+) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
+    """Rotated queries, gates, and a cache's arrays with new tokens and with the compressed tokens that they finish.
 
     This asks of every place which of the tokens it shall hold.
     """
@@ -231,15 +232,19 @@ def append_tokens(
     cmp_k = mean(places.tail_k, tokens[0]) if finished_k is None else finished_k
     cmp_v = mean(places.tail_v, tokens[1]) if finished_v is None else finished_v
     selects = config.num_selected > 0
-    return rotated, Places(
-        slc_k=in_pages(places.slc_k, tokens[2], positions) if selects else places.slc_k,
-        slc_v=in_pages(places.slc_v, tokens[3], positions) if selects else places.slc_v,
-        cmp_k=in_pages(places.cmp_k, cmp_k, finished),
-        cmp_v=in_pages(places.cmp_v, cmp_v, finished),
-        tail_k=in_ring(places.tail_k, tokens[0]),
-        tail_v=in_ring(places.tail_v, tokens[1]),
-        win_k=in_ring(places.win_k, tokens[4]) if config.window else places.win_k,
-        win_v=in_ring(places.win_v, tokens[5]) if config.window else places.win_v,
+    return (
+        rotated,
+        appended_gates(gates),
+        Places(
+            slc_k=in_pages(places.slc_k, tokens[2], positions) if selects else places.slc_k,
+            slc_v=in_pages(places.slc_v, tokens[3], positions) if selects else places.slc_v,
+            cmp_k=in_pages(places.cmp_k, cmp_k, finished),
+            cmp_v=in_pages(places.cmp_v, cmp_v, finished),
+            tail_k=in_ring(places.tail_k, tokens[0]),
+            tail_v=in_ring(places.tail_v, tokens[1]),
+            win_k=in_ring(places.win_k, tokens[4]) if config.window else places.win_k,
+            win_v=in_ring(places.win_v, tokens[5]) if config.window else places.win_v,
+        ),
     )
 
 

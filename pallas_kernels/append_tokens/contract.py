@@ -11,6 +11,10 @@ With a `rotation`, which is (cos, sin), the H heads of the queries and all keys 
 x_{i + Dk/2}) of them becomes (x_i cos_i - x_{i + Dk/2} sin_i, x_{i + Dk/2} cos_i + x_i sin_i), in float32 at least. The
 queries are only rotated: they are returned, or None without a rotation.
 
+With `gates`, the gates of each new token and query head are returned: sigmoid(silu(h + in_bias) W + out_bias), where h
+are F columns of an array. Without, None is returned. Queries and gates of tokens that do not count are made of what
+these hold.
+
 Compressed token i, which starts at position i d, lies in page block_tables[b, i d // s], at place i d mod s over d. It
 is finished if i d + l <= lengths[b] + num_tokens[b]. Those that the new tokens finish are written: the entries of
 `finished_k` and `finished_v`, of which the first is the next that the row finishes; or, where these are None, the means
@@ -34,6 +38,15 @@ class Heads(NamedTuple):
 
     array: Float[Array, "B m F"]
     column: int = 0  # where the first head begins
+
+
+class Gates(NamedTuple):
+    """An MLP whose first product is made."""
+
+    hidden: Heads  # F columns
+    in_bias: Float[Array, " F"]
+    out_kernel: Float[Array, "F H 3"]
+    out_bias: Float[Array, "H 3"]
 
 
 class Places(NamedTuple):
@@ -64,6 +77,7 @@ class Append(Protocol):
         finished_k: Float[Array, "B C K Dk"] | None,
         finished_v: Float[Array, "B C K Dv"] | None,
         rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+        gates: Gates | None,
         places: Places,
         lengths: Int[Array, " B"],
         num_tokens: Int[Array, " B"],
@@ -71,5 +85,8 @@ class Append(Protocol):
         *,
         config: Sizes,
         num_heads: int,
-    ) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
-        """(rotated queries, the same arrays with the new tokens); `num_heads` is H. q is None without a rotation."""
+    ) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
+        """(rotated queries, gates in float32 at least, the same arrays with the new tokens); `num_heads` is H.
+
+        q is None without a rotation.
+        """

@@ -12,14 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.append_tokens.contract import Heads, Places
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.contract import Sizes
 from pallas_kernels.triton.heads import Piece, head_pieces
-from pallas_kernels.triton.integers import div, iota, next_power_of_two, rem
+from pallas_kernels.triton.integers import div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import LARGEST_GROUP, check_supported
 from pallas_kernels.triton.rows import load_rows, program_pair, store_rows
 
+GATE_CHUNK = 128  # hidden entries of the gates that are multiplied at a time
 TOKENS = 6  # arrays of new keys and values: of the compressed, selected and window branch
 
 
@@ -34,7 +35,7 @@ class Append:
     compress_block: int  # l
     compress_stride: int  # d
     select_block: int  # s
-    columns: tuple[int, ...]  # where the heads begin in the arrays of queries, if there are any, keys and values
+    columns: tuple[int, ...]  # where queries, the arrays of new keys and values, and the gates' hidden entries begin
 
 
 def append_tokens(
@@ -48,6 +49,7 @@ def append_tokens(
     finished_k: Float[Array, "B C K Dk"] | None,
     finished_v: Float[Array, "B C K Dv"] | None,
     rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    gates: Gates | None,
     places: Places,
     lengths: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
@@ -56,8 +58,8 @@ def append_tokens(
     config: Sizes,
     num_heads: int,
     interpret: bool = False,
-) -> tuple[Float[Array, "B m H Dk"] | None, Places]:
-    """Rotated queries, and the cache with the new tokens; see the contract.
+) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
+    """Rotated queries, gates, and the cache with the new tokens; see the contract.
 
     Raises:
       NotImplementedError: a dtype, head size or group size that the kernel does not take, or a branch that is off.
@@ -70,8 +72,8 @@ def append_tokens(
         if array.size == 0:
             raise NotImplementedError(f"{name}: expected places, of all three branches")
     new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
-    heads = new if q is None else (q, *new)
-    for array in (*places, *(each.array for each in heads)):
+    columns = [each for each in (q, *new, None if gates is None else gates.hidden)]
+    for array in (*places, *(each.array for each in columns if each is not None)):
         if array.dtype != places.tail_k.dtype:
             raise NotImplementedError(f"{array.dtype} beside {places.tail_k.dtype}: expected one dtype")
     step = Append(
@@ -82,12 +84,16 @@ def append_tokens(
         compress_block=config.compress_block,
         compress_stride=config.compress_stride,
         select_block=config.select_block,
-        columns=tuple(each.column for each in heads),
+        columns=tuple(0 if each is None else each.column for each in columns),
     )
-    rotated = [] if q is None else [jax.ShapeDtypeStruct((B, m, num_heads, Dk), q.array.dtype)]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in places]
+    if q is not None:
+        shapes.append(jax.ShapeDtypeStruct((B, m, num_heads, Dk), q.array.dtype))
+    if gates is not None:
+        shapes.append(jax.ShapeDtypeStruct((B, m, num_heads, 3), jnp.float32))
     results = launch(
         functools.partial(_kernel, step=step),
-        out_shape=(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in places), *rotated),
+        out_shape=tuple(shapes),
         in_place=len(places),
         grid=(1, B * K),
         num_warps=4,
@@ -96,8 +102,8 @@ def append_tokens(
         name="append_tokens",
     )(
         *places,
-        None if q is None else q.array,
-        *(each.array for each in new),
+        *(None if each is None else each.array for each in columns),
+        *((None,) * 3 if gates is None else gates[1:]),
         finished_k,
         finished_v,
         *(rotation or (None, None)),
@@ -105,7 +111,8 @@ def append_tokens(
         num_tokens,
         block_tables,
     )
-    return None if q is None else results[-1], Places(*results[: len(places)])
+    rotated = None if q is None else results[len(places)]
+    return rotated, None if gates is None else results[-1], Places(*results[: len(places)])
 
 
 class _Row(NamedTuple):
@@ -128,17 +135,58 @@ class _Cut(NamedTuple):
 
 def _kernel(*refs: Any, step: Append) -> None:
     before, rest = Places(*refs[: len(Places._fields)]), refs[len(Places._fields) :]
-    q, new, finished = rest[0], rest[1 : 1 + TOKENS], rest[1 + TOKENS : 3 + TOKENS]
-    cos, sin, length_ref, count_ref, table_ref, *after = rest[3 + TOKENS :]
+    q, *new = rest[: 1 + TOKENS]
+    hidden, in_bias, out_kernel, out_bias, *finished = rest[1 + TOKENS : 7 + TOKENS]
+    cos, sin, length_ref, count_ref, table_ref, *after = rest[7 + TOKENS :]
     pair = program_pair(step.num_kv_heads)
     length = length_ref[pair.batch]
     rotation = None if cos is None else (cos, sin)
     row = _Row(pair.batch, pair.kv_head, length, length + count_ref[pair.batch], rotation, table_ref)
     if q is not None:
         _rotate_queries(q, after[len(before)], row, step)
+    if hidden is not None:
+        _open_gates(hidden, in_bias, out_kernel, out_bias, after[-1], row, step)
     for kind, tail in enumerate((before.tail_k, before.tail_v)):
-        columns = step.columns[-TOKENS:][kind::2]
+        columns = step.columns[1 : 1 + TOKENS][kind::2]
         _append(kind == 0, tail, new[kind::2], columns, finished[kind], after[: len(before)][kind::2], row, step)
+
+
+def _open_gates(
+    hidden: Any, in_bias: Any, out_kernel: Any, out_bias: Any, opened: Any, row: _Row, step: Append
+) -> None:
+    """The gates of the query heads of one row and K/V head."""
+    group, F = step.num_heads // step.num_kv_heads, in_bias.shape[0]
+    group_head = iota(next_power_of_two(group))
+    has_head = group_head < group
+    head = jnp.where(has_head, row.kv_head * group + group_head, step.num_heads)
+
+    def of_token(token: Any, _: Any) -> Any:
+        def add(chunk: Any, logits: Any) -> Any:
+            f = chunk * GATE_CHUNK + iota(GATE_CHUNK)
+            inside = f < F
+            x = plgpu.load(hidden.at[row.batch, token, step.columns[-1] + f], mask=inside, other=0)
+            x = x.astype(jnp.float32) + plgpu.load(in_bias.at[f], mask=inside, other=0).astype(jnp.float32)
+            x = x / (1 + jnp.exp(-x))
+            both = inside[:, None] & has_head[None, :]
+            return tuple(
+                total
+                + jnp.sum(
+                    x[:, None]
+                    * plgpu.load(out_kernel.at[f[:, None], head[None, :], gate], mask=both, other=0).astype(
+                        jnp.float32
+                    ),
+                    axis=0,
+                )
+                for gate, total in enumerate(logits)
+            )
+
+        zeros = (jnp.zeros(head.shape, jnp.float32),) * 3
+        for gate, total in enumerate(loop(0, pl.cdiv(F, GATE_CHUNK), add, zeros)):
+            logit = total + plgpu.load(out_bias.at[head, gate], mask=has_head, other=0).astype(jnp.float32)
+            plgpu.store(opened.at[row.batch, token, head, gate], 1 / (1 + jnp.exp(-logit)), mask=has_head)
+        return _
+
+    loop(0, step.num_tokens, of_token, np.int32(0))
 
 
 def _rotate_queries(q: Any, rotated: Any, row: _Row, step: Append) -> None:

@@ -1,6 +1,7 @@
 """New tokens in a paged cache, place by place, by every backend that has kernels for it and by those in pure JAX."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from nsa_jax import NSAConfig, backends
 from nsa_jax.testing import tolerance_of
-from pallas_kernels.append_tokens.contract import Heads, Places
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from tests.pallas_kernels import cases
 
 SMALL = NSAConfig(8, 4, 16, 4, 1, 2, 20)
@@ -81,27 +82,28 @@ def inputs(case: Append, dtype: Any) -> tuple[Any, ...]:
     )
     widths = [case.K * D for D in sizes * 3]
     if case.H is not None:
-        widths = [case.H * case.Dk, *widths, 7]  # of which the last are something else
+        widths = [case.H * case.Dk, *widths, 150, 7]  # of which the last are something else
     joined = normal(B, m, sum(widths))
     for b, count in enumerate(case.num_tokens):
         joined[b, count:] = np.nan
     columns = [sum(widths[:i]) for i in range(len(widths))]
-    q, rotation = None, None
+    q, rotation, gates = None, None, None
     if case.H is None:
         new = [Heads(joined[:, :, i : i + width]) for i, width in zip(columns, widths, strict=True)]
     else:
-        q, *new = (Heads(joined, column) for column in columns[:-1])
+        q, *new, hidden = (Heads(joined, column) for column in columns[:-1])
+        gates = Gates(hidden, normal(150), 0.1 * normal(150, case.H, 3), normal(case.H, 3))
         angle = rng.standard_normal((2, B, m, case.Dk // 2)).astype(np.float32)
         rotation = (np.cos(angle[0]), np.sin(angle[1]))
     finished = [
         normal(B, -(-m // d), case.K, D) if given else None for D, given in zip(sizes, case.finished, strict=True)
     ]
-    return (q, *new, *finished, rotation, places, np.int32(case.lengths), np.int32(case.num_tokens), tables)
+    return (q, *new, *finished, rotation, gates, places, np.int32(case.lengths), np.int32(case.num_tokens), tables)
 
 
-def expected(case: Append, given: tuple[Any, ...]) -> tuple[np.ndarray | None, Places]:
-    """Rotated queries, and the cache after the loop that the contract describes."""
-    q, *heads, finished_k, finished_v, rotation, places, lengths, counts, tables = given
+def expected(case: Append, given: tuple[Any, ...]) -> tuple[np.ndarray | None, np.ndarray | None, Places]:
+    """Rotated queries, gates, and the cache after the loop that the contract describes."""
+    q, *heads, finished_k, finished_v, rotation, gates, places, lengths, counts, tables = given
     finished = finished_k, finished_v
 
     def taken(heads: Heads, count: int, D: int, rotates: bool) -> np.ndarray:
@@ -113,6 +115,11 @@ def expected(case: Append, given: tuple[Any, ...]) -> tuple[np.ndarray | None, P
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=3).astype(x.dtype)
 
     rotated = None if q is None else taken(q, case.H or 0, case.Dk, True)
+    opened = None
+    if gates is not None:
+        wide = [np.float32(x) for x in (gates.hidden.array, *gates[1:])]
+        h = wide[0][:, :, gates.hidden.column : gates.hidden.column + 150] + wide[1]
+        opened = 1 / (1 + np.exp(-(np.tensordot(h / (1 + np.exp(-h)), wide[2], 1) + wide[3])))
     tokens = [taken(each, case.K, (case.Dk, case.Dv)[i % 2], i % 2 == 0) for i, each in enumerate(heads)]
     pooled, selected, window = tokens[:2], tokens[2:4], tokens[4:]
     config, after = case.config, Places(*map(np.copy, places))
@@ -139,37 +146,43 @@ def expected(case: Append, given: tuple[Any, ...]) -> tuple[np.ndarray | None, P
                 slc[page, :, p % s] = selected[kind][b, j]
             tail[b, p % tail.shape[1]] = pooled[kind][b, j]
             win[b, p % win.shape[1]] = window[kind][b, j]
-    return rotated, after
+    return rotated, opened, after
 
 
 def call(append: Any, case: Append, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The op as a function of arrays alone, and these."""
-    columns = [None if heads is None else heads.column for heads in given[:7]]
+    gates = given[10]
+    heads = [*given[:7], None if gates is None else gates.hidden]
+    columns = [None if each is None else each.column for each in heads]
 
-    def run(arrays: tuple[Any, ...], *rest: Any) -> Any:
-        heads = [None if x is None else Heads(x, column) for x, column in zip(arrays, columns, strict=True)]
-        return append(*heads, *rest, config=case.config, num_heads=case.H or case.K)
+    def run(arrays: tuple[Any, ...], rest_of_gates: Any, finished: Any, rotation: Any, *rest: Any) -> Any:
+        *heads, hidden = (None if x is None else Heads(x, i) for x, i in zip(arrays, columns, strict=True))
+        opened = None if hidden is None else Gates(hidden, *rest_of_gates)
+        sizes = {"config": case.config, "num_heads": case.H or case.K}
+        return append(*heads, *finished, rotation, opened, *rest, **sizes)
 
-    return run, ([None if heads is None else heads.array for heads in given[:7]], *given[7:])
+    arrays = tuple(None if each is None else each.array for each in heads)
+    return run, (arrays, () if gates is None else tuple(gates[1:]), given[7:9], given[9], *given[11:])
 
 
 def check(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
     given = inputs(case, dtype)
     run, arrays = call(append, case, given)
-    rotated, written = jax.jit(run)(*jax.tree.map(jnp.asarray, arrays))
-    wanted_q, wanted = expected(case, given)
-    assert (rotated is None) == (wanted_q is None)
-    if rotated is not None:
-        assert rotated.dtype == dtype
-        for b, count in enumerate(case.num_tokens):
-            np.testing.assert_allclose(
-                np.float32(rotated[b, :count]), np.float32(wanted_q[b, :count]), tolerance, tolerance
-            )
+    *of_tokens, written = jax.jit(run)(*jax.tree.map(jnp.asarray, arrays))
+    *wanted_of_tokens, wanted = expected(case, given)
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    for x, y in zip(of_tokens, wanted_of_tokens, strict=True):
+        assert (x is None) == (y is None) == (case.H is None)
+        for b, count in enumerate(case.num_tokens if x is not None else ()):
+            close(np.float32(x[b, :count]), np.float32(y[b, :count]))
+    if case.H is not None:
+        assert of_tokens[0].dtype == dtype
+        assert of_tokens[1].dtype == jnp.float32
     for name, actual, place in zip(Places._fields, written, wanted, strict=True):
         assert actual.dtype == dtype
         actual, place = np.asarray(actual, np.float32), np.asarray(place, np.float32)
-        if name.startswith("cmp") or (name.endswith("k") and rotated is not None):
-            np.testing.assert_allclose(actual, place, rtol=tolerance, atol=tolerance, err_msg=name)
+        if name.startswith("cmp") or (name.endswith("k") and case.H is not None):
+            close(actual, place, err_msg=name)
         else:
             np.testing.assert_array_equal(actual, place, err_msg=name)
 
@@ -207,6 +220,7 @@ def test_triton_refuses_a_branch_that_is_off_and_another_dtype():
     run, arrays = call(cases.function("triton", "append_tokens"), case, inputs(case, jnp.float32))
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     places = arrays[4]
+    assert isinstance(places, Places)
     for change, message in (
         ({"win_k": jax.ShapeDtypeStruct((8, 0, 2, 32), jnp.float32)}, "win_k: expected places"),
         ({"cmp_v": jax.ShapeDtypeStruct(places.cmp_v.shape, jnp.bfloat16)}, "bfloat16 beside float32: expected one"),
