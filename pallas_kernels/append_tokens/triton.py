@@ -1,4 +1,7 @@
-"""The new tokens rotated and written in place, in one Pallas Triton kernel with a row and K/V head per program."""
+"""The new tokens rotated and written in place, and their gates, in one Pallas Triton kernel.
+
+A program works for a row and K/V head: for the keys, for the values, for the queries or for the gates.
+"""
 
 import dataclasses
 import functools
@@ -95,7 +98,7 @@ def append_tokens(
         functools.partial(_kernel, step=step),
         out_shape=tuple(shapes),
         in_place=len(places),
-        grid=(1, B * K),
+        grid=(len(shapes) - len(places) + 2, B * K),
         num_warps=4,
         num_stages=1,
         interpret=interpret,
@@ -142,13 +145,19 @@ def _kernel(*refs: Any, step: Append) -> None:
     length = length_ref[pair.batch]
     rotation = None if cos is None else (cos, sin)
     row = _Row(pair.batch, pair.kv_head, length, length + count_ref[pair.batch], rotation, table_ref)
+    written, columns = after[: len(before)], step.columns[1 : 1 + TOKENS]
+    parts = [
+        functools.partial(
+            _append, kind == 0, tail, new[kind::2], columns[kind::2], finished[kind], written[kind::2], row, step
+        )
+        for kind, tail in enumerate((before.tail_k, before.tail_v))
+    ]
     if q is not None:
-        _rotate_queries(q, after[len(before)], row, step)
+        parts.append(functools.partial(_rotate_queries, q, after[len(before)], row, step))
     if hidden is not None:
-        _open_gates(hidden, in_bias, out_kernel, out_bias, after[-1], row, step)
-    for kind, tail in enumerate((before.tail_k, before.tail_v)):
-        columns = step.columns[1 : 1 + TOKENS][kind::2]
-        _append(kind == 0, tail, new[kind::2], columns, finished[kind], after[: len(before)][kind::2], row, step)
+        parts.append(functools.partial(_open_gates, hidden, in_bias, out_kernel, out_bias, after[-1], row, step))
+    for number, part in enumerate(parts):
+        pl.when(pl.program_id(0) == number)(part)
 
 
 def _open_gates(
@@ -160,31 +169,23 @@ def _open_gates(
     has_head = group_head < group
     head = jnp.where(has_head, row.kv_head * group + group_head, step.num_heads)
 
-    def of_token(token: Any, _: Any) -> Any:
+    def load(ref: Any, at: tuple[Any, ...], mask: Any) -> Any:
+        return plgpu.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
+
+    def of_token(token: Any, done: Any) -> Any:
         def add(chunk: Any, logits: Any) -> Any:
             f = chunk * GATE_CHUNK + iota(GATE_CHUNK)
-            inside = f < F
-            x = plgpu.load(hidden.at[row.batch, token, step.columns[-1] + f], mask=inside, other=0)
-            x = x.astype(jnp.float32) + plgpu.load(in_bias.at[f], mask=inside, other=0).astype(jnp.float32)
+            x = load(hidden, (row.batch, token, step.columns[-1] + f), f < F) + load(in_bias, (f,), f < F)
             x = x / (1 + jnp.exp(-x))
-            both = inside[:, None] & has_head[None, :]
-            return tuple(
-                total
-                + jnp.sum(
-                    x[:, None]
-                    * plgpu.load(out_kernel.at[f[:, None], head[None, :], gate], mask=both, other=0).astype(
-                        jnp.float32
-                    ),
-                    axis=0,
-                )
-                for gate, total in enumerate(logits)
-            )
+            there = (f < F)[:, None] & has_head[None, :]
+            kernels = (load(out_kernel, (f[:, None], head[None, :], gate), there) for gate in range(3))
+            return tuple(y + jnp.sum(x[:, None] * w, axis=0) for y, w in zip(logits, kernels, strict=True))
 
-        zeros = (jnp.zeros(head.shape, jnp.float32),) * 3
-        for gate, total in enumerate(loop(0, pl.cdiv(F, GATE_CHUNK), add, zeros)):
-            logit = total + plgpu.load(out_bias.at[head, gate], mask=has_head, other=0).astype(jnp.float32)
-            plgpu.store(opened.at[row.batch, token, head, gate], 1 / (1 + jnp.exp(-logit)), mask=has_head)
-        return _
+        logits = loop(0, pl.cdiv(F, GATE_CHUNK), add, (jnp.zeros(head.shape, jnp.float32),) * 3)
+        for gate, logit in enumerate(logits):
+            opening = 1 / (1 + jnp.exp(-logit - load(out_bias, (head, gate), has_head)))
+            plgpu.store(opened.at[row.batch, token, head, gate], opening, mask=has_head)
+        return done
 
     loop(0, step.num_tokens, of_token, np.int32(0))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +163,40 @@ def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
     (outputs, cache), (expected, plain) = run(joined, "triton"), run(params, "xla")
     assert_trees_close(outputs, expected, 1e-5)
     assert_trees_close(cache, plain, 1e-5)
+
+
+def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
+    """Outputs of steps after a prompt of T tokens, one step after the other in one program, and the cache."""
+    heads = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 64}
+    layer = nsa_jax.NSAttention(**heads, dtype=dtype, implementation=implementation)
+    x = jax.random.normal(jax.random.key(0), (2, T + steps, 128), dtype)
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(1), x[:, :1])["params"])
+    variables = {"params": layer.join_projections(params) if joins else params}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(variables, cache):
+        def step(cache, token):
+            y, cache = layer.apply(variables, token[:, None], cache, method="decode_step")
+            return cache, y
+
+        return jax.lax.scan(step, cache, jnp.moveaxis(x[:, T:], 1, 0))
+
+    prefill = functools.partial(layer.clone(implementation="xla").apply, method="prefill")
+    counts = jnp.array([T, T - 5])
+    cache = layer.init_cache(batch_size=2, max_length=max_length)
+    _, cache = jax.jit(prefill)({"params": params}, x[:, :T], cache, num_tokens=counts)
+    cache, outputs = run(variables, cache)
+    return outputs, cache
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_of_kernels_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
+    sizes = {"T": 900, "steps": 70, "max_length": 1024}  # so that all blocks are selected, whatever is rounded
+    actual = steps_in_a_loop("triton", dtype, joins=True, **sizes)
+    expected = steps_in_a_loop("xla", dtype, joins=False, **sizes)
+    assert_trees_close(actual[0], expected[0], tolerance_of(dtype))
+    assert_trees_close(actual[1], expected[1], tolerance_of(dtype))
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 17])
