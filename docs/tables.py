@@ -397,6 +397,25 @@ def tokens_100m(record: Any) -> list[Row]:
     return table
 
 
+def conversion(record: Any) -> list[Row]:
+    """Held-out loss of a dense checkpoint that goes over to NSA, and of the same one trained further as it is."""
+    runs = {run["name"]: {each["tokens"]: each for each in run["evals"]} for run in record["runs"]}
+    table: list[Row] = [("tokens of training", "full attention", "NSA", "difference", "NSA as annealed so far")]
+    for tokens, nsa in runs["nsa"].items():
+        full = runs["full"].get(tokens)
+        annealed = nsa.get("loss_as_trained")
+        table.append(
+            (
+                f"{tokens / 1e6:.0f}M" if tokens else "0",
+                "" if full is None else f"{full['loss']:.4f}",
+                f"{nsa['loss']:.4f}",
+                "" if full is None else f"{100 * (nsa['loss'] / full['loss'] - 1):+.1f}%",
+                "" if annealed is None else f"{annealed:.4f}",
+            )
+        )
+    return table
+
+
 def _skill_by_layer(shares: dict[str, list[list[float]]]) -> str:
     """(chosen - random) / (best - random) of each layer, from the shares of its heads."""
     means = ([statistics.mean(layer) for layer in shares[what]] for what in ("random", "chosen", "best"))
@@ -457,7 +476,8 @@ TOKENS_100M = {"full": "full attention", "nsa": "NSA"}
 RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
 POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
 LONGER_RUNS = TRAINING / "h100_60m_100m.jsonl"
-EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS, LONGER_RUNS)  # files with a line for each run
+CONVERSION = TRAINING / "smollm2_conversion.jsonl"
+EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS, LONGER_RUNS, CONVERSION)  # files with a line for each run
 SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
 TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full", "nsa_paper"))
@@ -495,5 +515,6 @@ TABLES = {
     "pooling": Table((POOLING_RUNS,), pooling),
     "quality_100m": Table((LONGER_RUNS,), tokens_100m),
     "pretrained": Table((TRAINING / "smollm2_135m_transformers.json",), pretrained),
+    "conversion": Table((CONVERSION,), conversion),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

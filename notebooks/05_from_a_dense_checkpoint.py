@@ -218,7 +218,7 @@ for name, flags in WAYS.items():
 from train.metrics import read_metrics
 
 metrics = {name: read_metrics(path / "metrics.jsonl") for name, path in runs.items()}
-losses = {name: [entry["loss"] for entry in entries] for name, entries in metrics.items()}
+losses = {name: [entry["loss"] for entry in entries if "loss" in entry] for name, entries in metrics.items()}
 print(f"{'step':>5}" + "".join(f"{name:>12}" for name in losses) + "   (training loss, nats per token)")
 for step in sorted({1, 2, ANNEAL // 2, ANNEAL // 2 + 1, ANNEAL + 1, STEPS}):
     print(f"{step:5}" + "".join(f"{of_run[step - 1]:12.6f}" for of_run in losses.values()))

@@ -12,6 +12,8 @@ _DECODING = "the methods init_cache, prefill and decode_step"
 _WIDTH = "no such field: input and output of a layer have one width, which NNX calls embed_dim"
 _FLOAT32 = "no such field: softmax and its sums are in float32 at least"
 _RULES = "logical_axes, see nsa_jax.naming"
+_WINDOW = "config=NSAConfig(window=...), or window of FullAttention"
+_EPSILON = "no such field: that of the norm of queries and keys is fixed, nsa_jax.layer.NORM_EPSILON"
 
 # What the message says after "expected".
 INSTEAD: Mapping[str, str] = {
@@ -44,7 +46,7 @@ INSTEAD: Mapping[str, str] = {
     "rope_type": "rope_scaling",
     "max_target_length": "max_length of init_cache",
     "max_prefill_predict_length": "prefill, which takes any number of tokens",
-    "sliding_window_size": "config=NSAConfig(window=...), or window of FullAttention",
+    "sliding_window_size": _WINDOW,
     "window": "config=NSAConfig(window=...)",
     "attn_logits_soft_cap": _SOFT_CAP,
     "logits_soft_cap": _SOFT_CAP,
@@ -54,6 +56,8 @@ INSTEAD: Mapping[str, str] = {
     "quant": "no such field: see the page on integrations for int8 with qwix",
     "mesh": "batch_axes, head_axes and context_axes; the mesh is the one in context",
     "kernel_axes": _RULES,
+    "matmul_precision": "precision",
+    "normalization_layer_epsilon": _EPSILON,
     # Transformers
     "hidden_size": _WIDTH,
     "num_attention_heads": "num_heads",
@@ -61,6 +65,11 @@ INSTEAD: Mapping[str, str] = {
     "attention_bias": "use_bias",
     "attention_dropout": _DROPOUT,
     "rope_parameters": "rope_theta and rope_scaling",
+    "partial_rotary_factor": "rotate, a rotary embedding of your own, where it is not 1",
+    "max_position_embeddings": "no such field: no position is too large; a cache has max_length of init_cache",
+    "sliding_window": _WINDOW,
+    "attn_logit_softcapping": _SOFT_CAP,
+    "rms_norm_eps": _EPSILON,
 }
 
 

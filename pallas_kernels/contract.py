@@ -12,8 +12,8 @@ logarithm, in float32, as [B, H, Tq]. A query that sees nothing has o = 0 and ls
 takes what any other backend's forward pass returned.
 
 What must not matter. Keys and values that no query of the call sees may hold any finite numbers, those that come after
-all that are seen may also hold NaN, and their gradients are zero. A key that some queries do not see reaches these only
-if it is not finite, or if its products are not: a tile of queries multiplies what one of them sees.
+the last query may also hold NaN, and their gradients are zero. A key that some queries do not see reaches these only if
+it is not finite, or if its products are not: a tile of queries multiplies what one of them sees.
 
 Refusals. A backend raises NotImplementedError, before anything is computed, for arguments that it does not support. A
 call that no backend could serve raises another error.

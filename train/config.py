@@ -179,7 +179,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()  # the devices
     distributed: DistributedConfig = DistributedConfig()  # the processes
     run_dir: Path = Path("runs/tiny")  # everything this run writes; a run found there is resumed
-    steps: int = 300  # optimiser steps
+    steps: int = 300  # optimiser steps; 0: only evaluates what the run starts from, and saves it
     seed: int = 0  # of the parameters and of sampling
     deterministic: bool = True  # gradients repeat bit for bit on GPUs too, where XLA_FLAGS does not say otherwise
     eval_every: int = 100  # steps between held-out evaluations; the last step is always evaluated
@@ -188,7 +188,7 @@ class TrainConfig:
     init_from: Path | None = None  # folder of a run whose parameters this one starts from; its data begin anew
     init_step: int | None = None  # of that run's checkpoint; None: the newest
     anneal_steps: int = 0  # in which NSA that starts from full attention goes over to its own; 0: at once
-    position_buckets: int = 16  # parts of the sequence whose held-out loss the last step logs; 0: none
+    position_buckets: int = 16  # parts of the sequence whose held-out loss is logged at the end; 0: none
     sample_prompt: str = "def "  # what the sample at the end continues
     sample_tokens: int = 200  # its length in tokens
     tensorboard: bool = False  # also write TensorBoard events (extra: tensorboard)
@@ -217,7 +217,7 @@ AT_LEAST = {
     "checkpoint.every": 1,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": 0,
-    "steps": 1,
+    "steps": 0,
     "eval_every": 1,
     "eval_batches": 1,
     "anneal_steps": 0,
@@ -316,7 +316,7 @@ def _check_start_and_end(config: TrainConfig) -> None:
         raise ValueError(f"anneal_steps = {config.anneal_steps}: expected init_from, a run with full attention")
     if not 0 <= config.optimizer.decay_fraction <= 1:
         raise ValueError(f"optimizer.decay_fraction = {config.optimizer.decay_fraction}: expected a number from 0 to 1")
-    if warmup_steps >= config.steps:
+    if config.steps and warmup_steps >= config.steps:
         raise ValueError(f"optimizer.warmup_steps = {warmup_steps}: expected fewer than steps = {config.steps}")
 
 

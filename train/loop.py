@@ -89,7 +89,8 @@ def run(prepared: Prepared, *, plain: bool | None = None) -> Result:
         _lock(prepared, stack, console)
         checkpointer = stack.enter_context(checkpoints_of(config, prepared.data_shard))
         done, state = _starting_state(prepared, checkpointer, console)
-        log = stack.enter_context(contextlib.closing(_open_log(prepared, first_step=done + 1, silent=silent)))
+        first_step = 0 if checkpointer.latest_step is None else done + 1
+        log = stack.enter_context(contextlib.closing(_open_log(prepared, first_step=first_step, silent=silent)))
         stop = stack.enter_context(contextlib.closing(Stop(prepared.mesh)))
         stack.enter_context(console)
         state, held_out = _train(prepared, done, state, checkpointer=checkpointer, log=log, stop=stop, console=console)
@@ -156,14 +157,26 @@ def _train(
     stop: Stop,
     console: Console,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Makes the steps that are left, and returns the last state and its held-out figures."""
+    """Makes the steps that are left, and returns the last state and its held-out figures.
+
+    What a run starts from is evaluated as step 0, if it is another run's.
+    """
     config, mesh, batches = prepared.config, prepared.mesh, prepared.train_batches
     stride = config.model.nsa.compress_stride
-    train_step, eval_step = _programs(prepared)
-    measure_selection = _selection(prepared)
+    train_step, held_out_figures = _programs(prepared)
+    measure_selection, by_position = _selection(prepared), _by_position(prepared)
     reader = _StepReader(prepared, checkpointer, console)
     pending: tuple[int, StepMetrics] | None = None  # dispatched and not yet looked at
     held_out: dict[str, float] = {}
+    if checkpointer.latest_step is None and (config.init_from is not None or not config.steps):
+        held_out = held_out_figures(0, state.params)
+        selection = measure_selection(state.params)
+        console.evaluated(0, held_out | selection)
+        log.write(0, held_out | selection | by_position(state.params))
+        if not config.steps:
+            checkpointer.save(0, state, batches, held_out)
+            checkpointer.wait()
+        reader.restart_clock()
     for step in range(done + 1, config.steps + 1):
         state, metrics = train_step(step)(state, put_batch(next(batches), mesh, stride))
         # The step before is looked at only now, so that the device never waits for the host.
@@ -179,12 +192,11 @@ def _train(
         pending = None
         evaluated = {}
         if evaluating:
-            evaluated = held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
+            evaluated = held_out = held_out_figures(step, state.params)
             selection = measure_selection(state.params)
             console.evaluated(step, evaluated | selection)
             values |= selection
-        by_position = _by_position(prepared, state.params) if step == config.steps else {}
-        log.write(step, values | evaluated | by_position)
+        log.write(step, values | evaluated | (by_position(state.params) if step == config.steps else {}))
         if saving:
             checkpointer.save(step, state, batches, evaluated or None)
         if signalled is not None or step == config.steps:
@@ -194,14 +206,19 @@ def _train(
             raise Interrupted(signalled, step)
         reader.restart_clock()  # evaluating and saving are not training
     if not held_out:  # there was no step left to make
-        held_out = evaluate(eval_step, state.params, prepared.held_out, mesh, stride)
+        held_out = held_out_figures(done, state.params)
     return state, held_out
 
 
-def _programs(prepared: Prepared) -> tuple[Callable[[int], Callable], Callable]:
-    """The update of a step, which takes over the state that it is given, and the loss of a held-out batch."""
+def _programs(prepared: Prepared) -> tuple[Callable[[int], Callable], Callable[[int, Any], dict[str, float]]]:
+    """The update of a step, which takes over the state that it is given, and the held-out figures after a step.
+
+    These figures are those of the ordinary model. As long as the run goes over to it, "held_out_loss_as_trained" is
+    that of the model that the next step trains.
+    """
     config, mesh, model = prepared.config, prepared.mesh, prepared.model
-    options = determinism.compiler_options(config.deterministic)
+    options, opening = determinism.compiler_options(config.deterministic), annealing.opening(config)
+    stride = config.model.nsa.compress_stride
 
     def train_step(model: Transformer) -> Callable:
         update = make_train_step(
@@ -209,17 +226,35 @@ def _programs(prepared: Prepared) -> tuple[Callable[[int], Callable], Callable]:
             prepared.optimizer,
             accumulate=config.optimizer.accumulate,
             z_loss=config.optimizer.z_loss,
-            opening=annealing.opening(config),
+            opening=opening,
         )
         jitted = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(prepared), None), compiler_options=options)
         return in_turn(on_mesh(jitted, mesh))
 
-    first, ordinary = train_step(annealing.first_model(model, config)), train_step(model)
-    eval_step = jax.jit(lambda params, batch: loss_sums(model, params, batch), compiler_options=options)
-    return (
-        lambda step: first if annealing.in_first_half(step, config) else ordinary,
-        in_turn(on_mesh(eval_step, mesh)),
-    )
+    def eval_step(model: Transformer) -> Callable:
+        def sums(params: Any, step: jax.Array, batch: dict[str, jax.Array]) -> LossSums:
+            return loss_sums(model, params if opening is None else opening(params, step), batch)
+
+        return in_turn(on_mesh(jax.jit(sums, compiler_options=options), mesh))
+
+    first_model = annealing.first_model(model, config)
+    train_first, train_ordinary = train_step(first_model), train_step(model)
+    eval_first, eval_ordinary = eval_step(first_model), eval_step(model)
+
+    def held_out_figures(step: int, params: Any) -> dict[str, float]:
+        def figures(eval_step: Callable, step: int) -> dict[str, float]:
+            def after(params: Any, batch: dict[str, jax.Array]) -> LossSums:
+                return eval_step(params, np.int32(step), batch)
+
+            return evaluate(after, params, prepared.held_out, mesh, stride)
+
+        found = figures(eval_ordinary, config.anneal_steps)
+        if step < config.anneal_steps:
+            eval_next = eval_first if annealing.in_first_half(step + 1, config) else eval_ordinary
+            found["held_out_loss_as_trained"] = figures(eval_next, step)["held_out_loss"]
+        return found
+
+    return lambda step: train_first if annealing.in_first_half(step, config) else train_ordinary, held_out_figures
 
 
 class _StepReader:
@@ -281,22 +316,26 @@ class _StepReader:
         )
 
 
-def _by_position(prepared: Prepared, params: Any) -> dict[str, float]:
-    """Held-out bits per byte by position, as they are logged."""
+def _by_position(prepared: Prepared) -> Callable[[Any], dict[str, float]]:
+    """A function from parameters to held-out bits per byte by position, as they are logged."""
     model, mesh, buckets = prepared.model, prepared.mesh, prepared.config.position_buckets
     stride, length = model.config.nsa.compress_stride, prepared.config.data.sequence_length
     if not buckets:
-        return {}
+        return lambda params: {}
 
     def loss(params: Any, batch: dict[str, jax.Array]) -> LossSums:
         return loss_sums(model, params, batch)
 
     whole = NamedSharding(mesh, PartitionSpec())  # every host reads all buckets
-    step = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets, length), out_shardings=whole)
-    found = evaluate_positions(
-        in_turn(on_mesh(step, mesh)), params, (put_batch(batch, mesh, stride) for batch in prepared.held_out), length
-    )
-    return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
+    jitted = jax.jit(lambda params, batch: position_sums(loss, params, batch, buckets, length), out_shardings=whole)
+    step = in_turn(on_mesh(jitted, mesh))
+
+    def by_position(params: Any) -> dict[str, float]:
+        batches = (put_batch(batch, mesh, stride) for batch in prepared.held_out)
+        found = evaluate_positions(step, params, batches, length)
+        return {f"held_out_bits_per_byte/{bucket.begin}-{bucket.end - 1}": bucket.bits_per_byte for bucket in found}
+
+    return by_position
 
 
 def _selection(prepared: Prepared) -> Callable[[Any], dict[str, float]]:

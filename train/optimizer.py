@@ -36,8 +36,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
     Linear warm-up, at `learning_rate` in update `warmup_steps`, then down to `final_fraction` of it in update `steps`:
     in a cosine from there on, or, with `schedule` "wsd", in a line over the last `decay_fraction` of the steps.
-    Updates count from 1, so that the first one is not spent on a rate of 0.
+    Updates count from 1, so that the first one is not spent on a rate of 0. Of a run without steps nothing is asked.
     """
+    if not steps:
+        return optax.constant_schedule(config.learning_rate)
     init_value = 0.0 if config.warmup_steps else config.learning_rate
     end_value = config.learning_rate * config.final_fraction
     if config.schedule == "wsd":

@@ -33,14 +33,16 @@ def preset(make: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
 
 
 def named(name: str) -> TrainConfig:
-    """The preset of a name.
+    """The preset of a name, or the settings of the run in a folder.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is neither, or the run's settings cannot be read.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset = {name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    if name in PRESETS:
+        return PRESETS[name]()
+    if is_run(name):
+        return _from_run(Path(name))
+    raise ValueError(f"preset = {name!r}: expected one of {', '.join(PRESETS)}, or the folder of a run")
 
 
 def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfig:
@@ -51,7 +53,7 @@ def parse(arguments: Sequence[str], prog: str = "python -m train") -> TrainConfi
       ValueError: a setting is impossible, or those of the run cannot be read.
     """
     if arguments and arguments[0] not in PRESETS and is_run(arguments[0]):
-        return tyro.cli(TrainConfig, prog=prog, default=_from_run(Path(arguments[0])), args=list(arguments[1:]))
+        return tyro.cli(TrainConfig, prog=prog, default=named(arguments[0]), args=list(arguments[1:]))
     presets = {name: ((preset.__doc__ or "").strip(), preset()) for name, preset in PRESETS.items()}
     if list(arguments) in (["--help"], ["-h"]):
         with contextlib.suppress(SystemExit):

@@ -3,8 +3,8 @@
 Two warpgroups score 8 queries each from the same keys. Scores are transposed. The rows of a matrix are 64 blocks, of
 which a strided copy brings the c-th compressed token each. Its columns are the heads of the 8 queries, head by head.
 The sums over the heads and over a block's tokens are then plain additions of registers. Only the part of a block's last
-token that belongs to the next block goes through shared memory. A third warpgroup takes the scores of 8 queries, all
-blocks of a query in one warp, and picks the highest one by one. A fourth one copies.
+token that belongs to the next block goes through shared memory. A third warpgroup takes the scores of the 16 queries,
+all blocks of a query in one warp, and picks the highest one by one. A fourth one copies.
 """
 
 import functools
@@ -27,6 +27,7 @@ from pallas_kernels.mosaic.launch import (
     Matrix,
     Vectors,
     check_version,
+    each_warp,
     launch,
     num_programs,
 )
@@ -38,23 +39,26 @@ from pallas_kernels.mosaic.products import (
     Products,
     accumulators,
     along_columns,
+    filled,
     i32,
     index,
     load_matrix,
     load_numbers,
+    store_matrix,
 )
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER
 
 QUERIES = 8  # of a scoring warpgroup
 SCORING = 2  # warpgroups
+WARPS = 4  # of a warpgroup
 BOUNDS = 4  # numbers of a query: those of 8 are 128 bytes, which is what a copy has to start at a multiple of
 MOST_BLOCKS = 1088  # that the picking warpgroup holds in registers
 MOST_SELECTED = 32  # that one lane each of a warp holds
 LARGEST_GROUP = 32
 _MOST_SLOTS = 5
 _SMALL = 8192  # bytes of shared memory for what is no matrix and no score
-_REGISTERS = (168, 136, 32)  # of the scoring, the picking and the copying warpgroups
+_REGISTERS = (152, 176, 32)  # of the scoring, the picking and the copying warpgroups
 _NONE = 1 << 30  # above every index
 # A matrix [blocks, queries] whose columns are in one warp each: 32 blocks by lanes, two queries a warp.
 _BY_QUERY = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (32, 2), (1,))), warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1)
@@ -176,15 +180,15 @@ def _select(
             Vectors((SCORING, max(COPIED_TO // 4, group * QUERIES)), jnp.float32),
             Vectors((SCORING, BOUNDS, QUERIES), jnp.int32),
             Vectors((SCORING, blocks + 1, QUERIES), jnp.float32),
-            Vectors((2, BOUNDS, QUERIES), jnp.int32),
-            Vectors((MOST_SELECTED, QUERIES), jnp.int32),
+            Vectors((2, SCORING, BOUNDS, QUERIES), jnp.int32),
+            Vectors((SCORING, MOST_SELECTED, QUERIES), jnp.int32),
             Barriers(1, SCORING * (group + 2)),
             Barriers(1, SCORING),
-            Barriers(slots),
+            Barriers(slots, WARPS),
             Barriers(slots, SCORING),
             Barriers(SCORING),
             Barriers(SCORING),
-            Barriers(2),
+            Barriers(2, SCORING),
         ),
         warpgroups=SCORING + 2,
         interpret=interpret,
@@ -228,13 +232,51 @@ def _kernel(
     per_block = config.select_block // config.compress_stride
     overlap = config.compress_block != config.compress_stride
     columns = group * QUERIES
-    # The last token of the blocks comes first: its other half waits in shared memory for the rest.
-    tokens = (per_block - 1, *range(per_block - 1))
+
+    def token(turn: Any) -> Any:
+        """Of each block: its last one comes first, as its other half waits in shared memory for the rest."""
+        return lax.rem(turn + i32(per_block - 1), i32(per_block))
 
     def chunks_of(i: Any) -> tuple[Any, Any]:
         batch, _, tile = schedule.item(i)
         begin, end = (chunks_ref[batch, tile, i32(j)] for j in range(2))
         return begin, jnp.maximum(end, begin)
+
+    def copy(warp: Any) -> None:
+        # Each warp has its part in every tile and in every slot, so that none falls behind a phase of a barrier.
+        part = pl.ds(warp * i32(ROWS // WARPS), ROWS // WARPS)
+
+        def by(turn: int, source: Any, shared: Any) -> None:
+            run = functools.partial(plgpu.copy_gmem_to_smem, source, shared, q_full)
+            pl.when(warp == i32(turn % WARPS))(run)
+
+        def work(i: Any, done: Any) -> Any:
+            batch, head, tile = schedule.item(i)
+            begin, end = chunks_of(i)
+            pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
+            for w in range(SCORING):
+                eight = tile * i32(SCORING) + i32(w)
+                rows = pl.ds(eight * i32(QUERIES), QUERIES)
+                for g in range(group):
+                    by(g, q_ref.at[batch, rows, head, i32(g)], q_shared.at[w, pl.ds(QUERIES * g, QUERIES)])
+                statistics = lse_ref.at[schedule.pair(batch, head), pl.ds(eight * i32(columns), columns)]
+                by(2 * w, statistics, lse_shared.at[w, pl.ds(0, columns)])
+                by(2 * w + 1, bounds_ref.at[batch, eight], bounds_shared.at[w])
+
+            def step(j: Any, _: Any) -> Any:
+                chunk, c = begin + lax.div(j, i32(per_block)), token(lax.rem(j, i32(per_block)))
+                slot = ring.wait_free(done + j)
+                rows = pl.ds(chunk * i32(ROWS) + warp * i32(ROWS // WARPS), ROWS // WARPS)
+                plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, c, head], k_shared.at[slot, part], k_full.at[slot])
+                return i32(0)
+
+            copied = (end - begin) * i32(per_block)
+            lax.fori_loop(i32(0), copied, step, i32(0))
+            return done + copied
+
+        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
+        ring.drain(done)
+        pl.when(schedule.count() > 0)(lambda: plgpu.barrier_wait(q_free))
 
     @pl.when(warpgroup < SCORING)
     def _score() -> None:
@@ -248,9 +290,9 @@ def _kernel(
             first, stop = (load_numbers(bounds_shared.at[warpgroup, j], OF_COLUMNS) for j in range(2))
             pl.when(i > 0)(lambda: plgpu.barrier_wait(scores_free.at[warpgroup]))
 
-            def importance(chunk: Any, c: int) -> Any:
-                """Of the c-th token of 64 blocks, summed over the heads: [64, 8]."""
-                count = done + (chunk - begin) * i32(per_block) + i32(tokens.index(c))
+            def importance(chunk: Any, turn: Any) -> Any:
+                """Of one token of each of 64 blocks, summed over the heads: [64, 8]."""
+                count = done + (chunk - begin) * i32(per_block) + turn
                 slot = ring.wait_full(count)
 
                 def product(accumulator: Any) -> Any:
@@ -263,7 +305,7 @@ def _kernel(
                 parts = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(group)]
                 while len(parts) > 1:  # always the same tree
                     parts = [x + y for x, y in zip(parts[::2], parts[1::2], strict=True)]
-                key = (index((ROWS, QUERIES), 0) + chunk * i32(ROWS)) * i32(per_block) + i32(c)
+                key = (index((ROWS, QUERIES), 0) + chunk * i32(ROWS)) * i32(per_block) + token(turn)
                 seen = (key >= along_columns(first, ROWS)) & (key < along_columns(stop, ROWS))
                 return jnp.where(seen, parts[0], 0.0)
 
@@ -273,20 +315,26 @@ def _kernel(
                 def at(offset: int) -> Any:
                     return _rows(scores_shared.at[warpgroup], row + i32(offset), ROWS)
 
-                last = importance(chunk, tokens[0])
-                if not overlap:
-                    at(0)[...] = functools.reduce(lambda x, c: x + importance(chunk, c), tokens[1:], last)
-                    return i32(0)
-                # A token covers two strides. Those of a block's last token lie in the block and in the next one.
-                at(1)[...] = last
-                plgpu.commit_smem()
-                total = last
-                for c in tokens[1:]:
-                    total += 2.0 * importance(chunk, c)
-                from_before = load_matrix(at(0))
-                block = index((ROWS, QUERIES), 0) + row
-                total += jnp.where(block > begin * i32(ROWS), from_before, 0.0)
-                plgpu.commit_smem()
+                def add(turn: Any, total: Any) -> Any:
+                    part = importance(chunk, turn)
+                    if not overlap:
+                        return total + part
+
+                    # A token covers two strides. Those of a block's last token, which comes first, lie in the block
+                    # and in the next one.
+                    @pl.when(turn == 0)
+                    def _next() -> None:
+                        at(1)[...] = part
+                        plgpu.commit_smem()
+
+                    return total + jnp.where(turn == 0, 1.0, 2.0) * part
+
+                total = lax.fori_loop(i32(0), i32(per_block), add, filled((ROWS, QUERIES), 0))
+                if overlap:
+                    from_before = load_matrix(at(0))
+                    block = index((ROWS, QUERIES), 0) + row
+                    total += jnp.where(block > begin * i32(ROWS), from_before, 0.0)
+                    plgpu.commit_smem()
                 at(0)[...] = total
                 return i32(0)
 
@@ -302,76 +350,48 @@ def _kernel(
     @pl.when(warpgroup == SCORING)
     def _pick() -> None:
         plgpu.set_max_registers(_REGISTERS[1], action="increase")
-        jobs = schedule.count() * i32(SCORING)
 
-        def place(job: Any) -> tuple[Any, Any, Any, Any]:
-            """(batch entry, K/V head, which scoring warpgroup, number of 8 queries)."""
-            batch, head, tile = schedule.item(lax.div(job, i32(SCORING)))
-            scored_by = lax.rem(job, i32(SCORING))
-            return batch, head, scored_by, tile * i32(SCORING) + scored_by
+        def eights(i: Any) -> list[Any]:
+            return [schedule.item(i)[2] * i32(SCORING) + i32(w) for w in range(SCORING)]
 
-        def load_candidates(job: Any) -> None:
-            batch, _, _, eight = place(job)
-            buffer = lax.rem(job, i32(2))
-            plgpu.copy_gmem_to_smem(
-                bounds_ref.at[batch, eight], candidates_shared.at[buffer], candidates_full.at[buffer]
-            )
+        def load_candidates(i: Any) -> None:
+            batch, buffer = schedule.item(i)[0], lax.rem(i, i32(2))
+            for w, eight in enumerate(eights(i)):
+                plgpu.copy_gmem_to_smem(
+                    bounds_ref.at[batch, eight], candidates_shared.at[buffer, w], candidates_full.at[buffer]
+                )
 
-        pl.when(jobs > 0)(lambda: load_candidates(i32(0)))
+        pl.when(schedule.count() > 0)(lambda: load_candidates(i32(0)))
 
-        def work(job: Any, _: Any) -> Any:
-            batch, head, scored_by, eight = place(job)
-            begin, end = chunks_of(lax.div(job, i32(SCORING)))
-            buffer = lax.rem(job, i32(2))
-            pl.when(job + i32(1) < jobs)(lambda: load_candidates(job + i32(1)))
+        def work(i: Any, _: Any) -> Any:
+            batch, head, _ = schedule.item(i)
+            begin, end = chunks_of(i)
+            buffer = lax.rem(i, i32(2))
+            pl.when(i + i32(1) < schedule.count())(lambda: load_candidates(i + i32(1)))
             plgpu.barrier_wait(candidates_full.at[buffer])
-            first, own = (load_numbers(candidates_shared.at[buffer, j], _BY_QUERY.reduce(0)) for j in (2, 3))
-            plgpu.barrier_wait(scores_full.at[scored_by])
-            x = load_matrix(_rows(scores_shared.at[scored_by], 0, blocks), _BY_QUERY)
-            plgpu.barrier_arrive(scores_free.at[scored_by])
-            chosen = _best(x, first, own, begin * i32(ROWS), end * i32(ROWS), config)
+            scored = []
+            for w in range(SCORING):
+                first, own = (load_numbers(candidates_shared.at[buffer, w, j], _BY_QUERY.reduce(0)) for j in (2, 3))
+                plgpu.barrier_wait(scores_full.at[w])
+                x = load_matrix(_rows(scores_shared.at[w], 0, blocks), _BY_QUERY)
+                plgpu.barrier_arrive(scores_free.at[w])
+                scored.append((x, first, own))
+            chosen = _best(scored, begin * i32(ROWS), end * i32(ROWS), config)
             plgpu.wait_smem_to_gmem(0)
-            chosen_shared[...] = chosen
+            for w in range(SCORING):
+                store_matrix(chosen_shared.at[w], chosen[w])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(chosen_shared, chosen_ref.at[schedule.pair(batch, head), eight])
+            for w, eight in enumerate(eights(i)):
+                plgpu.copy_smem_to_gmem(chosen_shared.at[w], chosen_ref.at[schedule.pair(batch, head), eight])
             return i32(0)
 
-        lax.fori_loop(i32(0), jobs, work, i32(0))
+        lax.fori_loop(i32(0), schedule.count(), work, i32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == SCORING + 1)
     def _copy() -> None:
         plgpu.set_max_registers(_REGISTERS[2], action="decrease")
-
-        def work(i: Any, done: Any) -> Any:
-            batch, head, tile = schedule.item(i)
-            begin, end = chunks_of(i)
-            pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
-            for w in range(SCORING):
-                eight = tile * i32(SCORING) + i32(w)
-                rows = pl.ds(eight * i32(QUERIES), QUERIES)
-                for g in range(group):
-                    part = q_shared.at[w, pl.ds(QUERIES * g, QUERIES)]
-                    plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head, i32(g)], part, q_full)
-                statistics = lse_ref.at[schedule.pair(batch, head), pl.ds(eight * i32(columns), columns)]
-                plgpu.copy_gmem_to_smem(statistics, lse_shared.at[w, pl.ds(0, columns)], q_full)
-                plgpu.copy_gmem_to_smem(bounds_ref.at[batch, eight], bounds_shared.at[w], q_full)
-
-            def step(j: Any, _: Any) -> Any:
-                chunk = begin + lax.div(j, i32(per_block))
-                turn = lax.rem(j, i32(per_block))
-                c = lax.rem(turn + i32(per_block - 1), i32(per_block))  # in the order of `tokens`
-                source = k_ref.at[batch, pl.ds(chunk * i32(ROWS), ROWS), c, head]
-                ring.fill(done + j, source, k_shared)
-                return i32(0)
-
-            copied = (end - begin) * i32(per_block)
-            lax.fori_loop(i32(0), copied, step, i32(0))
-            return done + copied
-
-        done = lax.fori_loop(i32(0), schedule.count(), work, i32(0))
-        ring.drain(done)
-        pl.when(schedule.count() > 0)(lambda: plgpu.barrier_wait(q_free))
+        each_warp(copy)
 
 
 def _rows(scores: Any, first: Any, number: int) -> Any:
@@ -384,51 +404,53 @@ def _rows(scores: Any, first: Any, number: int) -> Any:
     return scores.at[pl.ds(first, number), pl.ds(first_column, QUERIES)]
 
 
-def _best(x: Any, first: Any, own: Any, begin: Any, end: Any, config: Sizes) -> Any:
-    """The chosen blocks of 8 queries, ascending, int32 [32, 8], and -1 where there are fewer.
+def _best(scored: list[tuple[Any, Any, Any]], begin: Any, end: Any, config: Sizes) -> tuple[Any, ...]:
+    """The chosen blocks of queries by the eight, ascending, int32 [32, 8] each, and -1 where there are fewer.
 
-    x are the importances [blocks, 8], defined for blocks begin .. end - 1 and zero elsewhere; first and own are the
-    queries' first and last candidates [8].
+    Of eight queries, scored are the importances [blocks, 8], which are defined for blocks begin .. end - 1, and the
+    queries' first and last candidates [8]. The rounds of one eight run while the other's wait for another lane.
     """
-    shape = x.shape
+    shape = scored[0][0].shape
     block = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_QUERY)
+    place = plgpu.broadcasted_iota(jnp.int32, (MOST_SELECTED, QUERIES), 0, layout=_BY_QUERY)
     taken, never = -1.0, -2.0  # in place of an importance
+    num_forced = config.num_init + config.num_local
 
     def of_query(y: Any, rows: int) -> Any:
         return lax.broadcast_in_dim(y, (rows, QUERIES), (1,))
 
-    x = jnp.where((block >= begin) & (block < end), x, 0.0)
-    low, high = of_query(first, shape[0]), of_query(own, shape[0])
-    forced = (block < low + i32(config.num_init)) | (block > high - i32(config.num_local))
-    x = jnp.where(forced, taken, x)
-    x = jnp.where((block >= low) & (block <= high), x, never)
+    def start(x: Any, first: Any, own: Any) -> tuple[Any, Any]:
+        """(importances of what is left to choose from, the forced blocks)."""
+        x = jnp.where((block >= begin) & (block < end), x, 0.0)
+        low, high = of_query(first, shape[0]), of_query(own, shape[0])
+        forced = (block < low + i32(config.num_init)) | (block > high - i32(config.num_local))
+        x = jnp.where(forced, taken, x)
+        x = jnp.where((block >= low) & (block <= high), x, never)
+        # The forced blocks, each once: those at the start that are not among those at the end.
+        low, high = of_query(first, MOST_SELECTED), of_query(own, MOST_SELECTED)
+        at_start = low + place
+        at_end = high - (place - i32(config.num_init))
+        is_start = (place < i32(config.num_init)) & (at_start <= high - i32(config.num_local))
+        is_end = (place >= i32(config.num_init)) & (place < i32(num_forced)) & (at_end >= low)
+        return x, jnp.where(is_end, at_end, jnp.where(is_start, at_start, i32(_NONE)))
 
-    # The forced blocks, each once: those at the start that are not among those at the end.
-    place = plgpu.broadcasted_iota(jnp.int32, (MOST_SELECTED, QUERIES), 0, layout=_BY_QUERY)
-    low, high = of_query(first, MOST_SELECTED), of_query(own, MOST_SELECTED)
-    at_start = low + place
-    at_end = high - (place - i32(config.num_init))
-    num_forced = config.num_init + config.num_local
-    found = jnp.where((place < i32(config.num_init)) & (at_start <= high - i32(config.num_local)), at_start, i32(_NONE))
-    is_end = (place >= i32(config.num_init)) & (place < i32(num_forced)) & (at_end >= low)
-    found = jnp.where(is_end, at_end, found)
-
-    def pick(i: Any, carry: Any) -> Any:
-        x, found = carry
+    def pick(i: Any, x: Any, found: Any) -> tuple[Any, Any]:
         best = x.max(axis=0)
         b = jnp.where(x == of_query(best, shape[0]), block, i32(_NONE)).min(axis=0)  # of equal ones, the first
         b = jnp.where(best >= 0.0, b, i32(_NONE))
         found = jnp.where(place == i + i32(num_forced), of_query(b, MOST_SELECTED), found)
         return jnp.where(block == of_query(b, shape[0]), taken, x), found
 
-    x, found = lax.fori_loop(i32(0), i32(config.num_selected - num_forced), pick, (x, found))
-
-    def sort(i: Any, carry: Any) -> Any:
-        least, result = carry
+    def sort(i: Any, found: Any, least: Any, result: Any) -> tuple[Any, Any, Any]:
         above = jnp.where(found > of_query(least, MOST_SELECTED), found, i32(_NONE))
         least = above.min(axis=0)
         value = jnp.where(least < i32(_NONE), least, i32(-1))
-        return least, jnp.where(place == i, of_query(value, MOST_SELECTED), result)
+        return found, least, jnp.where(place == i, of_query(value, MOST_SELECTED), result)
 
-    nothing = jnp.where(found < i32(0), found, i32(-1))
-    return lax.fori_loop(i32(0), i32(config.num_selected), sort, (first - i32(1), nothing))[1]
+    def rounds(number: int, body: Any, state: Any) -> Any:
+        return lax.fori_loop(i32(0), i32(number), lambda i, state: tuple(body(i, *each) for each in state), state)
+
+    left = rounds(config.num_selected - num_forced, pick, tuple(start(*each) for each in scored))
+    nothing = plgpu.layout_cast(jnp.full((MOST_SELECTED, QUERIES), -1, jnp.int32), _BY_QUERY)
+    unsorted = tuple((found, first - i32(1), nothing) for (_, found), (_, first, _) in zip(left, scored, strict=True))
+    return tuple(result for _, _, result in rounds(config.num_selected, sort, unsorted))

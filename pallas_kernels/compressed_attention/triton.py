@@ -95,12 +95,13 @@ def _forward_kernel(
     def step(i: Any, carry: Any, edge: bool) -> Any:
         m, total, acc = carry
         key = i * tile.keys + iota(tile.keys)
-        at, there = (pair.batch, key, pair.kv_head), sight.seen_by_any(key, ends) if edge else None
-        s = dot_pieces(q, load_rows(k_ref, at, key_pieces, there))
+        place, read = sight.places(key, ends) if edge else (key, None)
+        at = (pair.batch, place, pair.kv_head)
+        s = dot_pieces(q, load_rows(k_ref, at, key_pieces, read))
         if edge:
             s = jnp.where(sight.mask(key, rows.query, 0), s, -jnp.inf)
         p, m, total, decay = softmax_step(s, m, total, problem.scale_log2, problem.interpret)
-        return m, total, accumulate(acc, p, load_rows(v_ref, at, value_pieces, there), decay)
+        return m, total, accumulate(acc, p, load_rows(v_ref, at, value_pieces, read), decay)
 
     m, total, acc = walk(sight.key_ranges(ends, tile.keys), step, softmax_start(tile.rows, value_pieces))
     o, lse = softmax_finish(m, total, acc, problem.scale)

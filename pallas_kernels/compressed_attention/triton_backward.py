@@ -24,7 +24,7 @@ from pallas_kernels.triton.integers import cdiv, div, iota, loop, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, packed_rows, program_pair, store_rows
-from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_delta, load_lse_log2
+from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_delta, load_lse_log2
 from pallas_kernels.triton.tiles import Tile, find_tile, key_of
 
 # A key tile's queries are cut into chunks until there is about this much work to spread: enough programs to fill any
@@ -140,13 +140,18 @@ def _query_gradient_kernel(
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = i * tile.keys + iota(tile.keys)
-        at, there = (pair.batch, key, pair.kv_head), sight.seen_by_any(key, ends) if edge else None
-        k = load_rows(k_ref, at, key_pieces, there)
+        place, read = sight.places(key, ends) if edge else (key, None)
+        at = (pair.batch, place, pair.kv_head)
+        k = load_rows(k_ref, at, key_pieces, read)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - lse_log2[:, None], problem.interpret)
-        v = load_rows(v_ref, at, value_pieces, there)
+        v = load_rows(v_ref, at, value_pieces, read)
+        seen = sight.mask(key, rows.query, 0) if edge else None
+        if seen is not None:
+            p = jnp.where(seen, p, 0.0)
         ds = p * (dot_pieces(do, v) - delta[:, None])
-        if edge:
-            ds = jnp.where(sight.mask(key, rows.query, 0), ds, 0.0)
+        if seen is not None and starts_ref is not None:
+            # Keys that straddle two segments are read, and seen by no query: their products may be infinite.
+            ds = jnp.where(seen, ds, 0.0)
         return accumulate(dq, ds, k)
 
     dq = walk(sight.key_ranges(ends, tile.keys), step, zeros(tile.rows, key_pieces))
@@ -266,39 +271,35 @@ def _key_gradient_kernel(
     pair = program_pair(K)
     key_tile, part = div(pl.program_id(0), num_chunks), rem(pl.program_id(0), num_chunks)
     sight = Visibility(problem, Nc, pair.batch, offset_ref[0], starts_ref)
-    lo, hi, full_lo, full_hi = query_range(key_tile, sight.offset, stops_ref, pair.batch)
-    lo = jnp.maximum(lo, part * chunk)
-    hi = jnp.minimum(hi, part * chunk + chunk)
+    first, stop, full_lo, full_hi = query_range(key_tile, sight.offset, stops_ref, pair.batch)
+    lo = jnp.maximum(first, part * chunk)
+    hi = jnp.minimum(stop, part * chunk + chunk)
     key = key_tile * tile.keys + iota(tile.keys)
+    seen = sight.seen(key, Tq)
 
     @pl.when(lo < hi)
     def _work() -> None:
-        k = load_rows(k_ref, (pair.batch, key, pair.kv_head), key_pieces, key < Nc)
-        v = load_rows(v_ref, (pair.batch, key, pair.kv_head), value_pieces, key < Nc)
+        # Zeros instead of keys that no query sees, whose products may not be finite.
+        k = load_rows(k_ref, (pair.batch, key, pair.kv_head), key_pieces, seen)
+        v = load_rows(v_ref, (pair.batch, key, pair.kv_head), value_pieces, seen)
 
         def step(i: Any, carry: Any, edge: bool) -> Any:
             dk, dv = carry
             first_row = i * tile.rows
             rows = packed_rows(first_row, tile.rows, group, pair, H, K)
-            inside = (rows.query >= lo) & (rows.query < hi)  # others see no key of the tile
-            valid = inside if edge else None
-            other = 0.0 if edge else None
-            at = (pair.batch, rows.query, rows.head)
-            row = first_row + iota(tile.rows)
+            valid = rows.query < stop if edge else None
+            at, statistic_at = (pair.batch, rows.query, rows.head), (pair.index, first_row + iota(tile.rows))
             q = load_rows(q_ref, at, key_pieces, valid)
-            lse_log2 = plgpu.load(lse_log2_ref.at[pair.index, row], mask=valid, other=other)
+            lse_log2 = plgpu.load(lse_log2_ref.at[statistic_at], mask=valid, other=NEVER if edge else None)
             p = exp2(dot_pieces(k, q) * problem.scale_log2 - lse_log2[None, :], problem.interpret)
-            seen = None
             if edge:
-                seen = sight.mask(key, rows.query, 1) & jnp.broadcast_to(inside[None, :], p.shape)
-                p = jnp.where(seen, p, 0.0)
+                p = jnp.where(sight.mask(key, rows.query, 1), p, 0.0)
             if gate_ref is not None:
-                p *= plgpu.load(gate_ref.at[at], mask=valid, other=other)[None, :]
+                p *= plgpu.load(gate_ref.at[at], mask=valid, other=0.0 if edge else None)[None, :]
             do = load_rows(do_ref, at, value_pieces, valid)
-            delta = plgpu.load(delta_ref.at[pair.index, row], mask=valid, other=other)
+            delta = plgpu.load(delta_ref.at[statistic_at], mask=valid, other=0.0 if edge else None)
             dv = accumulate(dv, p, do)
-            ds = p * (dot_pieces(v, do) - delta[None, :])
-            return accumulate(dk, ds if seen is None else jnp.where(seen, ds, 0.0), q), dv
+            return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
 
         begin, end = div(lo * group, tile.rows), cdiv(hi * group, tile.rows)
         full_begin = jnp.clip(cdiv(full_lo * group, tile.rows), begin, end)

@@ -52,12 +52,28 @@ class Visibility:
         full_end = jnp.clip(full_end, full_begin, end)
         return [(begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)]
 
-    def seen_by_any(self, key: Any, ends: tuple[Any, Any]) -> Any:
-        """Whether a query of a tile, of which `ends` are the first and the last, sees the key. Others are not read."""
+    def places(self, key: Any, ends: tuple[Any, Any]) -> tuple[Any, Any]:
+        """(where a tile of queries, of which `ends` are the first and the last, reads keys; which it reads, None: all).
+
+        For a key after the last that its last query may see, it reads that one again: an index costs less than a mask.
+        The mask of the scores hides those, and with segments the keys that nobody sees because they straddle two.
+        """
         first_query, last_query = ends
-        seen = key < visible_end(self.offset + last_query, self.problem, self.num_keys)
+        place = jnp.minimum(key, visible_end(self.offset + last_query, self.problem, self.num_keys) - 1)
+        if self.starts_ref is None:
+            return place, None
+        return place, place >= first_visible(self.starts_ref[self.batch, first_query], self.problem)
+
+    def seen(self, key: Any, num_queries: int) -> Any:
+        """Whether one of the call's queries sees the key.
+
+        The first query at or after the key's last token does, if any does: its segment begins no later than theirs.
+        """
+        first_token = key * self.problem.compress_stride
+        query = jnp.maximum(first_token + self.problem.compress_block - 1 - self.offset, 0)
+        seen = (key < self.num_keys) & (query < num_queries)
         if self.starts_ref is not None:
-            seen &= key >= first_visible(self.starts_ref[self.batch, first_query], self.problem)
+            seen &= first_token >= load_starts(self.starts_ref, self.batch, query, seen)
         return seen
 
     def mask(self, key: Any, query: Any, axis: int) -> Any:

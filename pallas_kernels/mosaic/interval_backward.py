@@ -213,26 +213,37 @@ def _key_gradient_kernel(
             buffer = held_ring.wait_full(i)
             mine = pl.ds(warpgroup * i32(ROWS), ROWS)
             keys_here, values_here = k_shared.at[buffer, mine], v_shared.at[buffer, mine]
-            keys = pl.ds(tile * i32(held) + warpgroup * i32(ROWS), ROWS)
+            first_key = tile * i32(held) + warpgroup * i32(ROWS)
+            keys = pl.ds(first_key, ROWS)
+            seen_from, seen_to = (
+                bounds_ref[batch, i32(0), first_key],
+                bounds_ref[batch, i32(1), first_key + i32(ROWS - 1)],
+            )
+
+            def query_at(j: Any) -> Any:
+                return first + j * i32(packing.queries)
 
             def body(dk: Any, dv: Any) -> Any:
-                def step(j: Any, carry: Any, edge: bool) -> Any:
-                    slot = ring.wait_full(done + j)
+                def attend(j: Any, slot: Any, edge: bool) -> None:
                     queries_here, do_here = q_shared.at[slot], do_shared.at[slot]
                     lse_log2, delta, *gate = (
                         load_numbers(known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
                     )
 
-                    def products_of(s: Any, dp: Any) -> Any:
+                    def products_of(s: Any) -> Any:
                         plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
-                        plgpu.wgmma(dp, values_here, do_here.transpose((1, 0)))
-                        scores = plgpu.wgmma_accumulator_load(s, wait_n=1)
-                        return jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2, ROWS)), dp[...]
 
-                    p, dp = accumulators(products_of, shape, shape)
+                        def second(dp: Any) -> Any:
+                            plgpu.wgmma(dp, values_here, do_here.transpose((1, 0)))
+                            scores = plgpu.wgmma_accumulator_load(s, wait_n=1)
+                            return jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2, ROWS)), dp[...]
+
+                        return accumulators(second, shape)
+
+                    p, dp = accumulators(products_of, shape)
                     if edge:
                         begin, end = (load_numbers(bounds_ref.at[batch, i32(c), keys]) for c in range(2))
-                        query = packing.query_of(index(shape, 1)) + (first + j * i32(packing.queries))
+                        query = packing.query_of(index(shape, 1)) + query_at(j)
                         p = jnp.where((query >= down_rows(begin, ROWS)) & (query < down_rows(end, ROWS)), p, 0.0)
                     if gated:
                         p = p * along_columns(gate[0], ROWS)
@@ -240,6 +251,14 @@ def _key_gradient_kernel(
                     products.issue(dv, p.astype(q_ref.dtype), do_here)
                     products.issue(dk, ds.astype(q_ref.dtype), queries_here)
                     plgpu.wgmma_wait(0)
+
+                def step(j: Any, carry: Any, edge: bool) -> Any:
+                    slot = ring.wait_full(done + j)
+                    if edge:  # the other warpgroup's keys may be all that the queries see
+                        seen = (query_at(j + i32(1)) > seen_from) & (query_at(j) < seen_to)
+                        lax.cond(seen, lambda: attend(j, slot, True), lambda: None)
+                    else:
+                        attend(j, slot, False)
                     ring.free(done + j)
                     return carry
 

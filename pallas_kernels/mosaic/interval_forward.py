@@ -1,7 +1,8 @@
 """Attention to an interval of the keys: the forward kernel of compressed and of window attention.
 
-Two or three consumers share a ring of keys and values. The product of a step's queries and keys is issued before the
-softmax of the step before, so that the tensor cores work while exponentials are taken.
+Two or three consumers share a ring of keys and values. Each takes the exponentials of a step, then issues the product
+with the step's values and the next step's scores together, while the others take theirs: the new scores use the
+registers of the old ones, so that nothing is moved.
 """
 
 import functools
@@ -151,38 +152,43 @@ def _kernel(
                 seen = (key >= down_rows(begin, tile.keys)) & (key < down_rows(end, tile.keys))
                 return jnp.where(seen, s, -jnp.inf)
 
-            def issue_scores(accumulator: Any, step: Any) -> None:
-                slot = keys_ring.wait_full(done + step)
-                plgpu.wgmma(accumulator, queries_here, k_shared.at[slot].transpose((1, 0)))
-
+            # Slots are waited for before accumulators are made: those that start as zeros cost nothing where no branch
+            # lies between them and the product.
             def scores(step: Any) -> Any:
+                slot = keys_ring.wait_full(done + step)
+
                 def body(accumulator: Any) -> Any:
-                    issue_scores(accumulator, step)
+                    plgpu.wgmma(accumulator, queries_here, k_shared.at[slot].transpose((1, 0)))
                     return accumulator[...]
 
                 s = accumulators(body, shape)
                 keys_ring.free(done + step)
                 return s
 
-            def add_values(s: Any, state: Any, step: Any, edge: bool) -> Any:
+            def weigh(s: Any, state: Any, step: Any, edge: bool) -> Any:
                 acc, m, total = state
                 p, m, total, decay = softmax_step(masked(s, step) if edge else s, m, total, scale_log2, edge)
-                acc = acc * down_rows(decay, Dv)
-                slot = values_ring.wait_full(done + step)
-                acc = products.add(acc, (p.astype(v_shared.dtype), v_shared.at[slot]))
-                values_ring.free(done + step)
-                return acc, m, total
+                return p.astype(v_shared.dtype), (acc * down_rows(decay, Dv), m, total)
 
-            def overlapped(step: Any, carry: Any, edge: bool) -> Any:
+            def add_values(p: Any, state: Any, slot: Any) -> Any:
+                acc, m, total = state
+                return products.add(acc, (p, v_shared.at[slot])), m, total
+
+            def advance(step: Any, carry: Any, edge: bool) -> Any:
                 s, state = carry
+                p, state = weigh(s, state, step, edge)
+                value_slot = values_ring.wait_full(done + step)
+                key_slot = keys_ring.wait_full(done + step + i32(1))
 
                 def body(accumulator: Any) -> Any:
-                    issue_scores(accumulator, step + i32(1))
-                    state_after = add_values(s, state, step, edge)
-                    keys_ring.free(done + step + i32(1))
+                    plgpu.wgmma(accumulator, queries_here, k_shared.at[key_slot].transpose((1, 0)))
+                    state_after = add_values(p, state, value_slot)
                     return accumulator[...], state_after
 
-                return accumulators(body, shape)
+                carry = accumulators(body, shape)
+                values_ring.free(done + step)
+                keys_ring.free(done + step + i32(1))
+                return carry
 
             def walk(state: Any) -> Any:
                 last = n - i32(1)
@@ -190,9 +196,12 @@ def _kernel(
                 begin = jnp.minimum(inner, last)
                 carry = scores(i32(0)), state
                 for low, high, edge in ((i32(0), begin, True), (begin, middle, False), (middle, last, True)):
-                    carry = lax.fori_loop(low, high, functools.partial(overlapped, edge=edge), carry)
+                    carry = lax.fori_loop(low, high, functools.partial(advance, edge=edge), carry)
                 s, state = carry
-                return add_values(s, state, last, True)
+                p, state = weigh(s, state, last, True)
+                state = add_values(p, state, values_ring.wait_full(done + last))
+                values_ring.free(done + last)
+                return state
 
             state = lax.cond(n > 0, walk, lambda state: state, softmax_start(Dv))
             o, lse = softmax_finish(*state)

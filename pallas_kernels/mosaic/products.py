@@ -60,6 +60,14 @@ def load_matrix(ref: Any, layout: Any = MATRIX) -> jax.Array:
     return matrix
 
 
+def store_matrix(ref: Any, matrix: Any) -> None:
+    """The reverse of `load_matrix`. JAX 0.12 refuses a plain store where banks collide."""
+    if hasattr(plgpu, "store"):
+        _versioned.store(ref, matrix, optimized=False)
+    else:
+        ref[...] = matrix
+
+
 def filled(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> jax.Array:
     """A matrix, or the numbers of its rows."""
     layout = MATRIX if len(shape) == 2 else OF_ROWS
@@ -67,7 +75,11 @@ def filled(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> ja
 
 
 def accumulators(body: Callable[..., Any], *shapes: tuple[int, int]) -> Any:
-    """body(*references to accumulators of zeros)."""
+    """body(*references to accumulators of zeros).
+
+    The zeros cost no instructions where a product follows at once: of two products each has a call of its own, the
+    second one inside the first one's body.
+    """
     return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 

@@ -208,13 +208,17 @@ def _kernel(
                             row_query = packing.query_of(row_index())
                             reference = jnp.where(((members >> row_query) & i32(1)) == i32(1), lse_log2, NEVER)
 
-                        def products_of(s: Any, dp: Any) -> Any:
+                        def products_of(s: Any) -> Any:
                             plgpu.wgmma(s, queries_here, k_shared.at[slot].transpose((1, 0)))
-                            plgpu.wgmma(dp, do_here, v_shared.at[slot].transpose((1, 0)))
-                            scores = plgpu.wgmma_accumulator_load(s, wait_n=1)  # exponentials under the second product
-                            return jnp.exp2(scores * (scale * LOG2_E) - down_rows(reference, ROWS)), dp[...]
 
-                        p, dp = accumulators(products_of, shape, shape)
+                            def second(dp: Any) -> Any:
+                                plgpu.wgmma(dp, do_here, v_shared.at[slot].transpose((1, 0)))
+                                scores = plgpu.wgmma_accumulator_load(s, wait_n=1)  # exponentials meanwhile
+                                return jnp.exp2(scores * (scale * LOG2_E) - down_rows(reference, ROWS)), dp[...]
+
+                            return accumulators(second, shape)
+
+                        p, dp = accumulators(products_of, shape)
                         values_ring.free(done + j)
                         if edge:
                             # Read where they are used: the steps without a mask have no registers to spare.

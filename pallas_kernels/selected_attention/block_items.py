@@ -20,14 +20,19 @@ class Item(NamedTuple):
     pair: Pair
     rows: Rows
     key: Any  # number within the block, of a power of two
+    inside: Any  # whether the block has such a key; None: all
     key_position: Any
-    there: Any  # whether there is such a key, at or before the last query's position; others are not read
     first: Any  # the item's first entry in the list of choices
     count: Any
     steps: Any
     own: Any  # steps, the first ones, with queries that do not see all of the block
     queries: int  # of a step
     choices_ref: Any
+
+    def places(self, num_selected: int, offset: Any, num_keys: int) -> Any:
+        """Where the keys are read: each at its position, but instead of those after the item's last query its own."""
+        last_query = div(self.choices_ref[self.pair.index, self.first + self.count - 1], num_selected)
+        return jnp.minimum(self.key_position, jnp.minimum(offset + last_query, num_keys - 1))
 
     def gather(self, i: Any, num_selected: int) -> tuple[Any, Any, Any]:
         """(choice, query, whether there is one) of each packed row in step i."""
@@ -45,24 +50,19 @@ class Item(NamedTuple):
 def item_of(
     pair: Pair,
     q_shape: tuple[int, ...],
-    v_shape: tuple[int, ...],
+    num_kv_heads: int,
     num_rows: int,
     stride: int,
     refs: Any,
-    offset: Any,
     problem: Problem,
 ) -> Item:
     """The item of this program; `refs` are those of the inverse index."""
-    (_, Tq, H, _), (_, T, K, _) = q_shape, v_shape
     choices_ref, *fields = refs
     block, first, count, rank = (ref[pair.index, pl.program_id(0)] for ref in fields)
-    rows = packed_rows(0, num_rows, stride, pair, H, K)
+    rows = packed_rows(0, num_rows, stride, pair, q_shape[2], num_kv_heads)
     queries = num_rows // stride
     key, inside = block_keys(problem)
     key_position = block * problem.select_block + key
-    there = key_position < jnp.minimum(offset + Tq, T)
-    if inside is not None:
-        there &= inside
     steps = cdiv(count, queries)
     own = jnp.minimum(cdiv(jnp.maximum(problem.select_block - rank, 0), queries), steps)
-    return Item(pair, rows, key, key_position, there, first, count, steps, own, queries, choices_ref)
+    return Item(pair, rows, key, inside, key_position, first, count, steps, own, queries, choices_ref)

@@ -94,13 +94,14 @@ def _partial_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
+    item = item_of(pair, q_ref.shape, k_ref.shape[2], num_rows, padded_group, index_refs, problem)
     rows, key_position = item.rows, item.key_position
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, item.there)
-        v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, item.there)
+        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
+        k = load_rows(k_ref, at, key_pieces, item.inside)
+        v = load_rows(v_ref, at, value_pieces, item.inside)
 
         def step(i: Any, carry: Any, *, edge: bool) -> Any:
             choice, query, listed = item.gather(i, num_selected)
@@ -108,8 +109,8 @@ def _partial_kernel(
             s = dot_pieces(load_rows(q_ref, (pair.batch, query, rows.head), key_pieces, valid), k)
             if edge:
                 s = jnp.where(key_position[None, :] <= (offset_ref[0] + query)[:, None], s, -jnp.inf)
-            if item.key.shape[0] != problem.select_block:
-                s = jnp.where((item.key < problem.select_block)[None, :], s, -jnp.inf)
+            if item.inside is not None:
+                s = jnp.where(item.inside[None, :], s, -jnp.inf)
             if starts_ref is not None:
                 start = load_starts(starts_ref, pair.batch, query, listed)
                 s = jnp.where(key_position[None, :] >= start[:, None], s, -jnp.inf)

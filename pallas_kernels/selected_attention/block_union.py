@@ -1,7 +1,6 @@
 """Which blocks a tile of adjacent queries reads: the union of their selections, and its members per block."""
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,7 +114,9 @@ class UnionRows(NamedTuple):
     valid: Any
     position: Any
     start: Any  # first token of each row's segment; None: 0
-    seen: tuple[Any, Any]  # the first position that a row sees (None: 0), and one past the last; others are not read
+    first_position: Any  # of the queries
+    first_seen: Any  # the first position that a row sees; None: 0
+    num_keys: int
     num_past: Any  # entries, the first ones, whose blocks lie wholly before the tile, and need no causal mask
     num_entries: Any
     load_entry: Callable[[Any], Any]
@@ -130,15 +131,19 @@ class UnionRows(NamedTuple):
         members = jnp.broadcast_to(entry, self.rows.query.shape)
         return block, (lax.shift_right_logical(members, self.rows.query) & 1) == 1
 
-    def there(self, key_position: Any, inside: Any, edge: bool) -> Any:
-        """Which keys of a block are read: those `inside` it (None: all) that one of the rows sees; None: all."""
-        begin, end = self.seen
-        conditions = [] if inside is None else [inside]
-        if begin is not None:
-            conditions.append(key_position >= begin)
+    def places(self, i: Any, key_position: Any, edge: bool) -> Any:
+        """Where the keys of entry i are read: at their positions, and at the nearest that a row sees if no row sees it.
+
+        An index costs less than a mask. The mask of the scores hides such keys.
+        """
+        place = key_position
         if edge:
-            conditions.append(key_position < end)
-        return functools.reduce(operator.and_, conditions) if conditions else None
+            last = self.first_position
+            if self.shift:
+                members = self.load_entry(i) & np.int32((1 << self.shift) - 1)
+                last += 31 - lax.clz(members)  # the last query that selected the block
+            place = jnp.minimum(place, jnp.minimum(last, self.num_keys - 1))
+        return place if self.first_seen is None else jnp.maximum(place, self.first_seen)
 
     def walk(self, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `step(i, carry, edge)` over the entries."""
@@ -177,10 +182,9 @@ def union_rows(
         valid=rows.valid(query < Tq),
         position=offset + query,
         start=load_starts(starts_ref, pair.batch, query, query < Tq),
-        seen=(
-            None if starts_ref is None else starts_ref[pair.batch, first_query],
-            jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), num_keys),
-        ),
+        first_position=offset + first_query,
+        first_seen=None if starts_ref is None else starts_ref[pair.batch, first_query],
+        num_keys=num_keys,
         num_past=count(past),
         num_entries=count(used),
         load_entry=lambda i: union_ref[pair.index, tile, i],

@@ -22,7 +22,7 @@ from pallas_kernels.mosaic.packing import Packing, pad_keys
 from pallas_kernels.mosaic.problem import check_supported
 from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers, row_index
 from pallas_kernels.mosaic.ring import Ring, Schedule
-from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER, softmax_finish, softmax_start
+from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER, softmax_finish, softmax_start, softmax_sums
 from pallas_kernels.selected_attention.mosaic_union import (
     MOST_BLOCKS,
     MOST_ENTRIES,
@@ -261,12 +261,12 @@ def _kernel(
                     for s, member in zip(scores, chosen, strict=True):
                         m_new = jnp.where(member, jnp.maximum(m_new, s.max(axis=1) * scale_log2), m_new)
                     decay = jnp.exp2(m - m_new)
-                    total = total * decay
+                    total = total * down_rows(decay, total.shape[1])
                     weights = []
                     for s, member in zip(scores, chosen, strict=True):
                         reference = jnp.where(member & (m_new > LEAST) if edge else member, m_new, NEVER)
                         p = jnp.exp2(s * scale_log2 - down_rows(reference, ROWS))
-                        total = total + p.sum(axis=1)
+                        total = total + softmax_sums(p)
                         weights.append(p.astype(v_shared.dtype))
                     acc = acc * down_rows(decay, Dv)
                     values_ring.wait_full(done + j)

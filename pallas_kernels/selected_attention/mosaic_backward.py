@@ -298,15 +298,19 @@ def _key_gradient_kernel(
                         functools.partial(load_numbers, known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
                     )
 
-                    def products_of(s: Any, *dp: Any) -> Any:
+                    def products_of(s: Any) -> Any:
                         plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
-                        for accumulator in dp:
-                            plgpu.wgmma(accumulator, values_here, do_here.transpose((1, 0)))
-                        scores = plgpu.wgmma_accumulator_load(s, wait_n=len(dp))
-                        p = jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
-                        return p, *(accumulator[...] for accumulator in dp)
 
-                    p, *dp = accumulators(products_of, *[shape] * (1 + makes_dk))
+                        def second(*dp: Any) -> Any:
+                            for accumulator in dp:
+                                plgpu.wgmma(accumulator, values_here, do_here.transpose((1, 0)))
+                            scores = plgpu.wgmma_accumulator_load(s, wait_n=len(dp))
+                            p = jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
+                            return p, *(accumulator[...] for accumulator in dp)
+
+                        return accumulators(second, *[shape] * makes_dk)
+
+                    p, *dp = accumulators(products_of, shape)
                     if edge:
                         p = jnp.where(seen(bounds), p, 0.0)
                     if gated:
@@ -334,9 +338,14 @@ def _key_gradient_kernel(
 
         work_off(team, attend)
 
+    # Of a team, those that have a query to copy in every step: others could fall behind a phase of a barrier.
+    warps = min(_WARPS // teams, queries)
+
     def produce(warp: Any) -> None:
-        warps = _WARPS // teams  # of a team
-        team, part = lax.div(warp, i32(warps)), lax.rem(warp, i32(warps))
+        team, part = lax.div(warp, i32(_WARPS // teams)), lax.rem(warp, i32(_WARPS // teams))
+        pl.when(part < i32(warps))(functools.partial(produce_part, team, part))
+
+    def produce_part(team: Any, part: Any) -> None:
         ring, held = rings(team)
         turns = range(pl.cdiv(queries, warps))
 
@@ -347,7 +356,7 @@ def _key_gradient_kernel(
             for i, (ref, shared) in enumerate(((k_ref, k_shared), (v_ref, v_shared))):
                 source = ref.at[batch, pl.ds(block * i32(ROWS), ROWS), head]
                 copy = functools.partial(plgpu.copy_gmem_to_smem, source, shared.at[team], held_full.at[team])
-                pl.when(part == i32(i))(copy)
+                pl.when(part == i32(i % warps))(copy)
 
             def gathered(j: Any) -> tuple[Any, ...]:
                 """The queries that this warp copies in a step, past the last one where the item has ended."""

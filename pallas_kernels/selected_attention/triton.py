@@ -103,9 +103,8 @@ def _forward_kernel(
         m, total, acc = carry
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        there = union.there(key_position, inside, edge)
-        at = (pair.batch, key_position, pair.kv_head)
-        s = dot_pieces(q, load_rows(k_ref, at, key_pieces, there))
+        at = (pair.batch, union.places(i, key_position, edge), pair.kv_head)
+        s = dot_pieces(q, load_rows(k_ref, at, key_pieces, inside))
         if edge:
             s = jnp.where(key_position[None, :] <= union.position[:, None], s, -jnp.inf)
         if inside is not None:
@@ -113,7 +112,7 @@ def _forward_kernel(
         if union.start is not None:
             s = jnp.where(key_position[None, :] >= union.start[:, None], s, -jnp.inf)
         p, m, total, decay = softmax_step(s, m, total, problem.scale_log2, problem.interpret, member)
-        return m, total, accumulate(acc, p, load_rows(v_ref, at, value_pieces, there), decay)
+        return m, total, accumulate(acc, p, load_rows(v_ref, at, value_pieces, inside), decay)
 
     m, total, acc = union.walk(step, softmax_start(rows.query.shape[0], value_pieces))
     o, lse = softmax_finish(m, total, acc, problem.scale)

@@ -126,9 +126,9 @@ def _query_gradient_kernel(
     def step(i: Any, dq: Any, *, edge: bool) -> Any:
         block, member = union.entry(i)
         key_position = block * problem.select_block + key
-        there = union.there(key_position, inside, edge)
-        k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, there)
-        v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, there)
+        key_at = (pair.batch, union.places(i, key_position, edge), pair.kv_head)
+        k = load_rows(k_ref, key_at, key_pieces, inside)
+        v = load_rows(v_ref, key_at, value_pieces, inside)
         reference = lse_log2 if member is None else jnp.where(member, lse_log2, NEVER)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - reference[:, None], problem.interpret)
         seen: list[Any] = []
@@ -136,8 +136,12 @@ def _query_gradient_kernel(
             seen.append(key_position[None, :] <= union.position[:, None])
         if union.start is not None:
             seen.append(key_position[None, :] >= union.start[:, None])
+        dp = dot_pieces(do, v) - delta[:, None]
+        if union.start is not None:
+            # A block may begin with keys of another segment, which are read, and whose products may not be finite.
+            dp = where_all(seen, dp)
         # Rows of K past the block's end were loaded as zeros, so that their columns of ds add nothing.
-        return accumulate(dq, where_all(seen, p * (dot_pieces(do, v) - delta[:, None])), k)
+        return accumulate(dq, where_all(seen, p) * dp, k)
 
     dq = union.walk(step, zeros(rows.query.shape[0], key_pieces))
     dq = finish_query_gradient(
@@ -215,14 +219,15 @@ def _key_gradient_kernel(
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
     index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
-    item = item_of(pair, q_ref.shape, v_ref.shape, num_rows, padded_group, index_refs, offset_ref[0], problem)
+    item = item_of(pair, q_ref.shape, k_ref.shape[2], num_rows, padded_group, index_refs, problem)
     rows, key, key_position = item.rows, item.key, item.key_position
     item_index = pl.program_id(0)
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        k = load_rows(k_ref, (pair.batch, key_position, pair.kv_head), key_pieces, item.there)
-        v = load_rows(v_ref, (pair.batch, key_position, pair.kv_head), value_pieces, item.there)
+        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
+        k = load_rows(k_ref, at, key_pieces, item.inside)
+        v = load_rows(v_ref, at, value_pieces, item.inside)
 
         def step(i: Any, carry: Any, *, edge: bool) -> Any:
             dk, dv = carry
@@ -238,13 +243,17 @@ def _key_gradient_kernel(
                 p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
             seen: list[Any] = []
             if edge:
-                seen.append(key_position[:, None] <= jnp.where(valid, offset_ref[0] + query, -1)[None, :])
+                seen.append(key_position[:, None] <= (offset_ref[0] + query)[None, :])
             if starts_ref is not None:
                 start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), k_ref.shape[1])
                 seen.append(key_position[:, None] >= start[None, :])
             p = where_all(seen, p)
             dv = accumulate(dv, p, do)
-            return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv
+            dp = dot_pieces(v, do) - delta[None, :]
+            if starts_ref is not None:
+                # As in the gradient of q: keys of another segment are read.
+                dp = where_all(seen, dp)
+            return accumulate(dk, p * dp, q), dv
 
         dk, dv = item.walk(step, (zeros(key.shape[0], key_pieces), zeros(key.shape[0], value_pieces)))
         inside = key < problem.select_block

@@ -24,10 +24,17 @@ class Band(NamedTuple):
     position: Any
     lowest: Any  # the lowest position that each row sees
     first: Any
-    end: Any  # one past the last position that a row sees; keys from there on are not read
+    last: Any  # the last position that a row sees
     tiles: Any
     inner: Any
     outer: Any
+
+    def places(self, key_position: Any, edge: bool) -> Any:
+        """Where keys are read: each at its position, but for those after the last that a row sees, that one again.
+
+        An index costs less than a mask. The mask of the scores hides them.
+        """
+        return jnp.minimum(key_position, self.last) if edge else key_position
 
     def walk(self, step: Any, carry: Any) -> Any:
         """Runs `step(i, carry, edge)` over the tiles of keys."""
@@ -65,11 +72,11 @@ def band_of(
         lowest = jnp.maximum(lowest, load_starts(starts_ref, pair.batch, query, query < Tq))
         first = jnp.maximum(first, starts_ref[pair.batch, first_query])
     last_position = first_position + num_queries - 1
-    end = jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), T)
+    last = jnp.minimum(offset + jnp.minimum(first_query + num_queries, Tq), T) - 1
     tiles = jnp.maximum(cdiv(jnp.minimum(last_position + 1, T) - first, num_keys), 0)
     inner = jnp.clip(cdiv(jnp.maximum(last_position - problem.window + 1 - first, 0), num_keys), 0, tiles)
     outer = jnp.clip(div(jnp.maximum(first_position + 1 - first, 0), num_keys), inner, tiles)
-    return Band(rows, query, rows.valid(query < Tq), position, lowest, first, end, tiles, inner, outer)
+    return Band(rows, query, rows.valid(query < Tq), position, lowest, first, last, tiles, inner, outer)
 
 
 def visible(band: Band, key_position: Any, edge: bool, segments: bool) -> Any:

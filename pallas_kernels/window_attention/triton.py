@@ -89,13 +89,13 @@ def _forward_kernel(
     def step(i: Any, carry: Any, edge: bool) -> Any:
         m, total, acc = carry
         key = key_positions(band, i, tile.keys)
-        key_at, there = (pair.batch, key, pair.kv_head), key < band.end if edge else None
-        s = dot_pieces(q, load_rows(k_ref, key_at, key_pieces, there))
+        key_at = (pair.batch, band.places(key, edge), pair.kv_head)
+        s = dot_pieces(q, load_rows(k_ref, key_at, key_pieces))
         mask = visible(band, key, edge, starts_ref is not None)
         if mask is not None:
             s = jnp.where(mask, s, -jnp.inf)
         p, m, total, decay = softmax_step(s, m, total, problem.scale_log2, problem.interpret)
-        return m, total, accumulate(acc, p, load_rows(v_ref, key_at, value_pieces, there), decay)
+        return m, total, accumulate(acc, p, load_rows(v_ref, key_at, value_pieces), decay)
 
     m, total, acc = band.walk(step, softmax_start(num_rows, value_pieces))
     o, lse = softmax_finish(m, total, acc, problem.scale)

@@ -113,13 +113,14 @@ def _query_gradient_kernel(
 
     def step(i: Any, dq: Any, edge: bool) -> Any:
         key = key_positions(band, i, tile.keys)
-        key_at, there = (pair.batch, key, pair.kv_head), key < band.end if edge else None
-        k = load_rows(k_ref, key_at, key_pieces, there)
-        v = load_rows(v_ref, key_at, value_pieces, there)
+        key_at = (pair.batch, band.places(key, edge), pair.kv_head)
+        k = load_rows(k_ref, key_at, key_pieces)
+        v = load_rows(v_ref, key_at, value_pieces)
         p = exp2(dot_pieces(q, k) * problem.scale_log2 - lse_log2[:, None], problem.interpret)
-        ds = p * (dot_pieces(do, v) - delta[:, None])
         mask = visible(band, key, edge, starts_ref is not None)
-        return accumulate(dq, ds if mask is None else jnp.where(mask, ds, 0), k)
+        if mask is not None:
+            p = jnp.where(mask, p, 0)
+        return accumulate(dq, p * (dot_pieces(do, v) - delta[:, None]), k)
 
     dq = band.walk(step, zeros(num_rows, key_pieces))
     dq = finish_query_gradient(
@@ -154,12 +155,16 @@ def _key_gradient_kernel(
     first_key = pl.program_id(0) * tile.keys
     last_key = first_key + tile.keys - 1
     key = first_key + iota(tile.keys)
-    k = load_rows(k_ref, (pair.batch, key, pair.kv_head), key_pieces, key < T)
-    v = load_rows(v_ref, (pair.batch, key, pair.kv_head), value_pieces, key < T)
+    offset = offset_ref[0]
+    # Zeros in the stead of keys that no query of the call sees: their scores and products are finite.
+    seen = (key > offset - window) & (key < jnp.minimum(offset + Tq, T))
+    if starts_ref is not None:
+        seen &= key >= starts_ref[pair.batch, 0]
+    k = load_rows(k_ref, (pair.batch, key, pair.kv_head), key_pieces, seen)
+    v = load_rows(v_ref, (pair.batch, key, pair.kv_head), value_pieces, seen)
 
     # Queries from the first key's position to the last that sees the last key, as rows of q. Steps `inner` to
     # `outer` - 1 hold only queries that see every key of the tile, segments aside.
-    offset = offset_ref[0]
     begin = jnp.clip(first_key - offset, 0, Tq)
     end = jnp.clip(last_key + window - offset, begin, Tq)
     steps = cdiv(end - begin, num_queries)
@@ -178,16 +183,14 @@ def _key_gradient_kernel(
         p = exp2(dot_pieces(k, q) * problem.scale_log2 - lse_log2[None, :], problem.interpret)
         if gate_ref is not None:
             p *= plgpu.load(gate_ref.at[at], mask=valid, other=0)[None, :]
-        seen: list[Any] = []
         if edge:
-            position = jnp.where(valid, offset + query, -1)[None, :]
-            seen += [key[:, None] <= position, key[:, None] > position - window]
+            position = (offset + query)[None, :]
+            p = where_all([key[:, None] <= position, key[:, None] > position - window], p)
         if starts_ref is not None:
-            start = jnp.where(valid, load_starts(starts_ref, pair.batch, query, valid), T)
-            seen.append(key[:, None] >= start[None, :])
-        p = where_all(seen, p)
+            start = load_starts(starts_ref, pair.batch, query, valid)
+            p = jnp.where(key[:, None] >= start[None, :], p, 0)
         dv = accumulate(dv, p, do)
-        return accumulate(dk, where_all(seen, p * (dot_pieces(v, do) - delta[None, :])), q), dv
+        return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
 
     edge, middle = functools.partial(step, edge=True), functools.partial(step, edge=False)
     carry = loop(0, inner, edge, (zeros(tile.keys, key_pieces), zeros(tile.keys, value_pieces)))

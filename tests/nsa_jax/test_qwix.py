@@ -43,9 +43,21 @@ def problem(kind, dtype):
     return linen, twin, params, x, {n for n in params if n.endswith("_kernel") and not n.startswith("phi_")}
 
 
+def merged(params, lora):
+    """Kernels with their adapters added, as docs/integrations.md says."""
+
+    def kernel(name, value):
+        if f"{name}_lora_a" not in lora:
+            return value
+        a, b = (lora[f"{name}_lora_{ab}"].astype(jnp.float32) for ab in "ab")
+        return (value + LORA["alpha"] / LORA["rank"] * (a @ b).reshape(value.shape)).astype(value.dtype)
+
+    return {name: kernel(name, value) for name, value in params.items()}
+
+
 @DTYPES
 @EVERY
-def test_lora_adapts_every_projection_of_a_linen_layer_and_trains_nothing_else(kind, dtype):
+def test_lora_adapts_every_projection_of_a_linen_layer_trains_nothing_else_and_merges(kind, dtype):
     linen, _, params, x, kernels = problem(kind, dtype)
     adapted = qwix.apply_lora_to_model(linen, qwix.LoraProvider(**LORA))
     theirs = nn.unbox(jax.jit(adapted.init)(jax.random.key(2), x))["params"]
@@ -69,12 +81,16 @@ def test_lora_adapts_every_projection_of_a_linen_layer_and_trains_nothing_else(k
     for _ in range(3):
         value, _, lora = step(lora)
     assert value < first
+    y, plain = adapted.apply({"params": params | lora}, x), linen.apply({"params": params}, x)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert normwise_error(linen.apply({"params": merged(params, lora)}, x), y) < tolerance
+    assert normwise_error(plain, y) > 2 * tolerance
 
 
 @DTYPES
 @EVERY
-def test_lora_adapts_every_projection_of_an_nnx_layer(kind, dtype):
-    _, twin, _, x, kernels = problem(kind, dtype)
+def test_lora_adapts_every_projection_of_an_nnx_layer_trains_and_merges(kind, dtype):
+    _, twin, params, x, kernels = problem(kind, dtype)
     adapted = qwix.apply_lora_to_model(twin, qwix.LoraProvider(**LORA), x, rngs=nnx.Rngs(1))
     assert {n for n, p in vars(adapted).items() if isinstance(p, nnx.LoRAParam)} == {
         f"{n}_lora_{ab}" for n in kernels for ab in "ab"
@@ -86,13 +102,22 @@ def test_lora_adapts_every_projection_of_an_nnx_layer(kind, dtype):
         def call(lora):
             return nnx.merge(graph, lora, rest)(x)
 
-        return call(lora), jax.grad(lambda lora: jnp.sin(call(lora).astype(jnp.float32)).sum())(lora)
+        return call(lora), *jax.value_and_grad(lambda lora: jnp.sin(call(lora).astype(jnp.float32)).mean())(lora)
 
-    y, gradient = run(lora)
+    y, first, gradient = run(lora)
     assert y.dtype == dtype
     assert normwise_error(y, twin(x)) < (1e-5 if dtype == jnp.float32 else 2e-2)
     for name in kernels:
         assert jnp.abs(getattr(gradient, f"{name}_lora_b")[...]).max() > 0, name
+    for _ in range(3):
+        lora = jax.tree.map(lambda p, g: (p - g).astype(p.dtype), lora, run(lora)[2])
+    y, last, _ = run(lora)
+    assert last < first
+    before, found = twin(x), {name: value[...] for name, value in nnx.to_pure_dict(lora).items()}
+    for name, value in merged(params, found).items():
+        getattr(twin, name)[...] = value
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert normwise_error(twin(x), y) < tolerance < normwise_error(before, y) / 2
 
 
 @DTYPES

@@ -1,5 +1,7 @@
 """The comparison helpers notice what they should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,20 @@ def test_normwise_error_counts_nan_and_unequal_infinities_as_infinitely_wrong():
     for wrong in (jnp.nan, jnp.inf, -jnp.inf):
         assert normwise_error(a.at[0].set(wrong), a) == np.inf
     assert normwise_error(a.at[2].set(0), a) == np.inf
+
+
+def test_normwise_error_is_relative_to_another_norm_where_the_expected_is_zero():
+    a = jnp.array([0.3, 0.4])
+    assert normwise_error(a, 0 * a, if_zero=5.0) == pytest.approx(0.1)
+    assert normwise_error(a, 2 * a, if_zero=5.0) == pytest.approx(0.5)
+    assert normwise_error(a, 0 * a) > 1e300
+
+
+def test_assert_matches_reference_excuses_what_rounding_leaves_of_the_gradient_of_one_token():
+    """A query that sees one key sends nothing back through the score."""
+    config = dataclasses.replace(CONFIG, select_block=16)
+    inputs = random_inputs(jax.random.key(0), config, T=1, num_heads=1, num_kv_heads=1, head_dim=16)
+    assert_matches_reference(inputs, config, implementation="triton")
 
 
 def test_assert_trees_close_names_the_error():

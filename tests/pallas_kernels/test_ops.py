@@ -95,17 +95,16 @@ def check_unseen_keys_change_nothing(
 ) -> None:
     """Keys and values that no query sees may hold anything, and get no gradient.
 
-    Those between keys that queries of one tile see may hold any finite numbers.
+    Only those that straddle two of the call's segments must be finite.
     """
     q, k, v, *_ = cases.arguments(op, inputs)
     expected = cases.expected_results(op, case, inputs)
     hidden_k, hidden_v = (unseen(expected, x) for x in (k, v))
-    if op == "compressed_attention":  # where those that straddle two segments are seen by nobody
-        seen = ~hidden_v[..., :1]
-        between = (np.cumsum(seen, axis=1) > 0) & (np.cumsum(seen[:, ::-1], axis=1)[:, ::-1] > 0)
-        values = np.where(between, value, np.nan)
-    else:
-        values = np.full((*k.shape[:3], 1), np.nan)
+    values = np.full((*k.shape[:3], 1), np.nan)
+    if op == "compressed_attention" and inputs.starts is not None:
+        token = np.arange(k.shape[1]) * case.config.compress_stride
+        come = token + case.config.compress_block <= case.query_offset + case.num_queries
+        values[come & (token >= np.asarray(inputs.starts)[:, :1])] = value  # of these, the hidden ones straddle
     for poison in (values, np.full_like(values, value)):
         huge = jnp.asarray(poison, q.dtype)
         changed = cases.with_keys(op, inputs, jnp.where(hidden_k, huge, k), jnp.where(hidden_v, -huge, v))

@@ -100,6 +100,23 @@ def test_tiles_of_several_queries_equal_the_reference(monkeypatch):
     check_blocks_that_no_query_selected_are_not_read(case, compiled, inputs)
 
 
+def test_a_tile_reads_no_key_between_its_queries_that_none_of_them_sees(monkeypatch):
+    """Three of four queries do not select their own block, so that mostly nobody sees their keys."""
+    monkeypatch.setattr(block_union, "_ADAPTIVE_FROM", 8)
+    random_blocks = cases._random_blocks
+
+    def own_blocks_of_every_fourth(case, first, positions):
+        blocks = random_blocks(case, first, positions)
+        own = (positions // case.config.select_block)[:, None]
+        return np.where((blocks == own) & (np.arange(len(positions)) % 4 > 0)[:, None], -1, blocks)
+
+    monkeypatch.setattr(cases, "_random_blocks", own_blocks_of_every_fourth)
+    case = Case(190, 8, 1, 32, 32, NSAConfig(16, 8, 16, 2, 0, 0), query_offset=150)
+    tiles = {"tile": QueryTile(16, 2, 2, shared=QueryTile(32, 4, 2)), "query_tile": QueryTile(32, 4, 2)}
+    compiled, inputs, actual = check_branch("triton", "selected_attention", case, jnp.float32, INTERPRETED, **tiles)
+    check_unseen_keys_change_nothing("selected_attention", case, compiled, inputs, actual, HUGE)
+
+
 @pytest.mark.parametrize("widest", [64, 128, 256])
 def test_a_head_is_cut_into_few_pieces_with_little_padding(widest):
     for head_dim in range(16, 257):

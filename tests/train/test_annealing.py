@@ -165,7 +165,7 @@ def test_a_run_begins_with_the_dense_loss_and_goes_on_over_an_interruption(base,
     sums = loss_sums(saved.model, saved.params, jax.tree.map(jnp.asarray, next(batches)))
     whole = going_over(base, tmp_path / "whole", steps=6, anneal_steps=4)
     result = run(prepare(whole), plain=True)
-    found = metrics(whole)
+    found = metrics(whole)[1:]
     assert found[0]["loss"] == pytest.approx(float(sums.nll / sums.weight), rel=1e-6)
     assert [entry["annealed"] for entry in found] == [0, 0.25, 0.5, 0.75, 1, 1]
     parts = dataclasses.replace(whole, run_dir=tmp_path / "parts")
@@ -175,6 +175,37 @@ def test_a_run_begins_with_the_dense_loss_and_goes_on_over_an_interruption(base,
     for x, y in zip(jax.tree.leaves(again.state.params), jax.tree.leaves(result.state.params), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
     assert load_model(whole.run_dir).config.model.nsa == base.model.nsa
+
+
+def test_what_it_starts_from_is_evaluated_as_the_dense_model_and_as_ordinary_nsa(base, tmp_path):
+    """Until the last step of the annealing, evaluations tell the loss of the model that is trained, too."""
+    starts = {
+        "dense": dataclasses.replace(base, init_from=base.run_dir, run_dir=tmp_path / "dense", steps=0),
+        "at once": going_over(base, tmp_path / "at_once", steps=0),
+        "annealed": going_over(
+            base,
+            tmp_path / "annealed",
+            steps=4,
+            anneal_steps=3,
+            eval_every=1,
+            checkpoint=CheckpointConfig(every=1, keep_last=4),
+        ),
+    }
+    for config in starts.values():
+        run(prepare(config), plain=True)
+    (dense,), (at_once,), (start, *later) = map(metrics, starts.values())
+    assert (dense["step"], at_once["step"], start["step"]) == (0, 0, 0)
+    assert start["held_out_loss_as_trained"] == pytest.approx(dense["held_out_loss"], rel=1e-6)
+    assert start["held_out_loss"] == pytest.approx(at_once["held_out_loss"], rel=1e-6)
+    assert abs(at_once["held_out_loss"] - dense["held_out_loss"]) > 1e-4
+    assert "held_out_loss_as_trained" not in dense | at_once
+    assert ["held_out_loss_as_trained" in entry for entry in later] == [True, True, False, False]
+    # The gates of the step that follows, and its window; see the table of stages.
+    saved = load_model(starts["annealed"].run_dir, step=2)
+    params = annealing.opening(starts["annealed"])(saved.params, 2)
+    sums = [loss_sums(saved.model, params, batch) for batch in prepare(base).held_out]
+    expected = sum(float(x.nll) for x in sums) / sum(float(x.weight) for x in sums)
+    assert later[1]["held_out_loss_as_trained"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_parameters_of_the_dense_run_come_with_the_new_runs_sharding(base, tmp_path):

@@ -72,7 +72,7 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
         ({"optimizer": OptimizerConfig(accumulate=3)}, r"data.batch_size = 8: .*optimizer.accumulate = 3"),
         ({"optimizer": OptimizerConfig(learning_rate=0.0)}, r"optimizer.learning_rate = 0.0: .*positive"),
         ({"checkpoint": CheckpointConfig(every=0)}, r"checkpoint.every = 0: expected at least 1"),
-        ({"steps": 0}, r"steps = 0: expected at least 1"),
+        ({"steps": -1}, r"steps = -1: expected at least 0"),
     ],
 )
 def test_contradictions_are_refused_by_name(changes, message):

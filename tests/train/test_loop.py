@@ -12,6 +12,7 @@ import pytest
 
 from nsa_jax import NSAConfig
 from train import loop
+from train.checkpoints.saved import load_model
 from train.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
 from train.console import Console
 from train.loop import Interrupted, NonFiniteError, run
@@ -89,6 +90,22 @@ def test_a_run_leaves_its_curve_sample_metrics_config_and_checkpoint(finished, c
     assert entries[0]["loss"] == pytest.approx(np.log(320), abs=0.2)  # the padded vocabulary, nothing learnt
     assert entries[-1]["loss"] < entries[0]["loss"]
     assert not any(name.startswith("selection") for entry in entries for name in entry)  # full attention has none
+
+
+def test_a_run_without_steps_evaluates_and_saves_its_start_from_which_it_can_go_on(base, tmp_path):
+    config = dataclasses.replace(base, run_dir=tmp_path / "run", steps=0, position_buckets=4)
+    result = train(config)
+    (entry,) = read_metrics(result.files["metrics"])
+    assert entry["held_out_loss"] == result.held_out["held_out_loss"] == pytest.approx(np.log(320), abs=0.2)
+    assert len([name for name in entry if name.startswith("held_out_bits_per_byte/")]) == 4
+    assert int(result.state.step) == 0
+    start = load_model(config.run_dir, step=0).params
+    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (start, result.state.params)), strict=True))
+    assert train(config).held_out == result.held_out
+    more, at_once = (dataclasses.replace(config, run_dir=tmp_path / name, steps=3) for name in ("run", "at_once"))
+    pairs = zip(*(jax.tree.leaves(train(config).state.params) for config in (more, at_once)), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)
+    assert [entry["step"] for entry in read_metrics(result.files["metrics"])] == [0, 1, 2, 3]
 
 
 def test_held_out_figures_are_those_of_the_last_parameters_in_numpy(finished):

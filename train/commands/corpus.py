@@ -39,6 +39,7 @@ class Arguments:
     out: Path  # folder to write, which must not hold files yet; what was read goes into OUT.json beside it
     sources: tuple[Path, ...] = ()  # folders of packages, and archives (wheels, zip, tar); none: this Python's packages
     suffixes: tuple[str, ...] = SUFFIXES  # of the files that are taken
+    min_file_bytes: int = 1  # shorter files are left out: for a corpus of long documents
     max_file_bytes: int = 300_000  # longer files are left out: most of them are generated
     min_package_bytes: int = 20_000  # smaller packages are left out
 
@@ -51,7 +52,7 @@ def corpus(arguments: Arguments) -> None:
     Raises:
       ValueError: a setting or a path is wrong, or nothing was found.
     """
-    for name in ("max_file_bytes", "min_package_bytes"):
+    for name in ("min_file_bytes", "max_file_bytes", "min_package_bytes"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")
     check_empty("out", arguments.out)
@@ -63,14 +64,14 @@ def corpus(arguments: Arguments) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier call that did not come to its end
     unfinished.mkdir(parents=True)
     seen: set[bytes] = set()
-    left_out = dict.fromkeys(("copies", "not UTF-8", "too long", "empty"), 0)
+    left_out = dict.fromkeys(("copies", "not UTF-8", "too short", "too long", "empty"), 0)
     packages: dict[str, dict[str, int]] = {}
     for name, members in itertools.chain.from_iterable(_packages(source) for source in sources):
         kept, size = [], 0
         for path, content in members:
             if not path.endswith(arguments.suffixes):
                 continue
-            reason = _reason(content, arguments.max_file_bytes, seen)
+            reason = _reason(content, arguments.min_file_bytes, arguments.max_file_bytes, seen)
             if reason is not None:
                 left_out[reason] += 1
                 continue
@@ -139,10 +140,12 @@ def _members(archive: Path) -> Iterator[Member]:
         raise ValueError(f"sources: {archive}: cannot be read: {error}") from error
 
 
-def _reason(content: bytes, longest: int, seen: set[bytes]) -> str | None:
+def _reason(content: bytes, shortest: int, longest: int, seen: set[bytes]) -> str | None:
     """Why a file is left out; one that is not is remembered, so that its copies are."""
     if not content.strip():
         return "empty"
+    if len(content) < shortest:
+        return "too short"
     if len(content) > longest:
         return "too long"
     try:

@@ -24,6 +24,7 @@ def sources(tmp_path):
         "e/long.py": "x" * 1000,
         "e/empty.py": " \n",
         "e/f.c": "int f;\n",
+        "e/short.c": "i\n",
         "own.py": "own = 1\n",
     }.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def sources(tmp_path):
 
 def test_packages_become_files_in_order_without_copies(sources, tmp_path, capsys):
     out = tmp_path / "corpus"
-    settings = ["--max-file-bytes", "500", "--min-package-bytes", "1"]
+    settings = ["--min-file-bytes", "3", "--max-file-bytes", "500", "--min-package-bytes", "1"]
     assert main(["corpus", "--out", str(out), "--sources", *sources, *settings]) == 0
     found = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(out.iterdir())}
     assert {name: [document["path"] for document in documents] for name, documents in found.items()} == {
@@ -52,7 +53,7 @@ def test_packages_become_files_in_order_without_copies(sources, tmp_path, capsys
     assert found["00001-a.jsonl"][1]["text"] == "c = 1\n"
     report = json.loads((tmp_path / "corpus.json").read_text())
     assert report["files"] == 6
-    assert report["left_out"] == {"copies": 3, "not UTF-8": 1, "too long": 1, "empty": 1}
+    assert report["left_out"] == {"copies": 3, "not UTF-8": 1, "too short": 1, "too long": 1, "empty": 1}
     corpus = load_corpus(DataConfig(str(out), held_out_by="file", held_out_fraction=0.4))
     sides = [{side.name(i) for i in range(len(side))} for side in (corpus.train, corpus.held_out)]
     assert min(map(len, sides)) > 0
@@ -64,6 +65,7 @@ def test_packages_become_files_in_order_without_copies(sources, tmp_path, capsys
     [
         (["--sources", "nowhere"], "sources: nowhere: expected a folder or an archive"),
         (["--max-file-bytes", "0"], "max_file_bytes = 0: expected at least 1"),
+        (["--min-file-bytes", "0"], "min_file_bytes = 0: expected at least 1"),
         (["--min-package-bytes", "1000000000"], "sources: no package of 1000000000 bytes in"),
         (["--sources", "broken.whl"], "sources: broken.whl: cannot be read"),
         (["--out", "full"], "out = full: expected a folder that is empty or not there yet"),

@@ -357,7 +357,7 @@ def test_fine_tuning_from_a_run_lowers_the_loss_of_answers_and_resumes_exactly(t
     data = dataclasses.replace(base.data, path=path, **SHORT | {"batch_size": 8})
     tuned = dataclasses.replace(base, data=data, init_from=base.run_dir, run_dir=tmp_path / "tuned")
     whole = run(prepare(tuned), plain=True)
-    losses = [entry["loss"] for entry in read_metrics(tuned.run_dir / "metrics.jsonl")]
+    losses = [entry["loss"] for entry in read_metrics(tuned.run_dir / "metrics.jsonl") if "loss" in entry]
     assert losses[0] > 5
     assert whole.held_out["held_out_loss"] < losses[0] / 2
 

@@ -1,8 +1,9 @@
 """Decoding speed of a whole model, NSA and full attention side by side: `python -m train benchmark decoding`.
 
-Prints and writes tokens per second of a preset's model with random parameters, and with caches that are full of random
-keys and values to a few tokens below the context. All steps are one program, as in generation, sampling included. The
-bandwidth is what a step must read, all parameters and what the attention reads of the caches, over its time.
+Prints and writes tokens per second of the model of a preset or a run, with random parameters, and with caches that are
+full of random keys and values to a few tokens below the context. All steps are one program, as in generation, sampling
+included. The bandwidth is what a step must read, all parameters and what the attention reads of the caches, over its
+time.
 
 With `--profile`, one more run is traced: the kernels of a step, how often each is launched and for how long, and how
 long the GPU waits between them.
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_jax import cache_bytes
-from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
+from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
 from train.config import Attention, ModelConfig
 from train.generation.generator import NOT_FORCED, Rows, advance
 from train.generation.sampling import Draw
@@ -39,7 +40,7 @@ from train.trace import Kernel, kernels, length, record, union
 class Arguments:
     """What to measure."""
 
-    preset: str = "h100-350m"  # its model
+    preset: str = "h100-350m"  # or the folder of a run: its model
     context: int = 65536  # tokens of each row at the end
     batches: tuple[int, ...] = (1, 16)  # rows
     attentions: tuple[Attention, ...] = ATTENTIONS  # of the model
@@ -51,14 +52,21 @@ class Arguments:
 
 
 def measure(
-    config: ModelConfig, batch: int, context: int, steps: int, *, bandwidth: float, profile: bool = False
+    config: ModelConfig,
+    vocabulary: int,
+    batch: int,
+    context: int,
+    steps: int,
+    *,
+    bandwidth: float,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """One row of figures. For the arguments, see `Arguments`.
 
     Raises:
       ValueError: a profile is asked for, and there is no GPU.
     """
-    model = Transformer(config, VOCABULARY)
+    model = Transformer(config, vocabulary)
 
     @jax.jit
     def make(key: jax.Array) -> Any:
@@ -78,8 +86,8 @@ def measure(
     caches = jax.tree.unflatten(structure, filled)
     del leaves, filled
     size = cache_bytes(caches)
-    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, VOCABULARY, 1.0, 1.0, 0, 0)))
-    seen, ends = jnp.zeros((2, batch, VOCABULARY), bool)  # no token ends a row
+    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, vocabulary, 1.0, 1.0, 0, 0)))
+    seen, ends = jnp.zeros((2, batch, vocabulary), bool)  # no token ends a row
     rows = Rows(caches, seen, ends, jnp.zeros((batch, 0), jnp.int32))
     del caches
     tokens, limits = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), steps, jnp.int32)
@@ -163,15 +171,15 @@ def benchmark(arguments: Arguments) -> None:
     """
     if arguments.profile and jax.default_backend() != "gpu":
         raise ValueError(f"profile: expected a GPU, whose kernels it lists; found {jax.default_backend()}")
-    config, console = named(arguments.preset).model, Console()
+    config, console = named(arguments.preset), Console()
     if arguments.kv_heads is not None:
-        config = dataclasses.replace(config, num_kv_heads=arguments.kv_heads)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_kv_heads=arguments.kv_heads))
     sizes: dict[str, Any] = {"bandwidth": arguments.bandwidth, "profile": arguments.profile}
     rows: list[dict[str, Any]] = []
     for attention in arguments.attentions:
         for batch in arguments.batches:
-            model = dataclasses.replace(config, attention=attention)
-            rows.append(measure(model, batch, arguments.context, arguments.steps, **sizes))
+            model = dataclasses.replace(config.model, attention=attention)
+            rows.append(measure(model, vocab_size(config), batch, arguments.context, arguments.steps, **sizes))
             write_figures(arguments, rows)
             profile = rows[-1].get("profile")
             console.print({name: value for name, value in rows[-1].items() if name != "profile"})

@@ -6,11 +6,16 @@ import sys
 from typing import Any
 
 from pallas_kernels.benchmarks.provenance import provenance
-from train.config import Attention
+from train.config import Attention, TrainConfig
+from train.data.tokenizer import load_tokenizer
 from train.run_folder import write
 
-VOCABULARY = 258  # of the byte tokenizer
 ATTENTIONS: tuple[Attention, ...] = ("nsa", "full")  # that are compared
+
+
+def vocab_size(config: TrainConfig) -> int:
+    """Tokens of a preset's or a run's tokenizer."""
+    return load_tokenizer(config.data.tokenizer).vocab_size
 
 
 def write_figures(arguments: Any, rows: list[dict[str, Any]]) -> None:

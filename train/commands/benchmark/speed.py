@@ -1,7 +1,8 @@
 """Training speed against length and devices, NSA and full attention side by side: `python -m train benchmark speed`.
 
 Prints a table and writes JSON: tokens per second, model FLOP utilisation, the compiler's count of memory and what a
-device receives from others, of the whole update of a preset's model, on random tokens and from random parameters.
+device receives from others, of the whole update of the model of a preset or a run, on random tokens and from random
+parameters.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from train.commands.benchmark.figures import ATTENTIONS, VOCABULARY, write_figures
+from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
 from train.config import Attention, MeshConfig, Remat, TrainConfig
 from train.determinism import describe
 from train.model.flops import peak_flops, total_parameters, train_flops_per_token
@@ -42,7 +43,7 @@ TRACED = 2  # steps of a trace
 class Arguments:
     """What to measure."""
 
-    preset: str = "h100-350m"  # its model and optimiser
+    preset: str = "h100-350m"  # or the folder of a run: its model and optimiser
     attentions: tuple[Attention, ...] = ATTENTIONS  # of the model
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)  # T
     meshes: tuple[str, ...] = ("data=1",)  # sizes of mesh axes, as in "fsdp=2,context=4", on the first of the devices
@@ -87,9 +88,9 @@ def measure(
             raise ValueError(f"lengths: {T}: expected a divisor of {tokens}, the tokens of a step")
     configs = [_at_length(config, T, tokens // T) for T in lengths]
     for each in configs:
-        check_divisible(each, padded_vocabulary(VOCABULARY), count)
+        check_divisible(each, padded_vocabulary(vocab_size(each)), count)
     mesh = make_mesh(config.mesh, jax.devices()[:count])
-    planned = [abstract_step(each, VOCABULARY, mesh) for each in configs]
+    planned = [abstract_step(each, vocab_size(each), mesh) for each in configs]
     state = _initial_state(config, mesh)
     with jax.set_mesh(mesh):
         lowered = [each.update.lower(each.state, each.batch) for each in planned]
@@ -97,7 +98,7 @@ def measure(
         compiled = list(pool.map(lambda each: each.compile(), lowered))
     rows, parameters = [], total_parameters(state.params)
     for each, plan, step in zip(configs, planned, compiled, strict=True):
-        batch = _random_batch(plan.batch)
+        batch = _random_batch(plan.batch, vocab_size(each))
         state, seconds, loss = _time(step, state, batch, 2 + steps)
         speeds = [tokens / s for s in seconds[2:]]
         row = _row(each, sizes, step, speeds, parameters=parameters, loss=loss)
@@ -118,7 +119,7 @@ def _row(
 ) -> dict[str, Any]:
     """Figures of a compiled step that ran at these speeds, in tokens per second of all devices."""
     T, count = config.data.sequence_length, math.prod(sizes.values())
-    speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, VOCABULARY)
+    speed, flops = statistics.median(speeds), train_flops_per_token(config.model, T, vocab_size(config))
     memory, peak = cast(Any, step.memory_analysis()), peak_flops(jax.devices()[0].device_kind)
     row = {
         "attention": config.model.attention_name,
@@ -138,7 +139,7 @@ def _row(
     }
     if count > 1:
         row["received_bytes"] = received_bytes(collectives(step.as_text() or ""))
-        row["predicted_bytes"] = predicted_bytes(config, VOCABULARY, sizes)
+        row["predicted_bytes"] = predicted_bytes(config, vocab_size(config), sizes)
     return row
 
 
@@ -155,17 +156,17 @@ def _at_length(config: TrainConfig, T: int, rows: int) -> TrainConfig:
 
 
 def _initial_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    init = make_init(Transformer(config.model, VOCABULARY), make_optimizer(config.optimizer, config.steps))
+    init = make_init(Transformer(config.model, vocab_size(config)), make_optimizer(config.optimizer, config.steps))
     key = jax.random.key(config.seed)
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
 
 
-def _random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _random_batch(shapes: dict[str, jax.ShapeDtypeStruct], vocabulary: int) -> dict[str, jax.Array]:
     """Every token counts, and as one byte. Which position a token has makes no difference."""
     batch = {name: jnp.ones(x.shape, x.dtype) for name, x in shapes.items()}
     for i, name in enumerate(("tokens", "targets")):
-        batch[name] = jax.random.randint(jax.random.key(i), shapes[name].shape, 0, 256)
+        batch[name] = jax.random.randint(jax.random.key(i), shapes[name].shape, 0, vocabulary)
     return {name: jax.device_put(x, shapes[name].sharding) for name, x in batch.items()}
 
 

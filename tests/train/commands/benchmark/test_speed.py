@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
+import tokenizers
 
 from train.__main__ import main
 from train.commands.benchmark import speed
-from train.config import MeshConfig
-from train.presets import PRESETS
+from train.config import MeshConfig, to_json
+from train.presets import PRESETS, named
 
 
 @pytest.fixture
@@ -36,6 +37,23 @@ def test_writes_a_row_for_each_attention_and_length(tmp_path, small):
         assert 4 < row["loss"] < 8  # ln 258 = 5.55 before training
         assert row["memory_gib"] > 0
     assert rows[0]["parameters"] > rows[2]["parameters"]
+
+
+@pytest.mark.exhaustive
+def test_a_run_is_measured_with_the_vocabulary_of_its_tokenizer(tmp_path, small):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1000}, unk_token="a"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = dataclasses.replace(named(small).data, tokenizer="/elsewhere/tokenizer.json")
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(named(small), data=data)))
+    rows = []
+    for preset in (small, str(tmp_path)):
+        out = tmp_path / "speed.json"
+        arguments = {"attentions": ("full",), "lengths": (64,), "tokens_per_device": 64, "steps": 1, "out": out}
+        speed.benchmark(speed.Arguments(preset=preset, **arguments))
+        rows += json.loads(out.read_text())["rows"]
+    more = (1024 - 320) * named(small).model.embed_dim  # 1001 and 258 tokens, each up to a multiple of 64
+    assert rows[1]["parameters"] == rows[0]["parameters"] + more
 
 
 def test_a_length_that_does_not_divide_the_step_is_refused():
