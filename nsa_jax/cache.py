@@ -4,7 +4,7 @@ A cache holds one layer's keys and values of B sequences ("rows") of different l
 attention; `nsa_jax.decoding` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
+from nsa_jax.gating import open_gates
+from nsa_jax.rope import rotate_pairs
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -275,6 +278,50 @@ def next_positions(cache: Cache, num_tokens: int) -> Int[Array, "B T"]:
 def next_compressed(lengths: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
     """The index of the compressed token that each row finishes next, which is `num_compressed` of its length."""
     return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
+
+
+def pooled_tokens(
+    ring: Float[Array, "B R K D"], x: Float[Array, "B T K D"], lengths: Int[Array, " B"], config: NSAConfig
+) -> Float[Array, "B P K D"]:
+    """The tokens of the ring and T new ones, from the first one of each row's next compressed token on.
+
+    P = l + (ceil(T / d) - 1) d, so that they hold all compressed tokens that the new ones can finish. What lies beyond
+    the new tokens finishes none, and may be anything.
+    """
+    l, d, T = config.compress_block, config.compress_stride, x.shape[1]  # noqa: E741
+    held = lengths - (l - 1)  # at most l - 1 of the tokens are in the ring
+    begin = next_compressed(lengths, config) * d - held
+    take = begin[:, None] + jnp.arange(l + (-(-T // d) - 1) * d, dtype=jnp.int32)[None, :]
+    tokens = jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
+    return jnp.take_along_axis(tokens, jnp.minimum(take, l - 1 + T - 1)[:, :, None, None], axis=1)
+
+
+def appended_heads(
+    q: Heads | None,
+    new: Sequence[Heads],
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    places: Places,
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, list[Array]]:
+    """Rotated queries, and new keys and values [B, m, K, D] as a cache holds them, of what `append_tokens` is given."""
+    K, Dk = places.tail_k.shape[2:]
+
+    def taken(heads: Heads, count: int, size: int, rotates: bool) -> Array:
+        columns = heads.array[:, :, heads.column : heads.column + count * size]
+        x = columns.reshape(*columns.shape[:2], count, size)
+        return x if rotation is None or not rotates else rotate_pairs(x, *rotation)
+
+    sizes = (Dk, places.tail_v.shape[3]) * (len(new) // 2)
+    tokens = [taken(heads, K, size, i % 2 == 0) for i, (heads, size) in enumerate(zip(new, sizes, strict=True))]
+    return None if q is None else taken(q, num_heads, Dk, True), tokens
+
+
+def appended_gates(gates: Gates | None) -> Float[Array, "B m H 3"] | None:
+    """The gates that `append_tokens` opens."""
+    if gates is None:
+        return None
+    begin, F = gates.hidden.column, gates.in_bias.shape[0]
+    return open_gates(gates.hidden.array[:, :, begin : begin + F], *gates[1:])
 
 
 def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int) -> Float[Array, "B count K D"]:

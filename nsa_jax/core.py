@@ -22,9 +22,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
 from nsa_jax.attention import AttentionInputs, BranchKV, Implementation, checked_segment_ids, nsa_attention
-from nsa_jax.compression import COMPRESSIONS, Compression, add_bias, compress, phi_shapes
+from nsa_jax.compression import COMPRESSIONS, Compression, compress, phi_shapes
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.explicit import on_auto_axes, split_of
+from nsa_jax.gating import open_gates
 from nsa_jax.precision import wide_dtype
 from nsa_jax.sharding import MeshAxes, check_mesh_axes, devices_along, free_axes, place, sharded, token_positions
 
@@ -294,7 +295,7 @@ def _attention_arrays(
     _, positions = segments_and_positions(q, segment_ids, positions, config)
     q, kv = rotated_branches(q, k, v, positions, config)
     cmp_k, cmp_v = compressed_tokens(weights, kv.cmp_k, kv.cmp_v, positions, config)
-    return q, kv._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(x, weights, q, config)
+    return q, kv._replace(cmp_k=cmp_k, cmp_v=cmp_v), gates(products(x, weights, config), weights, q, config)
 
 
 def rotated_branches(
@@ -332,18 +333,26 @@ def compressed_tokens(
     return config.rotated(cmp_k, first[:, : cmp_k.shape[1]]), cmp_v
 
 
+Products = Callable[[str], Array]  # the products of x with the parameters that take it, by the names of these
+
+
+def products(x: Float[Array, "B T E"] | None, weights: Mapping[str, Array], config: HeadConfig) -> Products:
+    """The product of x with a parameter, made when it is asked for."""
+    return lambda name: multiply(cast(Array, x), weights[name], config)
+
+
 def gates(
-    x: Float[Array, "B T E"] | None, weights: Mapping[str, Array], q: Float[Array, "B T H Dk"], config: CoreConfig
+    product: Products, weights: Mapping[str, Array], q: Array | jax.ShapeDtypeStruct, config: CoreConfig
 ) -> Float[Array, "B T H 3"]:
-    """g = sigmoid(MLP(x)) in the order (compressed, selected, window), in float32 at least, or the constant gates."""
-    wide = wide_dtype(q.dtype)
+    """g = sigmoid(MLP(x)) in the order (compressed, selected, window), in float32 at least, or the constant gates.
+
+    Of the queries, which are [B, T, H, Dk], this needs shape and dtype.
+    """
     if config.constant_gates is not None:
-        return jnp.broadcast_to(jnp.asarray(config.constant_gates, wide)[None, None, None, :], (*q.shape[:3], 3))
-    assert x is not None  # checked in `core_inputs`
-    hidden = add_bias(multiply(x, weights["gate_in_kernel"], config), weights["gate_in_bias"])
-    hidden = jax.nn.silu(hidden)
-    logits = add_bias(multiply(hidden, weights["gate_out_kernel"], config), weights["gate_out_bias"])
-    return jax.nn.sigmoid(logits.astype(wide))
+        constant = jnp.asarray(config.constant_gates, wide_dtype(q.dtype))
+        return jnp.broadcast_to(constant[None, None, None, :], (*q.shape[:3], 3))
+    in_bias, out_kernel, out_bias = (weights[f"gate_{name}"] for name in ("in_bias", "out_kernel", "out_bias"))
+    return open_gates(product("gate_in_kernel"), in_bias, out_kernel, out_bias, precision=config.precision)
 
 
 def multiply(x: Array, kernel: Array, config: HeadConfig, *, over: int = 1) -> Array:
@@ -422,12 +431,7 @@ def computed_with(
     On a mesh whose axes the layer knows, parameters stay split only along the heads that `head_axes` split. Along other
     axes, such as the embedding in fully sharded data parallelism, they are gathered.
     """
-    for name, expected in declared.items():
-        if name not in parameters:
-            raise ValueError(f"parameters: {name} is missing: expected {', '.join(declared)}")
-        if parameters[name].shape != expected.shape:
-            of = "" if x is None else f"x: {describe(x)} and "
-            raise ValueError(f"{name}: shape {parameters[name].shape}: expected {expected.shape} for {of}{config}")
+    check_parameters(parameters, declared, f"{config}" if x is None else f"x: {describe(x)} and {config}")
     # Others may be there, too: of low-rank adapters, for example.
     weights = {name: _in_dtype(parameters[name], dtype) for name in declared}
     if any(config.mesh_axes.values()):
@@ -437,6 +441,15 @@ def computed_with(
             for name, value in weights.items()
         }
     return weights
+
+
+def check_parameters(parameters: Mapping[str, Array], declared: Mapping[str, Parameter], of: str) -> None:
+    """Raises ValueError where a parameter is missing or has another shape; `of` says what they are declared for."""
+    for name, expected in declared.items():
+        if name not in parameters:
+            raise ValueError(f"parameters: {name} is missing: expected {', '.join(declared)}")
+        if parameters[name].shape != expected.shape:
+            raise ValueError(f"{name}: shape {parameters[name].shape}: expected {expected.shape} for {of}")
 
 
 def _in_dtype(x: Array, dtype: DTypeLike) -> Array:

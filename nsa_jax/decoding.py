@@ -13,7 +13,7 @@ do not fit are dropped without a message, so the caller has to count on the host
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from nsa_jax.attention import (
     selected_attention,
     window_attention,
 )
+from nsa_jax.backends import choice
 from nsa_jax.cache import (
     POOLS,
     DenseCache,
@@ -40,6 +41,7 @@ from nsa_jax.cache import (
     init_nsa_cache,
     next_compressed,
     next_positions,
+    pooled_tokens,
     read_pages,
     read_ring,
     step_tokens,
@@ -58,21 +60,25 @@ from nsa_jax.core import (
     core_inputs,
     core_on_mesh,
     gates,
+    products,
     rotated_branches,
 )
 from nsa_jax.dense import causal_attention, dense_attention
 from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
 from nsa_jax.layer import (
+    JoinedProducts,
     LayerConfig,
     NSALayerConfig,
     join_heads,
     layer_inputs,
     layer_on_mesh,
+    layer_products,
     project_branches,
     project_dense,
 )
 from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
@@ -132,16 +138,9 @@ def core_prefill(
       ValueError: an argument does not fit, named with what was expected.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    before, counts = _checked(cache if continuing else _emptied(cache), NSACache, q, num_tokens, config)
-    _check_pages(before, config)
     x, q, k, v = counted((x, q, k, v), num_tokens)
-    q, new, cache = _take_in(weights, q, k, v, before, counts, positions, config, continuing=continuing)
-    g = gates(x, weights, q, config)
-    if continuing:
-        o, _ = _attend_continuing(q, new, before, cache, g, config)
-    else:
-        o = nsa_attention(q, new, g, **_op_options(config))
-    return o, cache
+    tokens = _Tokens(q, k, v, gates(products(x, weights, config), weights, q, config), positions, num_tokens)
+    return _prefill(weights, tokens, cache, config=config, continuing=continuing)
 
 
 @core_on_mesh(lambda given: (split_of(given["q"], 0, 1, 2), split_like(given["cache"])))
@@ -163,18 +162,9 @@ def core_decode_step(
     ones. A row with `num_tokens` 0 stays as it is. For arguments, result and errors, see `core_prefill`.
     """
     x, q, k, v, weights = core_inputs(x, q, k, v, parameters, config)
-    cache, counts = _checked(cache, NSACache, q, num_tokens, config)
-    _check_pages(cache, config)
-    if q.shape[1] > step_tokens(cache, config.config):
-        raise ValueError(
-            f"q: {describe(q)}: expected at most {step_tokens(cache, config.config)} tokens a row, the cache's "
-            f"step_tokens; prefill takes more"
-        )
     x, q, k, v = counted((x, q, k, v), num_tokens)
-    offsets = cache.lengths
-    q, _, cache = _take_in(weights, q, k, v, cache, counts, positions, config, continuing=True)
-    o, _ = decode_attention(q, cache, gates(x, weights, q, config), offsets, **_op_options(config))
-    return o, cache
+    tokens = _Tokens(q, k, v, gates(products(x, weights, config), weights, q, config), positions, num_tokens)
+    return _decode_step(weights, tokens, cache, config=config)
 
 
 def _layer_split(given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -198,11 +188,8 @@ def nsa_layer_prefill(
     Returns:
       y [B, T, E], equal to the same rows of `nsa_layer` on the whole sequence, and the new cache.
     """
-    x, weights = layer_inputs(x, parameters, config)
-    x = counted(x, num_tokens)
-    q, k, v = project_branches(weights, x, config)
-    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "continuing": continuing}
-    o, cache = core_prefill(weights, x, q, k, v, cache, config=config, **options)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=False)
+    o, cache = _prefill(weights, tokens, cache, config=config, continuing=continuing)
     return join_heads(o, weights, config), cache
 
 
@@ -217,11 +204,8 @@ def nsa_layer_decode_step(
     num_tokens: NumTokens = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
     """`core_decode_step` between a layer's projections."""
-    x, weights = layer_inputs(x, parameters, config)
-    x = counted(x, num_tokens)
-    q, k, v = project_branches(weights, x, config)
-    options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens}
-    o, cache = core_decode_step(weights, x, q, k, v, cache, config=config, **options)
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=True)
+    o, cache = _decode_step(weights, tokens, cache, config=config)
     return join_heads(o, weights, config), cache
 
 
@@ -242,7 +226,7 @@ def full_layer_prefill(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache if continuing else _emptied(cache), DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
+    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if continuing:
         o = _attend_to_dense(q, before, cache, window, config)
@@ -267,7 +251,7 @@ def full_layer_decode_step(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(weights, x, _positions(before, x, positions), config)
+    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
         o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
@@ -277,7 +261,10 @@ def full_layer_decode_step(
 
 
 def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
-    """Arrays [B, T, ...] with zeros in place of tokens that do not count, whatever these hold."""
+    """Arrays [B, T, ...] with zeros in place of tokens that do not count, whatever these hold.
+
+    An array that occurs several times stays one, by which `rotated_branches` knows what branches share.
+    """
     if num_tokens is None:
         return tree
 
@@ -286,46 +273,164 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
         counts = counts.reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < counts, x, 0)
 
-    return jax.tree.map(zeroed, tree)
+    arrays = {id(x): x for x in jax.tree.leaves(tree)}
+    of_id = {key: zeroed(x) for key, x in arrays.items()}
+    return jax.tree.map(lambda x: of_id[id(x)], tree)
+
+
+class _Tokens(NamedTuple):
+    """The new tokens of every row, as an attention takes them: not rotated, and finite where they do not count.
+
+    All are arrays, or queries, keys and values are `Heads` of one product, and the gates may be `Gates`.
+    """
+
+    q: Any
+    k: Branches
+    v: Branches
+    gates: Any
+    positions: Int[Array, "B T"] | None
+    num_tokens: NumTokens
+
+    @property
+    def array(self) -> Array:
+        """An array [B, T, ...] of them."""
+        return self.q.array if isinstance(self.q, Heads) else self.q
+
+
+def _projected(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    positions: Int[Array, "B T"] | None,
+    num_tokens: NumTokens,
+    config: NSALayerConfig,
+    *,
+    for_step: bool,
+) -> tuple[dict[str, Array], _Tokens]:
+    """A layer's parameters in the dtype of the computation, and what it makes of its input."""
+    x, weights = layer_inputs(x, parameters, config)
+    product = layer_products(counted(x, num_tokens), weights, config)
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
+    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
+    alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)
+    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself:
+        q, k, v = project_branches(cast(Any, product.heads), weights, config)
+        g = _gates_to_open(product, weights, config) or gates(product, weights, shape, config)
+    else:
+        q, k, v = project_branches(product, weights, config)
+        g = gates(product, weights, shape, config)
+    k, v = (x if isinstance(x, Branches) else Branches(x, x, x) for x in (k, v))
+    return weights, _Tokens(q, k, v, g, positions, num_tokens)
+
+
+def _gates_to_open(product: JoinedProducts, weights: Mapping[str, Array], config: CoreConfig) -> Gates | None:
+    """Gates that `append_tokens` opens in the precision that it has; None if it shall not."""
+    if config.constant_gates is not None or config.precision is not None:
+        return None
+    in_bias, out_kernel, out_bias = (weights[f"gate_{name}"] for name in ("in_bias", "out_kernel", "out_bias"))
+    return Gates(product.heads("gate_in_kernel"), in_bias, out_kernel, out_bias)
+
+
+def _prefill(
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig, continuing: bool
+) -> tuple[Float[Array, "B T H Dv"], NSACache]:
+    """See `core_prefill`."""
+    cache = cache if continuing else _emptied(cache)
+    before, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
+    _check_pages(before, config)
+    q, new, cache = _take_in(weights, tokens, before, counts, config, continuing=continuing)
+    if continuing:
+        o, _ = _attend_continuing(q, new, before, cache, tokens.gates, config)
+    else:
+        o = nsa_attention(q, new, tokens.gates, **_op_options(config))
+    return o, cache
+
+
+def _decode_step(
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig
+) -> tuple[Float[Array, "B m H Dv"], NSACache]:
+    """See `core_decode_step`."""
+    cache, counts = _checked(cache, NSACache, tokens.array, tokens.num_tokens, config)
+    _check_pages(cache, config)
+    if tokens.array.shape[1] > step_tokens(cache, config.config):
+        raise ValueError(
+            f"q: {describe(tokens.array)}: expected at most {step_tokens(cache, config.config)} tokens a row, the "
+            f"cache's step_tokens; prefill takes more"
+        )
+    offsets = cache.lengths
+    q, opened, cache = _append(weights, tokens, cache, counts, config)
+    o, _ = decode_attention(q, cache, opened, offsets, **_op_options(config))
+    return o, cache
 
 
 def _take_in(
     weights: Mapping[str, Array],
-    q: Float[Array, "B T H Dk"],
-    k: Branches,
-    v: Branches,
+    tokens: _Tokens,
     cache: NSACache,
     num_tokens: Int[Array, " B"],
-    positions: Int[Array, "B T"] | None,
     config: CoreConfig,
     *,
     continuing: bool,
 ) -> tuple[Float[Array, "B T H Dk"], BranchKV, NSACache]:
     """Rotated queries, keys and values of the new tokens (and the compressed tokens they may finish), and the cache."""
-    l, d, T = config.config.compress_block, config.config.compress_stride, q.shape[1]  # noqa: E741
-    positions = _positions(cache, q, positions)
-    q, new = rotated_branches(q, k, v, positions, config)
-    pooled: tuple[Array, Array] = (new.cmp_k, new.cmp_v)
-    most = -(-T // d)  # compressed tokens that T tokens can finish
+    positions = _positions(cache, tokens.q, tokens.positions)
+    q, new = rotated_branches(*tokens[:3], positions, config)
+    pooled = (new.cmp_k, new.cmp_v)
     if continuing:
-        # The tokens from the first one of the next compressed token on. At most l - 1 of them are in the ring.
-        held = cache.lengths - (l - 1)
-        begin = next_compressed(cache.lengths, config.config) * d - held
-        take = begin[:, None] + jnp.arange(l + (most - 1) * d, dtype=jnp.int32)[None, :]
-        take = jnp.minimum(take, l - 1 + T - 1)  # tokens beyond finish no compressed token
-        k_and_v = (
-            jnp.concatenate([read_ring(ring, held, l - 1), x], axis=1)
-            for ring, x in zip((cache.tail_k, cache.tail_v), pooled, strict=True)
-        )
-        pooled_k, pooled_v = (jnp.take_along_axis(x, take[:, :, None, None], axis=1) for x in k_and_v)
-        earlier = positions[:, :1] - jnp.arange(l - 1, 0, -1, dtype=jnp.int32)[None, :]
-        positions = jnp.take_along_axis(jnp.concatenate([earlier, positions], axis=1), take, axis=1)
+        compressed = _finished(weights, pooled, cache, positions, config)
     else:
-        pooled_k, pooled_v = pooled
-    compressed = compressed_tokens(weights, pooled_k, pooled_v, positions, config)
+        compressed = compressed_tokens(weights, *pooled, positions, config)
     selected, window = (new.slc_k, new.slc_v), (new.win_k, new.win_v)
     cache = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config.config)
     return q, new._replace(cmp_k=compressed[0], cmp_v=compressed[1]), cache
+
+
+def _append(
+    weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, num_tokens: Int[Array, " B"], config: CoreConfig
+) -> tuple[Float[Array, "B m H Dk"], Float[Array, "B m H 3"], NSACache]:
+    """`_take_in` of a decoding step, and its gates: in place and in one kernel if a backend has it.
+
+    A phi that is a mean belongs to it.
+    """
+    positions = _positions(cache, tokens.array, tokens.positions)
+    finished: tuple[Array | None, Array | None] = (None, None)
+    if isinstance(tokens.q, Heads):
+        assert isinstance(config, NSALayerConfig)
+        given, rotation = tokens.q, config.rotation(positions, tokens.array.dtype)
+        new: list[Any] = [heads for pair in zip(tokens.k, tokens.v, strict=True) for heads in pair]
+    else:
+        q, kv = rotated_branches(*tokens[:3], positions, config)
+        given, rotation = None, None
+        new = [Heads(x.reshape(*x.shape[:2], -1)) for x in kv]
+        if config.compression != "mean":
+            finished = _finished(weights, (kv.cmp_k, kv.cmp_v), cache, positions, config)
+    places = Places(*cache[: len(Places._fields)])
+    gates = tokens.gates if isinstance(tokens.gates, Gates) else None
+    inputs = (given, *new, *finished, rotation, gates, places, cache.lengths, num_tokens, cache.block_tables)
+    implementation = choice.implementation_with("append_tokens", config.implementation)
+
+    def attempt(backend: Any) -> tuple[Array | None, Array | None, Places]:
+        return backend.append_tokens(*inputs, config=config.config, num_heads=config.num_heads)
+
+    known = (places.tail_k, places.tail_k, places.tail_v)
+    rotated, opened, places = choice.first_that_takes("append_tokens", implementation, known, attempt)
+    cache = cache._replace(**places._asdict(), lengths=cache.lengths + num_tokens)
+    return q if rotated is None else rotated, tokens.gates if opened is None else opened, cache
+
+
+def _finished(
+    weights: Mapping[str, Array],
+    pooled: tuple[Float[Array, "B T K Dk"], Float[Array, "B T K Dv"]],
+    cache: NSACache,
+    positions: Int[Array, "B T"],
+    config: CoreConfig,
+) -> tuple[Float[Array, "B C K Dk"], Float[Array, "B C K Dv"]]:
+    """The compressed tokens that new tokens may finish, beginning with the one that each row finishes next."""
+    sizes, tails = config.config, (cache.tail_k, cache.tail_v)
+    k, v = (pooled_tokens(ring, x, cache.lengths, sizes) for ring, x in zip(tails, pooled, strict=True))
+    # Positions go up by one from token to token, also from those in the tail to the new ones.
+    first = positions[:, 0] - cache.lengths + next_compressed(cache.lengths, sizes) * sizes.compress_stride
+    positions = first[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    return compressed_tokens(weights, k, v, positions, config)
 
 
 def _attend_continuing(

@@ -38,7 +38,16 @@ from nsa_jax.decoding import (
     nsa_layer_prefill,
 )
 from nsa_jax.foreign import refuse_foreign
-from nsa_jax.layer import LayerConfig, NSALayerConfig, full_layer, layer_parameters, nsa_layer, nsa_layer_inputs
+from nsa_jax.layer import (
+    JOINED,
+    LayerConfig,
+    NSALayerConfig,
+    declared_in,
+    full_layer,
+    join_projections,
+    nsa_layer,
+    nsa_layer_inputs,
+)
 from nsa_jax.naming import renamed
 from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
@@ -105,7 +114,12 @@ class LayerFields(HeadFields):
     @nn.compact
     def declared_parameters(self, x: Float[Array, "B T E"]) -> dict[str, Array]:
         """The layer's parameters by name, whichever method is called first."""
-        return self._declare(layer_parameters(self._config(), checked_input(x).shape[2]))
+        given = (JOINED,) if self.has_variable("params", JOINED) else ()
+        return self._declare(declared_in(given, self._config(), checked_input(x).shape[2]))
+
+    def join_projections(self, parameters: Mapping[str, Any]) -> dict[str, Array]:
+        """Parameters with which `prefill` and `decode_step` are faster; see `nsa_jax.layer.join_projections`."""
+        return join_projections(nn.unbox(parameters), self._config())
 
 
 class NSACore(CoreFields):

@@ -3,13 +3,14 @@
 The functions are those of a backend (see `nsa_jax.backends`). Their contracts are in `pallas_kernels.<op>.contract`.
 """
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import next_compressed, read_pages
+from nsa_jax.cache import appended_gates, appended_heads, next_compressed, read_pages
 from nsa_jax.config import NSAConfig
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
@@ -22,6 +23,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -161,6 +163,89 @@ def decode_attention(
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
+
+
+def append_tokens(
+    q: Heads | None,
+    pooled_k: Heads,
+    pooled_v: Heads,
+    selected_k: Heads,
+    selected_v: Heads,
+    window_k: Heads,
+    window_v: Heads,
+    finished_k: Float[Array, "B C K Dk"] | None,
+    finished_v: Float[Array, "B C K Dv"] | None,
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    gates: Gates | None,
+    places: Places,
+    lengths: Int[Array, " B"],
+    num_tokens: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
+    """Rotated queries, gates, and a cache's arrays with new tokens and with the compressed tokens that they finish.
+
+    This asks of every place which of the tokens it shall hold.
+    """
+    (B, m), P = pooled_k.array.shape[:2], places.cmp_k.shape[0]
+    new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
+    rotated, tokens = appended_heads(q, new, rotation, places, num_heads)
+    l, d, s = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
+    ends = lengths + num_tokens
+    number = jnp.arange(m, dtype=jnp.int32)[None, :]
+    positions = jnp.where(number < num_tokens[:, None], lengths[:, None] + number, -1)  # [B, m]
+    which = jnp.arange(-(-m // d), dtype=jnp.int32)[None, :]
+    starts = (jnp.maximum(0, (lengths - l) // d + 1)[:, None] + which) * d  # of compressed tokens, [B, C]
+
+    def in_pages(pool: Array, values: Array, positions: Array) -> Array:
+        """Values [B, n, K, D] of what starts at positions [B, n], which are -1 for none."""
+        stride = s // pool.shape[2]
+        start = jnp.arange(s // stride, dtype=jnp.int32) * stride
+        blocks = jnp.arange(block_tables.shape[1], dtype=jnp.int32)
+        for b, i in itertools.product(range(B), range(values.shape[1])):
+            page = jnp.arange(P, dtype=jnp.int32)[:, None]
+            holds = (block_tables[b][None, :] == page) & (blocks == positions[b, i] // s)[None, :]  # [P, N]
+            here = jnp.any(holds, axis=1)[:, None] & (start == positions[b, i] % s)[None, :] & (positions[b, i] >= 0)
+            pool = jnp.where(here[:, None, :, None], values[b, i][None, :, None, :], pool)
+        return pool
+
+    def in_ring(ring: Array, values: Array) -> Array:
+        slots = jnp.arange(ring.shape[1], dtype=jnp.int32)[None, :]
+        for i in range(m):
+            position = positions[:, i, None]
+            here = (slots == position % ring.shape[1]) & (position >= 0)
+            ring = jnp.where(here[:, :, None, None], values[:, i, None], ring)
+        return ring
+
+    def mean(tail: Array, x: Array) -> Array:
+        """Of the l tokens from each start on."""
+        entries = starts[:, :, None] + jnp.arange(l, dtype=jnp.int32)[None, None, :]
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None, None]
+        new = x[rows, jnp.clip(entries - lengths[:, None, None], 0, m - 1)]
+        old = tail[rows, entries % tail.shape[1]]
+        each = jnp.where((entries < lengths[:, None, None])[..., None, None], old, new)
+        return jnp.mean(each.astype(wide_dtype(x.dtype)), axis=2).astype(x.dtype)
+
+    finished = jnp.where(starts + l <= ends[:, None], starts, -1)
+    cmp_k = mean(places.tail_k, tokens[0]) if finished_k is None else finished_k
+    cmp_v = mean(places.tail_v, tokens[1]) if finished_v is None else finished_v
+    selects = config.num_selected > 0
+    return (
+        rotated,
+        appended_gates(gates),
+        Places(
+            slc_k=in_pages(places.slc_k, tokens[2], positions) if selects else places.slc_k,
+            slc_v=in_pages(places.slc_v, tokens[3], positions) if selects else places.slc_v,
+            cmp_k=in_pages(places.cmp_k, cmp_k, finished),
+            cmp_v=in_pages(places.cmp_v, cmp_v, finished),
+            tail_k=in_ring(places.tail_k, tokens[0]),
+            tail_v=in_ring(places.tail_v, tokens[1]),
+            win_k=in_ring(places.win_k, tokens[4]) if config.window else places.win_k,
+            win_v=in_ring(places.win_v, tokens[5]) if config.window else places.win_v,
+        ),
+    )
 
 
 def masked_attention(

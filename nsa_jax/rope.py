@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, DTypeLike, Float, Float64, Int
 
 from nsa_jax import arguments
 from nsa_jax.explicit import on_auto_axes, split_like
@@ -122,9 +122,22 @@ def apply_rope(
     positions = arguments.array("positions", positions)
     rows = 1 if positions.shape[:1] == (1,) else x.shape[0]  # one row of positions serves every row
     positions = arguments.integers("positions", positions, (rows, x.shape[1]), "(B, T)")
-    dtype = wide_dtype(x.dtype)
-    frequencies = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), dtype)
-    angle = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = scaling.magnitude * jnp.cos(angle), scaling.magnitude * jnp.sin(angle)
-    a, b = jnp.split(x.astype(dtype), 2, axis=-1)
+    return rotate_pairs(x, *rotation_of(positions, x.shape[-1], theta, scaling, wide_dtype(x.dtype)))
+
+
+def rotation_of(
+    positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling, dtype: DTypeLike
+) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
+    """cos and sin of positions * frequency_i, times `scaling.magnitude`: by what `apply_rope` rotates."""
+    frequencies = jnp.asarray(rope_frequencies(head_dim, theta, scaling), dtype)
+    angle = positions.astype(dtype)[:, :, None] * frequencies[None, None, :]
+    return scaling.magnitude * jnp.cos(angle), scaling.magnitude * jnp.sin(angle)
+
+
+def rotate_pairs(
+    x: Float[Array, "B T H D"], cos: Float[Array, "B T D/2"], sin: Float[Array, "B T D/2"]
+) -> Float[Array, "B T H D"]:
+    """The pairs (x_i, x_{i + D/2}) rotated, in the dtype of cos and sin."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-from nsa_jax.cache import next_compressed, read_pages
+from nsa_jax.cache import (
+    NSACache,
+    appended_gates,
+    appended_heads,
+    next_compressed,
+    pooled_tokens,
+    read_pages,
+    write_nsa_tokens,
+)
+from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
@@ -27,6 +36,7 @@ from nsa_jax.visibility import (
     pool_importance,
     starts_or_zeros,
 )
+from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 
 CHUNK_ELEMENTS = 1 << 22  # the most scores, or gathered key elements, of one chunk of queries
 
@@ -196,6 +206,40 @@ def decode_attention(
         return gated_sum(gates[None], o_cmp, o_slc, o_win)[0], indices[0]
 
     return jax.vmap(one_row)(q, win_k, win_v, gates, query_offsets, lengths, block_tables)
+
+
+def append_tokens(
+    q: Heads | None,
+    pooled_k: Heads,
+    pooled_v: Heads,
+    selected_k: Heads,
+    selected_v: Heads,
+    window_k: Heads,
+    window_v: Heads,
+    finished_k: Float[Array, "B C K Dk"] | None,
+    finished_v: Float[Array, "B C K Dv"] | None,
+    rotation: tuple[Float[Array, "B m Dk/2"], Float[Array, "B m Dk/2"]] | None,
+    gates: Gates | None,
+    places: Places,
+    lengths: Int[Array, " B"],
+    num_tokens: Int[Array, " B"],
+    block_tables: Int[Array, "B N"],
+    *,
+    config: NSAConfig,
+    num_heads: int,
+) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
+    """Rotated queries, gates, and a cache's arrays with new tokens and with the compressed tokens that they finish."""
+    new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
+    rotated, tokens = appended_heads(q, new, rotation, places, num_heads)
+    pooled, selected, window = ((tokens[i], tokens[i + 1]) for i in (0, 2, 4))
+
+    def finished(given: Array | None, tail: Array, x: Array) -> Array:
+        return compress(pooled_tokens(tail, x, lengths, config), config=config) if given is None else given
+
+    compressed = finished(finished_k, places.tail_k, pooled[0]), finished(finished_v, places.tail_v, pooled[1])
+    cache = NSACache(*places, lengths, block_tables)
+    written = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config)
+    return rotated, appended_gates(gates), Places(*written[: len(places)])
 
 
 def _attend_to_pages(

@@ -180,10 +180,7 @@ class Backward:
         *block_indices, o, lse, do, segment_starts, query_offset = rest
         inputs, positions = (q, k, v, *block_indices), (segment_starts, query_offset)
         backward = self.op + BACKWARD
-        implementation = self.implementation
-        if implementation is not None and not _has(named(implementation), backward):
-            implementation = None  # it brings no backward pass, so that the others' serve
-
+        implementation = implementation_with(backward, self.implementation)
         sizes = {name: options[name] for name in ("config", "scale")}
 
         def attempt(backend: Backend) -> Gradients:
@@ -273,6 +270,11 @@ def _check_returned(backend: Backend, op: str, name: str, array: Any, shape: tup
 def is_differentiable(backend: Backend) -> bool:
     """Whether JAX differentiates through the backend's functions."""
     return bool(getattr(backend, "differentiable", False))
+
+
+def implementation_with(op: str, implementation: str | None) -> str | None:
+    """The name of a backend that has a function besides what it was named for; None, for the others', if it has not."""
+    return implementation if implementation is None or _has(named(implementation), op) else None
 
 
 def candidates(implementation: str | None) -> tuple[Backend, ...]:

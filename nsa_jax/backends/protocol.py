@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+from pallas_kernels.append_tokens.contract import Append
 from pallas_kernels.block_selection.contract import Select
 from pallas_kernels.compressed_attention import contract as compressed
 from pallas_kernels.contract import Sizes
@@ -31,6 +32,7 @@ OPS: dict[str, type | None] = {
     "window_attention_backward": window.Backward,
     "nsa_attention": None,
     "decode_attention": Decode,
+    "append_tokens": Append,
 }
 
 
@@ -53,7 +55,8 @@ class Backend(Protocol):
       by_default: by_default(name, q, k, v) -> bool says whether `implementation=None` may choose a function (a name in
         `OPS`) for these arrays; without it, it may for all. Calls for which a backend further back is faster can so be
         left to it, and be had by name. A reason can be given by raising NotImplementedError. q, k and v are the first
-        arguments of the function (v is None for `select_blocks`); of `nsa_attention`, those of the selected branch.
+        arguments of the function (v is None for `select_blocks`); of `nsa_attention`, those of the selected branch;
+        of `append_tokens`, the keys (twice) and the values of the cache's tail.
       differentiable: True where JAX differentiates through the backend's functions, so that no backward pass is needed.
     """
 

@@ -65,14 +65,17 @@ def launch(
     num_warps: int,
     num_stages: int,
     interpret: bool,
+    in_place: int = 0,
 ) -> Callable[..., Any]:
     """A function of arrays that runs `kernel` once for each point of `grid`.
 
     Every reference that the kernel gets is a whole array, which it indexes by its program ids. For an argument that is
-    None it gets None.
+    None it gets None. The first `in_place` results are the first arguments, none of which is None, with what the kernel
+    writes there; XLA copies an argument that is still needed.
     """
     params = _PARAMS(num_warps=num_warps, num_stages=num_stages)
     options = dict(name=name, grid=grid, out_shape=out_shape, compiler_params=params, interpret=interpret)
+    options["input_output_aliases"] = {i: i for i in range(in_place)}
 
     def call(*arguments: Any) -> Any:
         def body(*refs: Any) -> None:
@@ -111,15 +114,16 @@ def _checking_vmap(call: Callable[..., Any], name: str, grid: tuple[int, ...]) -
 
 
 def _poisoning_call(body: Callable[..., None], options: dict[str, Any]) -> Callable[..., Any]:
-    """The same call whose outputs lie over inputs full of poison."""
-    shapes = jax.tree.leaves(options["out_shape"])
+    """The same call whose outputs, except those in place of an argument, lie over inputs full of poison."""
+    in_place = options["input_output_aliases"]
+    shapes = jax.tree.leaves(options["out_shape"])[len(in_place) :]
 
     def call(*arrays: Any) -> Any:
         given = len(arrays)
         poison = [
             jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -(2**31), x.dtype) for x in shapes
         ]
-        aliases = {given + i: i for i in range(len(shapes))}
+        aliases = in_place | {given + i: len(in_place) + i for i in range(len(shapes))}
 
         def without_poison(*refs: Any) -> None:
             body(*refs[:given], *refs[given + len(shapes) :])

@@ -481,6 +481,25 @@ def test_decoding_of_ones_own(register):
     assert made["decode_attention"].backend == "mine"
 
 
+def test_a_step_of_a_layer_appends_tokens_by_the_named_backend_or_by_the_others(register):
+    layer = nsa_jax.NSAttention(num_heads=4, num_kv_heads=1, head_dim=8, config=CONFIG)
+    x = jax.random.normal(jax.random.key(0), (2, 1, 16))
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+
+    def step(implementation):
+        named = layer.clone(implementation=implementation)
+        return named.apply(variables, x, layer.init_cache(batch_size=2, max_length=32), method="decode_step")
+
+    expected = step("reference")
+    whole = backend("whole", **{op: of("xla", op) for op in ("decode_attention", "append_tokens")})
+    part = backend("part", decode_attention=of("xla", "decode_attention"))
+    for mine in (whole, part):
+        register(mine, before="triton")
+        assert_trees_close(step(mine.name), expected, 1e-5)
+        assert mine.decode_attention.count == 1
+    assert whole.append_tokens.count == 2  # its own, and that of the other, which comes after it
+
+
 # Mosaic by default
 
 LONG = (Row((128, 128), (16, 16), 2048, ""),)

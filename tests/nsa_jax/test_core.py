@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import Branches, NSAConfig, NSACore, next_positions, nsa_attention
-from nsa_jax.core import CoreConfig, core_attention_inputs, core_parameters
+from nsa_jax.core import CoreConfig, core_attention_inputs, core_parameters, products
 from nsa_jax.layer import NSALayerConfig, project_branches
 from nsa_jax.rope import apply_rope
 from nsa_jax.testing import assert_trees_close
@@ -128,7 +128,7 @@ def test_a_core_between_the_projections_of_a_layer_is_the_layer(options):
 
     @jax.jit
     def run(variables, x):
-        q, k, v = project_branches(variables["params"], x, config)
+        q, k, v = project_branches(products(x, variables["params"], config), variables["params"], config)
         own = {"params": {name: variables["params"][name] for name in names}}
         inputs = core_attention_inputs(own["params"], x, q, k, v, config=CoreConfig(**fields))
         return layer.apply(variables, x), core.apply(own, x, q, k, v), twin(x, q, k, v), (q, k, v), inputs.kv

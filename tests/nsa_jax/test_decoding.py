@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import equations
 
 import nsa_jax
 import nsa_jax.nnx
@@ -103,6 +105,98 @@ def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_posit
         actual[b, :prompt] = np.asarray(first[b, :prompt].astype(jnp.float32))
     assert (cache.lengths == T).all()
     assert_trees_close(jnp.asarray(actual), y.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "nsa, biases", "nsa, constant gates", "full, biases"])
+def test_joined_projections_are_one_product_and_change_nothing(name):
+    more = {
+        "nsa, biases": nsa_jax.NSAttention(**HEADS, config=CONFIG, use_bias=True),
+        "nsa, constant gates": nsa_jax.NSAttention(**HEADS, config=CONFIG, constant_gates=(0.2, 0.5, 0.3)),
+        "full, biases": nsa_jax.FullAttention(**HEADS, qkv_bias=True),
+    }
+    layer, x = (LAYERS | more)[name], jax.random.normal(jax.random.key(0), (3, 24, E))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    def run(params):
+        cache = layer.init_cache(batch_size=3, max_length=32)
+        counts = jnp.array([9, 3, 7])
+        first, cache = layer.apply({"params": params}, x[:, :9], cache, num_tokens=counts, method="prefill")
+        options = {"continuing": True, "method": "prefill"}
+        second, cache = layer.apply({"params": params}, x[:, 9:14], cache, **options)
+        third, cache = layer.apply({"params": params}, x[:, 14:15], cache, method="decode_step")
+        return (first[1:2, :3], second, third), cache
+
+    joined = layer.join_projections(params)
+    assert_trees_close(jax.jit(run)(joined), jax.jit(run)(params), 1e-5)
+
+    def products_of_a_step(params):
+        step = functools.partial(layer.apply, method="decode_step")
+        cache = layer.init_cache(batch_size=3, max_length=32)
+        found = equations(jax.make_jaxpr(step)({"params": params}, x[:, :1], cache))
+        return sum(each.primitive.name == "dot_general" and each.invars[0].aval.shape == (3, 1, E) for each in found)
+
+    assert products_of_a_step(joined) == 1
+    assert products_of_a_step(params) >= 3
+    with pytest.raises(ValueError, match="q_kernel is missing"):
+        layer.join_projections(joined)
+
+
+@pytest.mark.parametrize("share_kv", [True, False])
+def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "v_head_dim": 16}
+    layer = nsa_jax.NSAttention(**heads, config=CONFIG, share_kv=share_kv)
+    x = jax.random.normal(jax.random.key(0), (2, 14, E))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+
+    def run(params, implementation):
+        step = functools.partial(layer.clone(implementation=implementation).apply, method="decode_step")
+        cache = layer.init_cache(batch_size=2, max_length=16, step_tokens=3)
+        outputs = []
+        for begin, end, counts in ((0, 3, [3, 1]), (3, 4, [1, 0]), (4, 7, [2, 3])):
+            options = {"num_tokens": jnp.array(counts)}
+            y, cache = jax.jit(step)({"params": params}, x[:, begin:end], cache, **options)
+            outputs += [y[b, :count] for b, count in enumerate(counts)]
+        return outputs, cache
+
+    joined = layer.join_projections(params)
+    (outputs, cache), (expected, plain) = run(joined, "triton"), run(params, "xla")
+    assert_trees_close(outputs, expected, 1e-5)
+    assert_trees_close(cache, plain, 1e-5)
+
+
+def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
+    """Outputs of steps after a prompt of T tokens, one step after the other in one program, and the cache."""
+    heads = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 64}
+    layer = nsa_jax.NSAttention(**heads, dtype=dtype, implementation=implementation)
+    x = jax.random.normal(jax.random.key(0), (2, T + steps, 128), dtype)
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(1), x[:, :1])["params"])
+    variables = {"params": layer.join_projections(params) if joins else params}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(variables, cache):
+        def step(cache, token):
+            y, cache = layer.apply(variables, token[:, None], cache, method="decode_step")
+            return cache, y
+
+        return jax.lax.scan(step, cache, jnp.moveaxis(x[:, T:], 1, 0))
+
+    prefill = functools.partial(layer.clone(implementation="xla").apply, method="prefill")
+    counts = jnp.array([T, T - 5])
+    cache = layer.init_cache(batch_size=2, max_length=max_length)
+    _, cache = jax.jit(prefill)({"params": params}, x[:, :T], cache, num_tokens=counts)
+    cache, outputs = run(variables, cache)
+    return outputs, cache
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_of_kernels_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
+    sizes = {"T": 900, "steps": 70, "max_length": 1024}  # so that all blocks are selected, whatever is rounded
+    actual = steps_in_a_loop("triton", dtype, joins=True, **sizes)
+    expected = steps_in_a_loop("xla", dtype, joins=False, **sizes)
+    assert_trees_close(actual[0], expected[0], tolerance_of(dtype))
+    assert_trees_close(actual[1], expected[1], tolerance_of(dtype))
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 17])

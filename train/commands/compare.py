@@ -21,7 +21,7 @@ from train.commands.evaluate import held_out_tokens
 from train.commands.output import check_output, missing_extra
 from train.config import DataConfig
 from train.data.corpus import load_corpus
-from train.model.transformer import Transformer, extend, init_caches, logits
+from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, logits
 from train.pretrained.read import read
 from train.pretrained.run import parameters, tokenizer_of
 from train.run_folder import write
@@ -145,6 +145,7 @@ def _continued(params: Any, model: Transformer, prompt: np.ndarray, count: int) 
         scores = logits(params, hidden[:, -1:], config)[..., : model.vocab_size]
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), caches
 
+    params = decoding_parameters(params, config)
     caches, tokens = init_caches(config, batch_size=1, max_length=prompt.shape[1] + count), jnp.asarray(prompt)
     continuation = []
     for _ in range(count):

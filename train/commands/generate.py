@@ -25,6 +25,7 @@ class Arguments:
     chat: bool = False  # talks with a model trained on conversations, and prints its answer to every prompt
     system: str | None = None  # with --chat: the system prompt
     num_samples: int = 1  # continuations, with seeds from `seed` on
+    drafts: int = 0  # tokens from earlier in the text that a step verifies: the same text, in fewer steps if it repeats
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
 
 
@@ -35,8 +36,9 @@ def generate(arguments: Arguments) -> None:
       ValueError: there is no such run, or a setting is impossible.
       CheckpointError: the run has no checkpoint that can be read.
     """
-    if arguments.num_samples < 1:
-        raise ValueError(f"num_samples = {arguments.num_samples}: expected at least 1")
+    for name, least in (("num_samples", 1), ("drafts", 0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"{name} = {getattr(arguments, name)}: expected at least {least}")
     if not arguments.prompt:
         raise ValueError("prompt: expected some text")
     if not arguments.chat and len(arguments.prompt) > 1:
@@ -45,7 +47,7 @@ def generate(arguments: Arguments) -> None:
         raise ValueError(f"system = {arguments.system!r}: expected --chat, whose first turn this is")
     saved = load_model(arguments.run)
     check(arguments.sampling, saved.tokenizer.vocab_size)
-    writer = _Writer(saved)
+    writer = _Writer(saved, arguments.drafts)
     for number in range(arguments.num_samples):
         sampling = dataclasses.replace(arguments.sampling, seed=arguments.sampling.seed + number)
         if arguments.chat:
@@ -100,8 +102,9 @@ def _talk(writer: "_Writer", talk: _Chat, arguments: Arguments, sampling: Sampli
 class _Writer:
     """A model with a cache that grows with what it is to continue."""
 
-    def __init__(self, saved: SavedModel):
+    def __init__(self, saved: SavedModel, drafts: int):
         self.saved = saved
+        self._drafts = drafts
         self._generator: Generator | None = None
         self._size = 0
 
@@ -109,9 +112,8 @@ class _Writer:
         """Makes room for as many tokens. A cache of another size compiles anew, so one reserves what all turns take."""
         if self._generator is None or size > self._size:
             self._size = -(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            self._generator = Generator(
-                self.saved.params, self.saved.model, self.saved.tokenizer, slots=1, max_length=self._size
-            )
+            sizes = {"slots": 1, "max_length": self._size, "drafts": self._drafts}
+            self._generator = Generator(self.saved.params, self.saved.model, self.saved.tokenizer, **sizes)
 
     def write(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         """The continuation of some tokens, piece by piece."""

@@ -1,4 +1,8 @@
-"""Text from a model: continuous batching over the slots of one cache. Requests join and leave, nothing recompiles."""
+"""Text from a model: continuous batching over the slots of one cache. Requests join and leave, nothing recompiles.
+
+One program samples several tokens of every request, so that the device does not wait for the host between them. The
+host says beforehand how many each request may get, which tokens end it, and which are forced on it.
+"""
 
 import collections
 import dataclasses
@@ -9,15 +13,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.cache import put_row, take_row
 from train.data.tokenizer import UNFINISHED, Tokenizer
+from train.generation.drafts import repeat
 from train.generation.sampling import Draw, Sampling, check, sample
-from train.model.transformer import Caches, Transformer, extend, init_caches, logits
+from train.model.transformer import (
+    Caches,
+    Transformer,
+    decoding_parameters,
+    extend,
+    init_caches,
+    logits,
+    rollback_caches,
+)
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
 LONGEST_CHARACTER = 4  # bytes of UTF-8
+NOT_FORCED = -1  # in place of a token that is forced on a request
 
 
 class NoFreeSlotError(RuntimeError):
@@ -25,7 +39,7 @@ class NoFreeSlotError(RuntimeError):
 
 
 class Piece(NamedTuple):
-    """What a step adds to a request."""
+    """What a token adds to a request."""
 
     request: int
     text: str  # may be empty
@@ -50,6 +64,16 @@ class _Request:
     def num_sampled(self) -> int:
         return len(self.tokens) - self.prompt_length
 
+    @property
+    def limit(self) -> int:
+        """Tokens that it may get before the host must look at its text: no budget of thinking is spent sooner."""
+        most = self.sampling.max_tokens - self.num_sampled
+        if self.forced:
+            return min(most, len(self.forced))
+        if self.sampling.max_thinking_tokens is not None:
+            return min(most, max(1, self.sampling.max_thinking_tokens - self.thought + 1))
+        return most
+
 
 class Generator:
     """A model that continues up to `slots` prompts at a time.
@@ -68,18 +92,35 @@ class Generator:
       slots: requests that run at a time.
       max_length: the most tokens of a request: beginning of text, prompt and continuation.
       chunk: tokens of a prompt that are processed at a time.
+      stride: decoding steps of one call of `step`, in one program. Requests join between two calls.
+      drafts: tokens that a decoding step verifies besides the one that it is given, and of which it keeps those that
+        the model would have sampled. They are what followed the last tokens where these stood before in the request.
     """
 
     def __init__(
-        self, params: Any, model: Transformer, tokenizer: Tokenizer, *, slots: int, max_length: int, chunk: int = 64
+        self,
+        params: Any,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int,
+        max_length: int,
+        chunk: int = 64,
+        stride: int = 8,
+        drafts: int = 0,
     ):
-        for name, value, least in (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2)):
+        sizes = (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2), ("stride", stride, 1))
+        for name, value, least in (*sizes, ("drafts", drafts, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value}: expected at least {least}")
-        self._params = in_compute_dtype(params, model)
-        self._model, self._tokenizer, self._chunk, self._max_length = model, tokenizer, chunk, max_length
-        self._caches = init_caches(model.config, batch_size=slots, max_length=max_length)
-        self._seen = jnp.zeros((slots, model.vocab_size), bool)
+        self._params = decoding_parameters(params, model.config)
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._chunk, self._drafts = chunk, drafts
+        self._most = stride * (1 + drafts)  # tokens that a request can get in one call
+        seen, ends = jnp.zeros((2, slots, model.vocab_size), bool)
+        history = jnp.zeros((slots, max_length if drafts else 0), jnp.int32)
+        caches = init_caches(model.config, batch_size=slots, max_length=max_length, step_tokens=1 + drafts)
+        self._rows = Rows(caches, seen, ends, history)
         self._running: list[_Request | None] = [None] * slots
         self._waiting: collections.deque[_Request] = collections.deque()
         self._submitted = 0
@@ -134,23 +175,27 @@ class Generator:
         raise ValueError(f"number = {number}: expected a request that waits or runs")
 
     def step(self) -> list[Piece]:
-        """Gives free slots to the requests that wait, and samples one token for every request that runs."""
+        """Gives free slots to the requests that wait, and samples the next tokens of every request that runs."""
         pieces = self._admit()
         running = [(slot, request) for slot, request in enumerate(self._running) if request is not None]
         if not running:
             return pieces
-        tokens, active = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
+        tokens, limits = np.zeros(len(self._running), np.int32), np.zeros(len(self._running), np.int32)
+        forced = np.full((len(self._running), self._most), NOT_FORCED, np.int32)
         for slot, request in running:
-            tokens[slot], active[slot] = request.tokens[-1], 1
-        sampled, self._caches, self._seen = advance(
-            self._params, self._caches, self._seen, tokens, active, self._draw(), model=self._model
-        )
-        chosen = np.asarray(sampled)
-        for slot, request in running:
-            piece = self._take(request, int(chosen[slot]))
-            if piece.finished is not None:
-                self._running[slot] = None
-            pieces.append(piece)
+            tokens[slot], limits[slot] = request.tokens[-1], min(request.limit, self._most)
+            given = list(request.forced)[: self._most]
+            forced[slot, : len(given)] = given
+        arguments = (self._params, self._rows, tokens, limits, forced, self._draw())
+        sampled, counts, self._rows = advance(*arguments, model=self._model, drafts=self._drafts)
+        chosen, counts = np.asarray(sampled), np.asarray(counts)
+        for index in range(self._most):
+            for slot, request in running:
+                if index < counts[slot] and self._running[slot] is request:
+                    piece = self._take(request, int(chosen[slot, index]))
+                    if piece.finished is not None:
+                        self._running[slot] = None
+                    pieces.append(piece)
         return pieces
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -173,23 +218,28 @@ class Generator:
                 if request.sampling.max_tokens == 0:
                     pieces.append(Piece(request.number, "", "length"))
                     continue
-                self._prefill(slot, request.tokens)
+                self._prefill(slot, request)
                 self._running[slot] = request
         return pieces
 
-    def _prefill(self, slot: int, tokens: list[int]) -> None:
+    def _prefill(self, slot: int, request: _Request) -> None:
         """Processes all tokens except the last, with which the first step begins."""
-        seen = np.zeros(self._seen.shape[1], bool)
+        tokens, (seen, ends) = request.tokens, np.zeros((2, self._model.vocab_size), bool)
         seen[tokens] = True
-        self._seen = self._seen.at[slot].set(seen)
+        ends[[self._tokenizer.eos_id, *request.sampling.stop_tokens]] = True
+        history = np.zeros(self._rows.history.shape[1], np.int32)
+        history[: len(tokens)] = tokens[: len(history)]
+        rows = self._rows
+        caches, new = rows.caches, (seen, ends, history)
         # Of a prompt of one token nothing is processed, but the slot is emptied.
         for begin in range(0, max(1, len(tokens) - 1), self._chunk):
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
             padded = np.zeros((1, self._chunk), np.int32)
             padded[0, : len(part)] = part
-            self._caches = _prefill_slot(
-                self._params, self._caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
+            caches = _prefill_slot(
+                self._params, caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
             )
+        self._rows = Rows(caches, *(old.at[slot].set(row) for old, row in zip(rows[1:], new, strict=True)))
 
     def _draw(self) -> Draw:
         """The settings of every slot; those of a free one change nothing."""
@@ -205,7 +255,7 @@ class Generator:
         return Draw(*(jnp.asarray(column, kind) for column, kind in columns))
 
     def _take(self, request: _Request, token: int) -> Piece:
-        """Adds a token to a request: the one sampled, unless one is forced on it."""
+        """Adds a token to a request: the one sampled, unless one is forced on it. `advance` ends at the same tokens."""
         sampling = request.sampling
         if request.forced:
             token = request.forced.popleft()
@@ -294,30 +344,116 @@ def _beginning_of(stops: tuple[str, ...], text: str) -> int:
     )
 
 
-def in_compute_dtype(params: Any, model: Transformer) -> Any:
-    """Parameters as the model uses them, so that a step reads them as such: norms and routers keep float32."""
-    kept = ("scale", "router_kernel", "balance_bias")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in kept else x.astype(model.config.dtype), params
-    )
+class Rows(NamedTuple):
+    """What the device keeps of the requests between two programs."""
+
+    caches: Caches  # without the last token of each row
+    seen: Bool[Array, "B V"]  # the tokens that each row holds
+    ends: Bool[Array, "B V"]  # the tokens that end it
+    history: Int[Array, "B L"]  # its tokens in order; L = 0 where nothing is drafted
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("caches", "seen"))
+class _Progress(NamedTuple):
+    """Of each row within a program."""
+
+    last: Int[Array, " B"]  # its last token
+    got: Int[Array, " B"]  # how many tokens
+    going: Bool[Array, " B"]  # whether none of them ended it
+    lengths: Int[Array, " B"]  # tokens in its caches
+    sampled: Int[Array, "B S"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "drafts"), donate_argnames="rows")
 def advance(
     params: Any,
-    caches: Caches,
-    seen: Bool[Array, "B V"],
+    rows: Rows,
     tokens: Int[Array, " B"],
-    active: Int[Array, " B"],
+    limits: Int[Array, " B"],
+    forced: Int[Array, "B S"],
     draw: Draw,
     *,
     model: Transformer,
-) -> tuple[Int[Array, " B"], Caches, Bool[Array, "B V"]]:
-    """Adds one token to every active row and samples the next."""
-    seen |= (tokens[:, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, :]) & (active[:, None] > 0)
-    hidden, caches = extend(params, model.config, tokens[:, None], caches, num_tokens=active)
-    scores = logits(params, hidden[:, 0], model.config)[:, : model.vocab_size]  # the padded rows stand for no token
-    return sample(scores, seen, draw), caches, seen
+    drafts: int = 0,
+) -> tuple[Int[Array, "B S"], Int[Array, " B"], Rows]:
+    """Samples up to S tokens of each row, one after the other, in one loop on the device.
+
+    A step reads the last token of each row and its drafts, and samples what comes after each. It keeps the tokens up to
+    the first that is not the draft in its place. These are distributed as if they were sampled one by one, and drawn
+    with the same noise: drafts say only how many of them a step finds. The number of steps is known when the loop is
+    compiled. A condition on the tokens would make the host wait for each.
+
+    Args:
+      params: of `model`, as `decoding_parameters` makes them.
+      rows: what is kept of the rows. The caches have `step_tokens` of 1 + drafts.
+      tokens: int32 [B], the last of each row.
+      limits: int32 [B], how many tokens each row may get, at most S. A row with 0 stays as it is.
+      forced: int32 [B, S], tokens to take in place of those that are sampled, or `NOT_FORCED`. There are as many steps
+        as give S tokens if all drafts are kept: S / (1 + drafts).
+      draw: settings of the rows.
+      model: the decoder.
+      drafts: of a step.
+
+    Returns:
+      The tokens int32 [B, S], how many of them each row got, int32 [B], and the rows.
+    """
+    row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    offsets = jnp.arange(1 + drafts, dtype=jnp.int32)[None, :]
+    up_to = jnp.tri(1 + drafts, dtype=bool)[None]  # [1, j, i]: whether token i of a step comes before j, or is it
+
+    def step(_: int, state: tuple[Rows, _Progress]) -> tuple[Rows, _Progress]:
+        (caches, seen, ends, history), (last, got, going, lengths, sampled) = state
+        caches = with_lengths(caches, lengths)
+        going &= got < limits
+        given = last[:, None]
+        if drafts:
+            held = lengths + 1
+            given = jnp.concatenate([given, repeat(history, held, drafts)], axis=1)
+        num_tokens = jnp.where(going, jnp.minimum(1 + drafts, limits - got), 0)
+        hidden, caches = extend(params, model.config, given, caches, num_tokens=num_tokens, verifies=drafts > 0)
+        scores = logits(params, hidden, model.config)[..., : model.vocab_size]  # the padded rows stand for no token
+        is_given = given[:, :, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, None, :]
+        seen_by = seen[:, None] | jnp.any(is_given[:, None] & up_to[..., None], axis=2)  # [B, 1 + drafts, V]
+        index = got[:, None] + offsets
+        chosen = _sample(scores, seen_by, draw._replace(num_drawn=draw.num_drawn[:, None] + index))
+        instead = jnp.take_along_axis(forced, jnp.minimum(index, forced.shape[1] - 1), axis=1)
+        chosen = jnp.where(instead == NOT_FORCED, chosen, instead)
+        ended = jnp.take_along_axis(ends, chosen, axis=1)
+        # What comes after a draft counts if the draft is what was sampled in its place, and ends nothing.
+        follows = jnp.concatenate([going[:, None], (chosen[:, :-1] == given[:, 1:]) & ~ended[:, :-1]], axis=1)
+        kept = jnp.all(follows[:, None] | ~up_to, axis=2) & (offsets < num_tokens[:, None])
+        added = jnp.sum(kept, axis=1, dtype=jnp.int32)
+        at = jnp.maximum(added - 1, 0)[:, None]
+        if drafts:
+            caches = rollback_caches(model.config, caches, num_tokens - added)
+            place = jnp.where(kept, held[:, None] + offsets, history.shape[1])
+            history = history.at[row, place].set(chosen, mode="drop")
+        seen_now = jnp.take_along_axis(seen_by, at[:, :, None], axis=1)[:, 0]
+        seen = jnp.where(going[:, None], seen_now, seen)
+        last = jnp.where(going, jnp.take_along_axis(chosen, at, axis=1)[:, 0], last)
+        sampled = sampled.at[row, jnp.where(kept, index, forced.shape[1])].set(chosen, mode="drop")
+        going &= ~jnp.any(kept & ended, axis=1)
+        progress = _Progress(last, got + added, going, caches[0].lengths, sampled)
+        return Rows(with_lengths(caches, None), seen, ends, history), progress
+
+    def with_lengths(caches: Caches, lengths: Any) -> Caches:
+        """All layers hold as many tokens. If each had lengths of its own, the loop would copy all of them in a step."""
+        return tuple(cache._replace(lengths=lengths) for cache in caches)
+
+    nothing, all_rows, lengths = jnp.zeros_like(limits), jnp.ones(tokens.shape, bool), rows.caches[0].lengths
+    state = (
+        rows._replace(caches=with_lengths(rows.caches, None)),
+        _Progress(tokens, nothing, all_rows, lengths, jnp.zeros_like(forced)),
+    )
+    rows, progress = jax.lax.fori_loop(0, forced.shape[1] // (1 + drafts), step, state)
+    rows = rows._replace(caches=with_lengths(rows.caches, progress.lengths))
+    return progress.sampled, progress.got, rows
+
+
+def _sample(scores: Float[Array, "B m V"], seen: Bool[Array, "B m V"], draw: Draw) -> Int[Array, "B m"]:
+    """`sample` for several places of each row. Of `draw`, `num_drawn` is [B, m]."""
+    B, m, V = scores.shape
+    settings = Draw(*(jnp.broadcast_to(x if x.ndim == 2 else x[:, None], (B, m)).reshape(-1) for x in draw))
+    return sample(scores.reshape(B * m, V), seen.reshape(B * m, V), settings).reshape(B, m)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")

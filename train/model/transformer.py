@@ -1,6 +1,7 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, layers under one scan."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax import save_attention
 from nsa_jax.cache import Cache
+from nsa_jax.layer import JOINED
 from train.config import ModelConfig, MoEConfig
 from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
@@ -75,11 +77,14 @@ class SwiGLU(nn.Module):
         """The feed-forward part of a block."""
         E, M = self.config.embed_dim, self.config.mlp_dim
         init = nn.initializers.lecun_normal()
-        gate = _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
-        up = _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        if self.has_variable("params", JOINED):  # of `decoding_parameters`
+            gate, up = jnp.split(x @ _weight(self, JOINED, init, (E, 2 * M), ("embed", "mlp"), x.dtype), 2, axis=-1)
+        else:
+            gate = x @ _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+            up = x @ _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         scaled = nn.initializers.variance_scaling(self.config.output_init_scale**2, "fan_in", "truncated_normal")
         down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
-        hidden = jax.nn.silu(x @ gate) * (x @ up)
+        hidden = jax.nn.silu(gate) * up
         # On Explicit axes the sharding of the sum over the split hidden width must be given: that of the input.
         return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
 
@@ -88,6 +93,7 @@ class Block(nn.Module):
     """Attention, then SwiGLU or a mixture of experts, each on the normalised residual stream and added to it."""
 
     config: ModelConfig
+    verifies: bool = False  # whether several new tokens over a cache are drafts, and not the next chunk of a prompt
 
     @nn.compact
     def __call__(
@@ -106,7 +112,7 @@ class Block(nn.Module):
         normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
         if cache is None:
             attended = attention(normalised, segment_ids=segment_ids)
-        elif x.shape[1] == 1:
+        elif x.shape[1] == 1 or self.verifies:
             attended, cache = attention.decode_step(normalised, cache, num_tokens=num_tokens)
         else:
             attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
@@ -185,13 +191,14 @@ def layer_stacks(config: ModelConfig) -> dict[str, Stack]:
     return {**stacks, "layers": Stack(group, (config.num_layers - dense) // period)}
 
 
-def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Caches:
+def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_tokens: int = 1) -> Caches:
     """An empty cache for each layer.
 
     Args:
       config: of the model.
       batch_size: rows.
       max_length: the most tokens a row can hold.
+      step_tokens: the most tokens that a step adds to a row: one, and drafts.
 
     Raises:
       ValueError: a kind of attention of the model has no cache.
@@ -199,8 +206,16 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int) -> Cac
     for kind in config.attention_of_layers:
         if not attention_kind(kind).decodes:
             raise ValueError(f"model.attention = {kind}: expected a kind that decodes; this one is for training only")
+    sizes = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
     attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
-    return tuple(attention.init_cache(batch_size=batch_size, max_length=max_length) for attention in attentions)
+    named = zip(config.attention_of_layers, attentions, strict=True)
+    return tuple(attention_kind(kind).init_cache(attention, **sizes) for kind, attention in named)
+
+
+def rollback_caches(config: ModelConfig, caches: Caches, num_rejected: Int[Array, " B"]) -> Caches:
+    """The caches without the last tokens of each row, which the step before added."""
+    named = zip(config.attention_of_layers, caches, strict=True)
+    return tuple(attention_kind(kind).rollback(cache, num_rejected, config) for kind, cache in named)
 
 
 class Transformer(nn.Module):
@@ -261,6 +276,44 @@ class Transformer(nn.Module):
         return activation(self.final_norm(x), "batch", "sequence", None)
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def decoding_parameters(params: Any, config: ModelConfig) -> Any:
+    """A model's parameters as `extend` reads them, made once for all of its steps.
+
+    They are in the compute dtype, except norms and routers, which keep float32. Those of each layer are arrays of their
+    own, so that a step does not copy them out of a stack. What is multiplied with the same input is one array.
+
+    Args:
+      params: of the `Transformer`.
+      config: of the model.
+
+    Returns:
+      The same names, except for "layers", which are a tuple of the parameters of each layer, in order.
+    """
+
+    def cast(tree: Any) -> Any:
+        kept = ("scale", "router_kernel", "balance_bias")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if path[-1].key in kept else x.astype(config.dtype), tree
+        )
+
+    def joined(layer: ModelConfig, block: Any) -> Any:
+        block = block | {"attention": make_attention(layer).join_projections(block["attention"])}
+        if layer.moe.num_routed:
+            return block
+        mlp = block["mlp"]
+        gate_and_up = jnp.concatenate([mlp["gate_kernel"], mlp["up_kernel"]], axis=1)
+        return block | {"mlp": {JOINED: gate_and_up, "down_kernel": mlp["down_kernel"]}}
+
+    stacks = layer_stacks(config)
+    layers = tuple(
+        joined(layer, cast(stack.of_layer(params[name], group, index)))
+        for name, stack in stacks.items()
+        for group, (index, layer) in itertools.product(range(stack.groups), enumerate(stack.layers))
+    )
+    return cast({name: value for name, value in params.items() if name not in stacks}) | {"layers": layers}
+
+
 def extend(
     params: Any,
     config: ModelConfig,
@@ -268,28 +321,29 @@ def extend(
     caches: Caches,
     *,
     num_tokens: Int[Array, " B"] | None = None,
+    verifies: bool = False,
 ) -> tuple[Float[Array, "B T E"], Caches]:
     """Final hidden states of T more tokens of each row, and the caches with them.
 
-    T = 1 is a decode step; more tokens are the next chunk of a prompt. This goes layer by layer and not through a scan,
-    which would copy the caches instead of updating them in place.
+    T = 1 is a decoding step; more tokens are the next chunk of a prompt, or, if it `verifies`, a step too. This goes
+    layer by layer and not through a scan, which would copy the caches instead of updating them in place.
 
     Args:
-      params: of the `Transformer`.
+      params: as `decoding_parameters` makes them.
       config: of the model.
       tokens: int32 [B, T].
       caches: as `init_caches` makes them.
       num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
         mean nothing. None: all.
+      verifies: whether the tokens are one and its drafts, at most the caches' `step_tokens`.
     """
-    x = jnp.take(params["embedding"].astype(config.dtype), tokens, axis=0)
+    x = jnp.take(params["embedding"], tokens, axis=0)
     extended: list[Cache] = []
-    for name, stack in layer_stacks(config).items():
-        for group, (index, layer) in itertools.product(range(stack.groups), enumerate(stack.layers)):
-            variables = {"params": stack.of_layer(params[name], group, index)}
-            out: Any = Block(layer).apply(variables, x, caches[len(extended)], None, num_tokens, None)
-            x = out[0]
-            extended.append(out[1])
+    layers = [layer for stack in layer_stacks(config).values() for layer in stack.layers * stack.groups]
+    for layer, block, cache in zip(layers, params["layers"], caches, strict=True):
+        out: Any = Block(layer, verifies).apply({"params": block}, x, cache, None, num_tokens, None)
+        x = out[0]
+        extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
     return hidden, tuple(extended)
 

@@ -3,8 +3,10 @@
 import collections
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from train.trace import kernels, length, union
 
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -139,39 +141,13 @@ def overlap(profile: Any) -> dict[str, float]:
     Raises:
       ValueError: the trace has no kernel of a GPU.
     """
+    of_gpus = kernels(profile)
     totals: dict[str, float] = dict.fromkeys(("communication_s", "hidden_s", "computation_s"), 0.0)
-    gpus = 0
-    for plane in profile.planes:
-        events = [
-            (event.name, event.start_ns, event.start_ns + event.duration_ns)
-            for line in plane.lines
-            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
-            for event in line.events
-        ]
-        if not events:
-            continue
-        gpus += 1
-        communication = _union((begin, end) for name, begin, end in events if name.startswith("nccl"))
-        computation = _union((begin, end) for name, begin, end in events if not name.startswith("nccl"))
-        both = _length(communication) + _length(computation) - _length(_union([*communication, *computation]))
-        totals["communication_s"] += _length(communication) / 1e9
+    for gpu in of_gpus:
+        communication = union((begin, end) for name, begin, end in gpu if name.startswith("nccl"))
+        computation = union((begin, end) for name, begin, end in gpu if not name.startswith("nccl"))
+        both = length(communication) + length(computation) - length(union([*communication, *computation]))
+        totals["communication_s"] += length(communication) / 1e9
         totals["hidden_s"] += both / 1e9
-        totals["computation_s"] += _length(computation) / 1e9
-    if not gpus:
-        raise ValueError("profile: no kernel of a GPU in it")
-    return {name: seconds / gpus for name, seconds in totals.items()}
-
-
-def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same points in intervals that do not overlap, ascending."""
-    joined: list[tuple[float, float]] = []
-    for begin, end in sorted(intervals):
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def _length(intervals: Iterable[tuple[float, float]]) -> float:
-    return sum(end - begin for begin, end in intervals)
+        totals["computation_s"] += length(computation) / 1e9
+    return {name: seconds / len(of_gpus) for name, seconds in totals.items()}

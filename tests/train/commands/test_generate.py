@@ -28,11 +28,14 @@ def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
     assert main(arguments) == 0
     lines = capsys.readouterr().out
     assert lines.count("def ") >= 2
+    assert main([*arguments, "--drafts", "2"]) == 0
+    assert capsys.readouterr().out == lines
     assert main(["generate", "--run", str(tmp_path / "none")]) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
     for wrong, message in (
         (["--top-p", "3"], "top_p = 3.0: expected above 0 and at most 1"),
         (["--max-tokens", "-3"], "max_tokens = -3: expected at least 0"),
+        (["--drafts", "-1"], "drafts = -1: expected at least 0"),
         (["--num-samples", "0"], "num_samples = 0: expected at least 1"),
         (["--system", "be brief"], "system = 'be brief': expected --chat, whose first turn this is"),
         (["--prompt", "a", "b"], "prompt has 2 texts: expected one, or --chat, where each is a turn"),
@@ -47,7 +50,7 @@ class Answers:
     def __init__(self, answers):
         self.answers, self.asked, self.sizes, self.busy = iter(answers), [], [], False
 
-    def __call__(self, params, model, tokenizer, *, slots, max_length):
+    def __call__(self, params, model, tokenizer, *, slots, max_length, drafts):
         self.tokenizer = tokenizer
         self.sizes.append(max_length)
         return self

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,10 @@ from nsa_jax import NSAConfig
 from train.config import ModelConfig
 from train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from train.generation import generator as generate_module
-from train.generation.generator import Generator, NoFreeSlotError, generate
-from train.generation.sampling import Sampling
-from train.model.transformer import Transformer, logits
+from train.generation.drafts import LONGEST_MATCH, repeat
+from train.generation.generator import NOT_FORCED, Generator, NoFreeSlotError, Rows, advance, generate
+from train.generation.sampling import Draw, Sampling
+from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, logits
 
 pytestmark = pytest.mark.xdist_group("generator")  # the models and programs that these tests share are made once
 
@@ -55,15 +57,15 @@ def make():
     return Generator(*trained(), TOKENIZER, **SIZES)
 
 
-def finish(generator, texts=None):
-    texts = {} if texts is None else texts
-    reasons = {}
+def finish(generator, pieces=()):
+    """The text of every request, of which some pieces came before, and why it ended."""
+    pieces = list(pieces)
     while generator.busy:
-        for piece in generator.step():
-            texts[piece.request] = texts.get(piece.request, "") + piece.text
-            if piece.finished:
-                reasons[piece.request] = piece.finished
-    return texts, reasons
+        pieces += generator.step()
+    texts = {piece.request: "" for piece in pieces}
+    for piece in pieces:
+        texts[piece.request] += piece.text
+    return texts, {piece.request: piece.finished for piece in pieces if piece.finished}
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full", "window"])
@@ -103,17 +105,187 @@ def test_requests_that_join_and_leave_give_the_text_they_give_alone(seed, reques
         (prompt, Sampling(max_tokens=count, temperature=float(rng.choice([0.0, 1.0])), top_p=0.9, seed=number), pause)
         for number, (prompt, count, pause) in enumerate(requests)
     ]
-    together, texts = make(), {}
+    together, pieces = make(), []
     for prompt, sampling, pause in made:
         together.submit(prompt, sampling)
         for _ in range(pause):
-            for piece in together.step():
-                texts[piece.request] = texts.get(piece.request, "") + piece.text
-    finish(together, texts)
+            pieces += together.step()
+    texts, _ = finish(together, pieces)
     for number, (prompt, sampling, _) in enumerate(made):
         alone = make()
         alone.submit(prompt, sampling)
         assert texts.get(number, "") == finish(alone)[0].get(0, ""), (prompt, sampling)
+
+
+def in_turn(params, model, rows, tokens, limits, forced, draw):
+    """What `advance` returns, from a call for each token."""
+    sampled, going, ends = [], np.ones(len(tokens), bool), np.asarray(rows.ends)
+    for index in range(forced.shape[1]):
+        going &= index < limits
+        one = draw._replace(num_drawn=draw.num_drawn + index)
+        given = (tokens, going.astype(np.int32), forced[:, index : index + 1], one)
+        new, got, rows = advance(params, rows, *given, model=model)
+        assert got.tolist() == going.tolist()
+        tokens = np.where(going, new[:, 0], tokens)
+        sampled.append(np.where(going, tokens, -1))
+        going &= ~ends[np.arange(len(tokens)), tokens]
+    return np.stack(sampled, 1), rows
+
+
+@functools.cache
+def rows_to_continue(attention, drafts):
+    """Parameters, and what `advance` takes, of six rows of all kinds."""
+    params, model = trained(attention)
+    params = decoding_parameters(params, model.config)
+    B, S, V, rng = 6, 12, TOKENIZER.vocab_size, np.random.default_rng(3)
+    draw = Draw(
+        temperature=np.float32([0, 1, 2, 1, 0.5, 1]),
+        top_k=np.int32([V, V, 9, V, V, V]),
+        top_p=np.float32([1, 0.9, 1, 1, 0.5, 1]),
+        repetition_penalty=np.float32([1, 1, 1.5, 1, 1, 1]),
+        seed=np.arange(B, dtype=np.int32),
+        num_drawn=np.int32([0, 5, 0, 0, 2, 0]),
+    )
+    forced = np.full((B, S), NOT_FORCED, np.int32)
+    forced[2, :11] = [5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6]
+    limits = np.int32([12, 12, 12, 0, 3, 12])
+    ends = rng.random((B, V)) < np.array([0, 0.1, 0, 0, 0, 0.1])[:, None]
+    held, lengths = rng.integers(0, V, (B, 40)), np.int32([20, 3, 0, 9, 12, 15])
+    history = np.where(np.arange(40) <= lengths[:, None], held, 0).astype(np.int32)
+    tokens = history[np.arange(B), lengths]
+    caches = init_caches(model.config, batch_size=B, max_length=64, step_tokens=1 + drafts)
+    _, caches = extend(params, model.config, held[:, :20], caches, num_tokens=lengths)
+    rows = Rows(caches, np.zeros((B, V), bool), ends, history if drafts else history[:, :0])
+    return params, model, rows, tokens, limits, forced, draw
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
+    params, model, rows, *given = rows_to_continue(attention, 0)
+    copies = jax.tree.map(jnp.array, [rows] * 2)  # because they are given away
+    together, got, rows = advance(params, copies[0], *given, model=model)
+    alone, expected = in_turn(params, model, copies[1], *given)
+    counts = np.count_nonzero(alone >= 0, axis=1)
+    assert got.tolist() == counts.tolist()
+    assert counts[[0, 2, 3, 4]].tolist() == [12, 12, 0, 3]
+    assert min(counts[[1, 5]]) < 12  # ended
+    np.testing.assert_array_equal(np.where(alone >= 0, together, -1), alone)
+    assert alone[2, :11].tolist() == given[2][2, :11].tolist()
+    jax.tree.map(np.testing.assert_array_equal, rows, expected)
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_drafts_change_nothing_except_how_many_tokens_a_step_finds(attention):
+    params, model, rows, *given = rows_to_continue(attention, 0)
+    expected, got, after = advance(params, jax.tree.map(jnp.array, rows), *given, model=model)
+    params, model, rows, tokens, limits, forced, draw = rows_to_continue(attention, 3)
+    rows = jax.tree.map(jnp.array, rows)
+    counts, found = np.zeros(6, np.int32), np.zeros_like(expected)
+    calls, most = 0, 0
+    while np.any(counts < got):
+        one = draw._replace(num_drawn=draw.num_drawn + counts)
+        left = np.where(counts < got, np.minimum(limits - counts, 4), 0)
+        padded = np.pad(forced, ((0, 0), (0, 4)), constant_values=NOT_FORCED)
+        given = np.take_along_axis(padded, counts[:, None] + np.arange(4), axis=1)
+        new, more, rows = advance(params, rows, tokens, left, given, one, model=model, drafts=3)
+        for b, n in enumerate(np.asarray(more)):
+            found[b, counts[b] : counts[b] + n] = new[b, :n]
+            tokens = np.where(np.arange(6) == b, new[b, n - 1], tokens) if n else tokens
+        counts, calls, most = counts + np.asarray(more), calls + 1, max(most, int(np.max(more)))
+    assert counts.tolist() == got.tolist()
+    shown = np.arange(12) < counts[:, None]
+    np.testing.assert_array_equal(np.where(shown, found, -1), np.where(shown, expected, -1))
+    np.testing.assert_array_equal(rows.seen, after.seen)
+    assert [cache.lengths.tolist() for cache in rows.caches] == [cache.lengths.tolist() for cache in after.caches]
+    assert most == 4
+    assert calls <= max(got)
+
+
+def test_tokens_are_distributed_as_the_model_says_with_and_without_drafts():
+    """All continuations of three tokens by a model of four, counted, against the product of their probabilities."""
+    config, V, N = dataclasses.replace(trained()[1].config, num_layers=1), 4, 3000
+    model = Transformer(config, V)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(5), jnp.zeros((1, 8), jnp.int32))["params"])
+    params["embedding"] = 0.3 * params["embedding"] / jnp.std(params["embedding"])
+    prompt, continuations = [1, 2, 3, 0, 1, 2], np.array(list(itertools.product(range(V), repeat=3)))
+    texts = np.concatenate([np.tile(prompt, (V**3, 1)), continuations], axis=1)
+    hidden = jax.jit(model.apply)({"params": params}, texts)[:, len(prompt) - 1 : -1]
+    log_p = jax.nn.log_softmax(logits(params, hidden, config)[..., :V])
+    p = np.exp(np.sum(np.take_along_axis(np.asarray(log_p), continuations[..., None], 2)[..., 0], axis=1))
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+
+    def statistic(counts, p):
+        """Pearson's: about as many as there are continuations, with a deviation of 11, if p is right."""
+        return np.sum((counts - N * p) ** 2 / (N * p))
+
+    ready = decoding_parameters(params, config)
+    draw = Draw(
+        *(np.full(N, value, kind) for value, kind in ((1, "f4"), (V, "i4"), (1, "f4"), (1, "f4"))),
+        np.arange(N),
+        np.zeros(N, np.int32),
+    )
+    for drafts in (0, 2):
+        caches = init_caches(config, batch_size=N, max_length=16, step_tokens=1 + drafts)
+        _, caches = extend(ready, config, np.tile(prompt[:-1], (N, 1)), caches)
+        history = np.tile(np.pad(prompt, (0, 10)), (N, 1)).astype(np.int32)
+        rows = Rows(caches, *np.zeros((2, N, V), bool), history if drafts else history[:, :0])
+        last, limits = np.full(N, prompt[-1], np.int32), np.full(N, 3, np.int32)
+        for steps, expected in ((1, set(range(1, 2 + drafts))), (3, {3})):
+            forced, copy = np.full((N, steps * (1 + drafts)), NOT_FORCED, np.int32), jax.tree.map(jnp.array, rows)
+            sampled, got, _ = advance(ready, copy, last, limits, forced, draw, model=model, drafts=drafts)
+            assert set(got.tolist()) == expected
+        number = np.asarray(sampled)[:, :3] @ [V**2, V, 1]
+        counts = np.bincount(number, minlength=V**3)
+        assert statistic(counts, p) < 64 + 5 * 11
+        flatter = np.sqrt(p) / np.sum(np.sqrt(p))
+        assert statistic(counts, flatter) > 64 + 20 * 11
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.integers(1, 4))
+def test_drafts_are_what_followed_the_longest_match(tokens, count):
+    best = max(
+        (
+            (next((n for n in range(LONGEST_MATCH) if n > at or tokens[at - n] != tokens[-1 - n]), LONGEST_MATCH), at)
+            for at in range(len(tokens) - 1)
+        ),
+        default=(0, 0),
+    )
+    history = np.full((2, 24), 9, np.int32)
+    history[0, : len(tokens)] = tokens
+    drafts = repeat(history, np.int32([len(tokens), 1]), count)
+    assert drafts.shape == (2, count)
+    if best[0]:
+        following = tokens[best[1] + 1 :][:count]
+        assert drafts[0, : len(following)].tolist() == following
+
+
+OPTIONS = (
+    {"temperature": 0.0},
+    {"stop_tokens": tuple(range(0, 256, 9))},
+    {"stop": tuple("aeiou \ufffd"), "top_p": 0.9},
+    {"max_thinking_tokens": 4, "think_start": "<", "think_end": "/>"},
+    {"repetition_penalty": 1.3, "max_thinking_tokens": 0, "think_start": "o", "think_end": "ab"},
+)
+
+
+def test_requests_get_the_same_pieces_whatever_the_stride_and_the_drafts():
+    made = {}
+    for stride, drafts in ((1, 0), (3, 0), (8, 0), (2, 3)):
+        generator = Generator(*trained(), TOKENIZER, **SIZES, stride=stride, drafts=drafts)
+        for seed, options in itertools.product(range(2), OPTIONS):
+            sampling = Sampling(max_tokens=10 + seed, temperature=1.5, seed=seed)
+            generator.submit("so < it", dataclasses.replace(sampling, **options))
+        pieces = []
+        while generator.busy:
+            pieces += generator.step()
+        made[stride, drafts] = sorted(pieces, key=lambda piece: piece.request)  # those of a request stay in order
+    alone = made[1, 0]
+    assert all(pieces == alone for pieces in made.values())
+    assert {piece.finished for piece in alone} >= {None, "stop", "length"}
+    texts = {number: "".join(p.text for p in alone if p.request == number) for number in range(10)}
+    assert "/>" in texts[3]
+    assert texts[4].count("ab") == 1
 
 
 def test_joining_and_leaving_compile_nothing():
@@ -309,7 +481,7 @@ def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
     expected = finish(alone)[0][0]
     generator = make()
     numbers = [generator.submit("ab", dataclasses.replace(GREEDY, max_tokens=9)) for _ in range(2)]
-    texts = {piece.request: piece.text for piece in generator.step()}
+    pieces = generator.step()
     with pytest.raises(NoFreeSlotError, match="all 2 slots are taken"):
         generator.submit("b", GREEDY, wait=False)
     with pytest.raises(ValueError, match=r"prompt of 101 tokens and max_tokens = 5: expected at most max_length = 96"):
@@ -321,4 +493,4 @@ def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
     with pytest.raises(ValueError, match="number = 7: expected a request"):
         generator.cancel(7)
     generator.cancel(generator.submit("never", GREEDY))
-    assert finish(generator, texts)[0] == dict.fromkeys(numbers, expected)
+    assert finish(generator, pieces=pieces)[0] == dict.fromkeys(numbers, expected)

@@ -25,14 +25,13 @@ from train.config import (
     TrainConfig,
 )
 from train.console import Console
-from train.generation.generator import in_compute_dtype
 from train.generation.sampling import Sampling
 from train.loop import _introduce, run
 from train.metrics import read_metrics
 from train.model.flops import active_parameters, total_parameters, train_flops_per_token
 from train.model.loss import cross_entropy
 from train.model.moe import auxiliary_loss
-from train.model.transformer import Transformer, extend, init_caches, output_kernel
+from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, output_kernel
 from train.optimizer import decays, make_optimizer
 from train.parallel.sharding import make_mesh, on_mesh, put_batch, tree_shardings
 from train.prepare import prepare
@@ -150,8 +149,8 @@ def test_the_bias_does_not_decay_and_router_and_bias_keep_float32(in_halves):
     paths = {path[-1].key: path for path, _ in jax.tree_util.tree_leaves_with_path(initial["layers"]["mlp"])}
     assert not decays(paths["balance_bias"])
     assert decays(paths["router_kernel"])
-    model = Transformer(dataclasses.replace(MODEL, dtype="bfloat16"), VOCABULARY)
-    kept = jax.eval_shape(lambda params: in_compute_dtype(params, model), initial)["layers"]["mlp"]
+    config = dataclasses.replace(EVERYWHERE, dtype="bfloat16")
+    kept = jax.eval_shape(lambda params: decoding_parameters(params, config), initial)["layers"][0]["mlp"]
     assert {name for name, x in kept.items() if x.dtype == jnp.float32} == {"router_kernel", "balance_bias"}
 
 
@@ -162,7 +161,8 @@ def test_decoding_through_caches_equals_the_whole_forward_pass():
     params["layers"]["mlp"]["balance_bias"] = jnp.linspace(-0.3, 0.3, 4)[None]
     tokens = jax.random.randint(jax.random.key(2), (2, T), 0, VOCABULARY)
     whole = jax.jit(lambda tokens: model.apply({"params": params}, tokens))(tokens)
-    extend_by = jax.jit(lambda tokens, caches: extend(params, config, tokens, caches))
+    prepared = decoding_parameters(params, config)
+    extend_by = jax.jit(lambda tokens, caches: extend(prepared, config, tokens, caches))
     caches, parts = init_caches(config, batch_size=2, max_length=T), []
     for begin, end in ((0, 6), (6, 12), (12, 13), (13, 14)):
         hidden, caches = extend_by(tokens[:, begin:end], caches)

@@ -13,7 +13,7 @@ from helpers.models import SMALL
 from nsa_jax.testing import assert_trees_close
 from train.config import MoEConfig, TrainConfig, check, from_json, to_json
 from train.model.flops import train_flops_per_token
-from train.model.transformer import Transformer, extend, init_caches, layer_stacks
+from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, layer_stacks
 from train.presets import parse
 from train.step import TrainState, make_train_step
 
@@ -77,7 +77,8 @@ def test_kinds_take_turns_and_decoding_gives_the_forward_pass():
     whole = jax.jit(lambda params: Transformer(config, VOCABULARY).apply({"params": params}, rows))(params)
     caches = init_caches(config, batch_size=2, max_length=T)
     assert [type(cache) for cache in caches[:2]] == [type(cache) for cache in caches[2:]]
-    prefilled, _ = jax.jit(lambda params, rows, caches: extend(params, config, rows, caches))(params, rows, caches)
+    prepared = decoding_parameters(params, config)
+    prefilled, _ = jax.jit(lambda rows, caches: extend(prepared, config, rows, caches))(rows, caches)
     assert_trees_close(prefilled, whole, 1e-5)
 
 

@@ -1,27 +1,39 @@
 """Decoding speed of a whole model, NSA and full attention side by side: `python -m train benchmark decoding`.
 
-Prints and writes tokens per second of the sampling step of the model of a preset or a run, with caches that are full of
-random keys and values to a few tokens below the context, random parameters, and the memory of the caches.
+Prints and writes tokens per second of the model of a preset or a run, with random parameters, and with caches that are
+full of random keys and values to a few tokens below the context. All steps are one program, as in generation, sampling
+included. The bandwidth is what a step must read, all parameters and what the attention reads of the caches, over its
+time.
+
+With `--profile`, one more run is traced: the kernels of a step, how often each is launched and for how long, and how
+long the GPU waits between them.
 """
 
+import collections
 import dataclasses
 import functools
+import re
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
 
 from nsa_jax import cache_bytes
 from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
-from train.config import ModelConfig
-from train.generation.generator import advance, in_compute_dtype
+from train.config import Attention, ModelConfig
+from train.generation.generator import NOT_FORCED, Rows, advance
 from train.generation.sampling import Draw
-from train.model.transformer import Transformer, init_caches
+from train.model.attention import attention_kind
+from train.model.transformer import Transformer, decoding_parameters, init_caches
 from train.presets import named
+from train.trace import Kernel, kernels, length, record, union
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +43,35 @@ class Arguments:
     preset: str = "h100-350m"  # or the folder of a run: its model
     context: int = 65536  # tokens of each row at the end
     batches: tuple[int, ...] = (1, 16)  # rows
-    steps: int = 64  # in each of five timed runs
+    attentions: tuple[Attention, ...] = ATTENTIONS  # of the model
+    kv_heads: int | None = None  # key/value heads; None: the preset's
+    steps: int = 64  # of one program, which is run five times
+    bandwidth: float = 3350.0  # the card's, in GB/s; the default is an H100 SXM's
+    profile: bool = False  # also a table of the kernels of a step, which needs a GPU
     out: Path = Path("decode_speed.json")  # where the figures go
 
 
-def measure(config: ModelConfig, vocabulary: int, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """One row of figures."""
+def measure(
+    config: ModelConfig,
+    vocabulary: int,
+    batch: int,
+    context: int,
+    steps: int,
+    *,
+    bandwidth: float,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """One row of figures. For the arguments, see `Arguments`.
+
+    Raises:
+      ValueError: a profile is asked for, and there is no GPU.
+    """
     model = Transformer(config, vocabulary)
 
     @jax.jit
     def make(key: jax.Array) -> Any:
         params = model.init(key, jnp.zeros((1, config.nsa.select_block), jnp.int32))["params"]
-        return in_compute_dtype(nn.meta.unbox(params), model)
+        return decoding_parameters(nn.meta.unbox(params), config)
 
     @functools.partial(jax.jit, static_argnums=0)
     def fill(shape: Any, key: jax.Array) -> jax.Array:
@@ -58,36 +87,112 @@ def measure(config: ModelConfig, vocabulary: int, batch: int, context: int, step
     del leaves, filled
     size = cache_bytes(caches)
     draw = Draw(*(jnp.full((batch,), value) for value in (0.8, vocabulary, 1.0, 1.0, 0, 0)))
-    seen = jnp.zeros((batch, vocabulary), bool)
-    active, seconds = jnp.ones((batch,), jnp.int32), []
+    seen, ends = jnp.zeros((2, batch, vocabulary), bool)  # no token ends a row
+    rows = Rows(caches, seen, ends, jnp.zeros((batch, 0), jnp.int32))
+    del caches
+    tokens, limits = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), steps, jnp.int32)
+    forced, seconds = jnp.full((batch, steps), NOT_FORCED, jnp.int32), []
+
+    def run(rows: Rows) -> Any:
+        return advance(params, rows, tokens, limits, forced, draw, model=model)
+
+    def rewound(rows: Rows) -> Rows:
+        caches = (x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in rows.caches)
+        return jax.block_until_ready(rows._replace(caches=tuple(caches)))
+
     for _ in range(6):  # the first compiles
-        caches = tuple(x._replace(lengths=jnp.full_like(x.lengths, context - steps)) for x in caches)
-        tokens = jnp.zeros((batch,), jnp.int32)
-        jax.block_until_ready(caches)
+        rows = rewound(rows)
         begin = time.perf_counter()
-        for _ in range(steps):
-            tokens, caches, seen = advance(params, caches, seen, tokens, active, draw, model=model)
-        jax.block_until_ready(tokens)
+        sampled, _, rows = run(rows)
+        jax.block_until_ready(sampled)
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])
-    return {
+    speed = statistics.median(speeds)
+    read = _bytes_read(params, config, batch, context - steps // 2)
+    row = {
         "attention": config.attention_name,
         "batch": batch,
         "context": context,
-        "tokens_per_second": statistics.median(speeds),
+        "kv_heads": config.num_kv_heads,
+        "tokens_per_second": speed,
         "lowest": speeds[0],
         "highest": speeds[-1],
+        "read_gb": read / 1e9,
+        "bandwidth_share": read * speed / batch / 1e9 / bandwidth,
         "cache_gib": size / 2**30,
+    }
+    if profile:
+        _, trace = record(functools.partial(run, rewound(rows)))
+        row["profile"] = step_profile(kernels(trace)[0], steps)
+    return row
+
+
+def _bytes_read(params: Any, config: ModelConfig, batch: int, tokens: int) -> float:
+    """What a step must read, with so many tokens in each row of the caches."""
+    unused = {"embedding"} if not config.tie_embeddings else set()  # of which a step reads a row for each token
+    parameters = sum(x.nbytes for name, part in params.items() if name not in unused for x in jax.tree.leaves(part))
+    kinds = [attention_kind(name) for name in config.attention_of_layers]
+    return parameters + batch * config.num_kv_heads * sum(kind.decoded_bytes(config, tokens) for kind in kinds)
+
+
+def step_profile(traced: Sequence[Kernel], steps: int) -> dict[str, Any]:
+    """What a GPU does in one of several equal steps, in microseconds.
+
+    Args:
+      traced: its kernels, in the order in which they began.
+      steps: how many.
+
+    Returns:
+      "launches", the number of kernels and copies; "busy_us", in which one of them runs, and "idle_us", between the
+      first and the last of them, in which none does; "kernels", of each name its launches and time, the longest first.
+      Kernels whose names differ by a number at the end are counted together.
+    """
+    busy = length(union((kernel.begin_ns, kernel.end_ns) for kernel in traced))
+    span = max(kernel.end_ns for kernel in traced) - traced[0].begin_ns
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for kernel in traced:
+        times[re.sub(r"([._]\d+)+$", "", kernel.name)].append(kernel.end_ns - kernel.begin_ns)
+    of_names = [
+        {"name": name, "launches": len(taken) / steps, "us": sum(taken) / steps / 1e3} for name, taken in times.items()
+    ]
+    return {
+        "launches": len(traced) / steps,
+        "busy_us": busy / steps / 1e3,
+        "idle_us": (span - busy) / steps / 1e3,
+        "kernels": sorted(of_names, key=lambda row: -row["us"]),
     }
 
 
 def benchmark(arguments: Arguments) -> None:
-    """Measures, prints and writes."""
-    config = named(arguments.preset)
+    """Measures, prints and writes.
+
+    Raises:
+      ValueError: the preset is unknown, or `profile` is asked for where there is no GPU.
+    """
+    if arguments.profile and jax.default_backend() != "gpu":
+        raise ValueError(f"profile: expected a GPU, whose kernels it lists; found {jax.default_backend()}")
+    config, console = named(arguments.preset), Console()
+    if arguments.kv_heads is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_kv_heads=arguments.kv_heads))
+    sizes: dict[str, Any] = {"bandwidth": arguments.bandwidth, "profile": arguments.profile}
     rows: list[dict[str, Any]] = []
-    for attention in ATTENTIONS:
+    for attention in arguments.attentions:
         for batch in arguments.batches:
             model = dataclasses.replace(config.model, attention=attention)
-            rows.append(measure(model, vocab_size(config), batch, arguments.context, arguments.steps))
-            print(rows[-1], flush=True)
+            rows.append(measure(model, vocab_size(config), batch, arguments.context, arguments.steps, **sizes))
             write_figures(arguments, rows)
+            profile = rows[-1].get("profile")
+            console.print({name: value for name, value in rows[-1].items() if name != "profile"})
+            if profile is not None:
+                console.print(_table(rows[-1]["tokens_per_second"] / batch, profile))
+
+
+def _table(steps_per_second: float, profile: dict[str, Any]) -> Table:
+    title = (
+        f"a step: {1e6 / steps_per_second:,.0f} us, of which kernels take {profile['busy_us']:,.0f} us, with "
+        f"{profile['idle_us']:,.0f} us between them while traced"
+    )
+    table = Table("kernel", "launches", "us", title=title)
+    for row in profile["kernels"]:
+        table.add_row(row["name"], f"{row['launches']:.4g}", f"{row['us']:.1f}")
+    return table

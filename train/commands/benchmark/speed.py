@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from train.parallel.sharding import MESH_AXES, check_divisible, make_mesh, tree_
 from train.parallel.traffic import predicted_bytes
 from train.presets import named
 from train.step import TrainState, make_init
+from train.trace import record
 
 TRACED = 2  # steps of a trace
 
@@ -145,12 +145,8 @@ def _row(
 
 def _overlap(step: Any, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, float]]:
     """The state after some traced steps, and the seconds of one of them in which devices communicate and compute."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            state, *_ = _time(step, state, batch, TRACED)
-        (trace_file,) = Path(folder).rglob("*.xplane.pb")
-        found = overlap(jax.profiler.ProfileData.from_file(str(trace_file)))
-    return state, {name: seconds / TRACED for name, seconds in found.items()}
+    (state, _, _), profile = record(lambda: _time(step, state, batch, TRACED))
+    return state, {name: seconds / TRACED for name, seconds in overlap(profile).items()}
 
 
 def _at_length(config: TrainConfig, T: int, rows: int) -> TrainConfig:

@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
+from nsa_jax.cache import Cache
 from nsa_jax.context import received_bytes
 from train.config import ModelConfig, TrainConfig
 from train.model.attention import attention_kind
@@ -82,6 +83,20 @@ class AttentionKind(abc.ABC):
           union: tokens that a group reads in its selected branch, over those that one of its heads reads there.
         """
         return float(self.keys_read(config, length)[-1]) * sum(head_dims(config)) * itemsize(config)
+
+    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: int) -> Cache:
+        """An empty cache of a layer of this kind, for steps of up to `step_tokens` tokens.
+
+        Args:
+          layer: as `layer` makes it.
+          step_tokens: that a step may add to each row, and `rollback` take back.
+          sizes: `batch_size` and `max_length`.
+        """
+        return layer.init_cache(**sizes)
+
+    def rollback(self, cache: Cache, num_rejected: Int[Array, " B"], config: ModelConfig) -> Cache:
+        """The cache without the last tokens of each row, which the step before added."""
+        return cache._replace(lengths=cache.lengths - num_rejected)
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:  # noqa: B027, most have nothing to check
         """Raises ValueError, naming the setting, where this kind cannot do what the config and the mesh ask for."""

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
-from nsa_jax import NSAttention
+from nsa_jax import NSAttention, rollback
+from nsa_jax.cache import Cache
 from train.config import ModelConfig, TrainConfig
 from train.model.attention.kind import AttentionKind, Split, head_dims, itemsize, received_as
 from train.parallel.sharding import padded_length
@@ -25,6 +26,14 @@ class NSA(AttentionKind):
             tie_keys=config.tie_keys,
             implementation=config.implementation,
         )
+
+    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: int) -> Cache:
+        """The rings hold what a step may overwrite."""
+        return layer.init_cache(**sizes, step_tokens=step_tokens)
+
+    def rollback(self, cache: Any, num_rejected: Int[Array, " B"], config: ModelConfig) -> Cache:
+        """By `nsa_jax.rollback`."""
+        return rollback(cache, num_rejected, config=config.nsa)
 
     def keys_read(self, config: ModelConfig, length: int) -> Int[np.ndarray, " length"]:
         """The visible compressed tokens, the tokens of the selected blocks up to the query's own, and the window."""

@@ -1,0 +1,1 @@
+"""The newest few tokens of each row written into a paged cache; see `contract`."""
