@@ -37,10 +37,10 @@ class NSAConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.select_in_window, bool):
             raise ValueError(f"NSAConfig.select_in_window = {self.select_in_window!r}: expected True or False")
-        for field in dataclasses.fields(self)[:-1]:
-            least = 0 if field.name in ("num_selected", "num_init", "num_local", "window") else 1
-            value = arguments.size(f"NSAConfig.{field.name}", getattr(self, field.name), least=least)
-            object.__setattr__(self, field.name, value)  # a Python int, so that equal configs have equal hashes
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "select_in_window"):
+            least = 0 if name in ("num_selected", "num_init", "num_local", "window") else 1
+            value = arguments.size(f"NSAConfig.{name}", getattr(self, name), least=least)
+            object.__setattr__(self, name, value)  # a Python int, so that equal configs have equal hashes
         for name in ("compress_block", "select_block"):
             if getattr(self, name) % self.compress_stride:
                 raise ValueError(

@@ -303,7 +303,10 @@ def test_wrong_sizes_and_counts_are_refused_by_name():
     for name, value in (("factor", TEXT), ("factor", 0), ("beta_slow", None), ("original_length", 0), ("kind", 3)):
         with pytest.raises(ValueError, match=rf"^RopeScaling\.{name} = .*: expected "):
             RopeScaling(**{"kind": "linear", "factor": 2, name: value})
-    for field in NSAConfig.__dataclass_fields__:
+    for value in (-1, 1, 1.5, TEXT, None):
+        with pytest.raises(ValueError, match=r"^NSAConfig\.select_in_window = .*: expected True or False"):
+            NSAConfig(select_in_window=value)
+    for field in NSAConfig.__dataclass_fields__.keys() - {"select_in_window"}:
         for value in (-1, 1.5, TEXT, True, None):
             with pytest.raises(ValueError, match=rf"^NSAConfig\.{field} = .*: expected an integer"):
                 NSAConfig(**{field: value})
