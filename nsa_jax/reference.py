@@ -197,7 +197,7 @@ def append_tokens(
     number = jnp.arange(m, dtype=jnp.int32)[None, :]
     positions = jnp.where(number < num_tokens[:, None], lengths[:, None] + number, -1)  # [B, m]
     which = jnp.arange(-(-m // d), dtype=jnp.int32)[None, :]
-    starts = (jnp.maximum(0, (lengths - l) // d + 1)[:, None] + which) * d  # of compressed tokens, [B, C]
+    starts = (next_compressed(lengths, config)[:, None] + which) * d  # of compressed tokens, [B, C]
 
     def in_pages(pool: Array, values: Array, positions: Array) -> Array:
         """Values [B, n, K, D] of what starts at positions [B, n], which are -1 for none."""

@@ -2,30 +2,39 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.triton.integers import loop, next_power_of_two
+from pallas_kernels.triton.integers import div, loop, next_power_of_two
+from pallas_kernels.triton.problem import Problem
 
 _BEYOND = 1 << 30  # a number past every block
 
 
-def rank_by_importance(importance: Any, candidate: Any, forced: Any) -> jax.Array:
-    """Importance with forced candidates above every other block, and what is no candidate below."""
-    return jnp.where(candidate, jnp.where(forced, jnp.inf, importance), -jnp.inf)
-
-
 def best_blocks(
-    importance: Float[Array, "blocks queries"], candidates: Int[Array, " queries"], n: int
+    importance: Float[Array, "blocks queries"],
+    first: Int[Array, " queries"],
+    position: Int[Array, " queries"],
+    num_blocks: int,
+    problem: Problem,
 ) -> Int[Array, "slots queries"]:
-    """Blocks of highest importance, ties to the lower: ascending, then -1, in the next power of two of n slots.
+    """The chosen blocks (see the contract): ascending, then -1, in the next power of two of n slots.
 
-    `candidates` says of how many blocks the importance is above -inf. All sides are powers of two.
+    `first` is the first block of a query's segment. All sides are powers of two, and blocks from `num_blocks` on are
+    none.
     """
-    queries = importance.shape[1]
+    n = problem.num_selected
     block = lax.broadcasted_iota(jnp.int32, importance.shape, 0)
+    last = jnp.minimum(div(position, problem.select_block), num_blocks - 1)
+    candidate = (block >= first[None, :]) & (block <= last[None, :])
+    forced = (block < first[None, :] + problem.num_init) | (block > last[None, :] - problem.num_local)
+    candidates = last - first + 1
+    if not problem.select_in_window:
+        candidate &= forced | (block * problem.select_block <= position[None, :] - problem.window)
+        candidates = jnp.sum(candidate.astype(jnp.int32), axis=0, dtype=jnp.int32)
+    importance = jnp.where(candidate, jnp.where(forced, jnp.inf, importance), -jnp.inf)
+    queries = importance.shape[1]
     # A slot past the last candidate holds a number beyond every block, to be sorted to the end.
     slots = (next_power_of_two(n), queries)
     slot = lax.broadcasted_iota(jnp.int32, slots, 0)

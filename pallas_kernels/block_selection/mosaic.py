@@ -23,6 +23,7 @@ from pallas_kernels.mosaic.intervals import positions
 from pallas_kernels.mosaic.launch import (
     COPIED_TO,
     SHARED_MEMORY,
+    WARPS,
     Barriers,
     Matrix,
     Vectors,
@@ -37,13 +38,13 @@ from pallas_kernels.mosaic.products import (
     OF_COLUMNS,
     ROWS,
     Products,
-    accumulators,
     along_columns,
     filled,
     i32,
     index,
     load_matrix,
     load_numbers,
+    product,
     store_matrix,
 )
 from pallas_kernels.mosaic.ring import Ring, Schedule
@@ -51,7 +52,6 @@ from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER
 
 QUERIES = 8  # of a scoring warpgroup
 SCORING = 2  # warpgroups
-WARPS = 4  # of a warpgroup
 BOUNDS = 4  # numbers of a query: those of 8 are 128 bytes, which is what a copy has to start at a multiple of
 MOST_BLOCKS = 1088  # that the picking warpgroup holds in registers
 MOST_SELECTED = 32  # that one lane each of a warp holds
@@ -299,12 +299,7 @@ def _kernel(
                 """Of one token of each of 64 blocks, summed over the heads: [64, 8]."""
                 count = done + (chunk - begin) * i32(per_block) + turn
                 slot = ring.wait_full(count)
-
-                def product(accumulator: Any) -> Any:
-                    plgpu.wgmma(accumulator, k_shared.at[slot], q_shared.at[warpgroup].transpose((1, 0)))
-                    return accumulator[...]
-
-                s = accumulators(product, (ROWS, columns))
+                s = product(k_shared.at[slot], q_shared.at[warpgroup].transpose((1, 0)), (ROWS, columns))
                 ring.free(count)
                 p = jnp.exp2(s * scale_log2 - along_columns(lse_log2, ROWS))
                 parts = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(group)]

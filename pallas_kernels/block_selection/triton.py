@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_selection import tiles
-from pallas_kernels.block_selection.best_blocks import best_blocks, rank_by_importance
+from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.compressed_attention.visibility import Visibility, first_visible, visible_end, walk
 from pallas_kernels.contract import Sizes
 from pallas_kernels.triton.heads import dot_pieces, head_pieces
@@ -321,14 +321,7 @@ def _top_n_kernel(
         importance += weight * plgpu.load(score_ref.at[pair.index, tile, source, column], mask=seen, other=0.0)
 
     first = div(start, problem.select_block)
-    last = jnp.minimum(div(position, problem.select_block), queries.num_blocks - 1)
-    candidate = (block >= first[None, :]) & (block <= last[None, :])
-    forced = (block < first[None, :] + problem.num_init) | (block > last[None, :] - problem.num_local)
-    number = last - first + 1
-    if not problem.select_in_window:
-        candidate &= forced | (block * problem.select_block <= position[None, :] - problem.window)
-        number = jnp.sum(candidate.astype(jnp.int32), axis=0, dtype=jnp.int32)
-    ascending = best_blocks(rank_by_importance(importance, candidate, forced), number, n)
+    ascending = best_blocks(importance, first, position, queries.num_blocks, problem)
     slot = lax.broadcasted_iota(jnp.int32, ascending.shape, 0)
     where = lax.broadcast_in_dim(row, ascending.shape, (1,))
     plgpu.store(chosen_ref.at[pair.index, where, slot], ascending, mask=slot < n)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_selection.best_blocks import best_blocks, rank_by_importance
+from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
 from pallas_kernels.decode_attention.step import Step
@@ -270,16 +270,10 @@ def _choose_kernel(importance_ref: Any, offset_ref: Any, length_ref: Any, indice
     row = pair.index * step.num_queries + query
     block = iota(importance_ref.shape[1])
     position = _position(offset_ref, length_ref, pair.batch, query)
-    last = jnp.minimum(div(position, problem.select_block), step.num_blocks - 1)
-    forced = (block < problem.num_init) | (block > last - problem.num_local)
-    candidate, number = block <= last, last + 1
     at = importance_ref.at[jnp.full(block.shape, row), block]
-    importance = plgpu.load(at, mask=candidate, other=-jnp.inf)
-    if not problem.select_in_window:
-        candidate &= forced | (block * problem.select_block <= position - problem.window)
-        number = jnp.sum(candidate.astype(jnp.int32), dtype=jnp.int32)
-    importance = rank_by_importance(importance, candidate, forced)
-    chosen = best_blocks(importance[:, None], jnp.full((1,), number), problem.num_selected)
+    importance = plgpu.load(at, mask=block <= div(position, problem.select_block), other=-jnp.inf)
+    first, positions = jnp.zeros((1,), jnp.int32), jnp.full((1,), position)
+    chosen = best_blocks(importance[:, None], first, positions, step.num_blocks, problem)
     slot = lax.broadcasted_iota(jnp.int32, chosen.shape, 0)
     at = indices_ref.at[jnp.full(chosen.shape, row), slot]
     plgpu.store(at, chosen, mask=slot < problem.num_selected)

@@ -29,6 +29,7 @@ from pallas_kernels.mosaic.products import (
     i32,
     index,
     load_numbers,
+    two_products,
 )
 from pallas_kernels.mosaic.query_gradient import CONSUMERS, SMALL, Path, Statistics, query_gradient, statistics_of
 from pallas_kernels.mosaic.ring import Ring, Schedule
@@ -230,17 +231,12 @@ def _key_gradient_kernel(
                         load_numbers(known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
                     )
 
-                    def products_of(s: Any) -> Any:
-                        plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
-
-                        def second(dp: Any) -> Any:
-                            plgpu.wgmma(dp, values_here, do_here.transpose((1, 0)))
-                            scores = plgpu.wgmma_accumulator_load(s, wait_n=1)
-                            return jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2, ROWS)), dp[...]
-
-                        return accumulators(second, shape)
-
-                    p, dp = accumulators(products_of, shape)
+                    p, dp = two_products(
+                        (keys_here, queries_here.transpose((1, 0))),
+                        (values_here, do_here.transpose((1, 0))),
+                        lambda s: jnp.exp2(s * (scale * LOG2_E) - along_columns(lse_log2, ROWS)),
+                        shape,
+                    )
                     if edge:
                         begin, end = (load_numbers(bounds_ref.at[batch, i32(c), keys]) for c in range(2))
                         query = packing.query_of(index(shape, 1)) + query_at(j)

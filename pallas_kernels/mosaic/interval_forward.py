@@ -19,7 +19,7 @@ from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds, steps
 from pallas_kernels.mosaic.launch import Barriers, Matrix, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
-from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers
+from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers, product
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E, softmax_finish, softmax_start, softmax_step
 
@@ -156,12 +156,7 @@ def _kernel(
             # lies between them and the product.
             def scores(step: Any) -> Any:
                 slot = keys_ring.wait_full(done + step)
-
-                def body(accumulator: Any) -> Any:
-                    plgpu.wgmma(accumulator, queries_here, k_shared.at[slot].transpose((1, 0)))
-                    return accumulator[...]
-
-                s = accumulators(body, shape)
+                s = product(queries_here, k_shared.at[slot].transpose((1, 0)), shape)
                 keys_ring.free(done + step)
                 return s
 

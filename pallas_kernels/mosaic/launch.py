@@ -13,6 +13,7 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.mosaic.products import Products
 
 SHARED_MEMORY = 232448  # bytes that a thread block of compute capability 9.0 may use
+WARPS = 4  # of a warpgroup
 COPIED_TO = 128  # bytes: a copy to or from shared memory starts at a multiple of it; the interpreter does not mind
 INTERPRETED_PROGRAMS = 2  # more show nothing new, and every program of the interpreter costs threads
 _versioned: Any = plgpu  # what other versions of JAX declare otherwise

@@ -75,14 +75,38 @@ def filled(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> ja
 
 
 def accumulators(body: Callable[..., Any], *shapes: tuple[int, int]) -> Any:
-    """body(*references to accumulators of zeros).
-
-    The zeros cost no instructions where a product follows at once: of two products each has a call of its own, the
-    second one inside the first one's body.
-    """
-    if not shapes:
-        return body()
+    """body(*references to accumulators of zeros). The zeros cost no instructions where a product follows at once."""
     return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def product(a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
+    """The product a b of matrices in shared memory."""
+
+    def body(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return accumulators(body, shape)
+
+
+def two_products(
+    first: tuple[Any, Any], second: tuple[Any, Any], use: Callable[[jax.Array], Any], shape: tuple[int, int]
+) -> tuple[Any, jax.Array]:
+    """(use(a b), c d) of matrices (a, b) and (c, d) in shared memory. The second product runs while the first is used.
+
+    Each has a call of its own, so that the zeros of its accumulators come right before it.
+    """
+
+    def issue_first(accumulator: Any) -> Any:
+        plgpu.wgmma(accumulator, *first)
+
+        def issue_second(other: Any) -> Any:
+            plgpu.wgmma(other, *second)
+            return use(plgpu.wgmma_accumulator_load(accumulator, wait_n=1)), other[...]
+
+        return accumulators(issue_second, shape)
+
+    return accumulators(issue_first, shape)
 
 
 @dataclasses.dataclass(frozen=True)

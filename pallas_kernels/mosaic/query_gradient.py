@@ -19,7 +19,17 @@ from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds
 from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import Packing
-from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers, row_index
+from pallas_kernels.mosaic.products import (
+    ROWS,
+    Products,
+    accumulators,
+    down_rows,
+    i32,
+    index,
+    load_numbers,
+    row_index,
+    two_products,
+)
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E, NEVER
 
@@ -208,17 +218,12 @@ def _kernel(
                             row_query = packing.query_of(row_index())
                             reference = jnp.where(((members >> row_query) & i32(1)) == i32(1), lse_log2, NEVER)
 
-                        def products_of(s: Any) -> Any:
-                            plgpu.wgmma(s, queries_here, k_shared.at[slot].transpose((1, 0)))
-
-                            def second(dp: Any) -> Any:
-                                plgpu.wgmma(dp, do_here, v_shared.at[slot].transpose((1, 0)))
-                                scores = plgpu.wgmma_accumulator_load(s, wait_n=1)  # exponentials meanwhile
-                                return jnp.exp2(scores * (scale * LOG2_E) - down_rows(reference, ROWS)), dp[...]
-
-                            return accumulators(second, shape)
-
-                        p, dp = accumulators(products_of, shape)
+                        p, dp = two_products(
+                            (queries_here, k_shared.at[slot].transpose((1, 0))),
+                            (do_here, v_shared.at[slot].transpose((1, 0))),
+                            lambda s: jnp.exp2(s * (scale * LOG2_E) - down_rows(reference, ROWS)),
+                            shape,
+                        )
                         values_ring.free(done + j)
                         if edge:
                             # Read where they are used: the steps without a mask have no registers to spare.

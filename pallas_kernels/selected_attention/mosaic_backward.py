@@ -20,6 +20,7 @@ from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.intervals import Intervals
 from pallas_kernels.mosaic.launch import (
     SHARED_MEMORY,
+    WARPS,
     Barriers,
     Matrix,
     Vectors,
@@ -40,6 +41,8 @@ from pallas_kernels.mosaic.products import (
     i32,
     index,
     load_numbers,
+    product,
+    two_products,
 )
 from pallas_kernels.mosaic.query_gradient import CONSUMERS, SMALL, Path, Statistics, query_gradient, statistics_of
 from pallas_kernels.mosaic.ring import Ring, Schedule
@@ -59,7 +62,6 @@ ITEM = 512  # queries of one partial sum
 #   192, 128    1       160        40 KiB         4 slots, 160 KiB   200
 #   256, 256    1       192        64 KiB         2 slots, 128 KiB   192
 LARGEST_HEADS = 256
-_WARPS = 4  # of the producer
 _MOST_SLOTS = 4
 _SUM_WARPGROUPS = 4
 _SUMMED = 4096  # numbers that a warpgroup adds at a time
@@ -89,7 +91,7 @@ def backward(
       NotImplementedError: a version of JAX, dtype, head size, group size, scale, block size or number of blocks that
         the kernels do not support.
     """
-    check_version(interpret, CONSUMERS + 1 + _WARPS)
+    check_version(interpret, CONSUMERS + 1 + WARPS)
     check_supported(q, k, v, scale=scale)
     check_sizes(q, k, v, block_indices, config)
     if 0 in (q.shape[1], k.shape[1]):
@@ -125,7 +127,7 @@ def backward(
         num_blocks=pl.cdiv(k.shape[1], ROWS),
         size=ITEM,
         step=packing.queries,
-        spare=2 * max(packing.queries, _WARPS),  # as warps look ahead
+        spare=2 * max(packing.queries, WARPS),  # as warps look ahead
     )
     partials = _key_gradients(*arrays, statistics, keys, items, **options)
     dk, dv = (x[:, : k.shape[1]] for x in _add_items(partials, items, K, q.dtype, interpret))
@@ -298,19 +300,14 @@ def _key_gradient_kernel(
                         functools.partial(load_numbers, known_shared.at[slot, c], OF_COLUMNS) for c in range(2 + gated)
                     )
 
-                    def products_of(s: Any) -> Any:
-                        plgpu.wgmma(s, keys_here, queries_here.transpose((1, 0)))
+                    def weights(s: Any) -> Any:
+                        return jnp.exp2(s * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
 
-                        def second(*dp: Any) -> Any:
-                            for accumulator in dp:
-                                plgpu.wgmma(accumulator, values_here, do_here.transpose((1, 0)))
-                            scores = plgpu.wgmma_accumulator_load(s, wait_n=len(dp))
-                            p = jnp.exp2(scores * (scale * LOG2_E) - along_columns(lse_log2(), ROWS))
-                            return p, *(accumulator[...] for accumulator in dp)
-
-                        return accumulators(second, *[shape] * makes_dk)
-
-                    p, *dp = accumulators(products_of, shape)
+                    scores_of = (keys_here, queries_here.transpose((1, 0)))
+                    if makes_dk:
+                        p, dp = two_products(scores_of, (values_here, do_here.transpose((1, 0))), weights, shape)
+                    else:
+                        p = weights(product(*scores_of, shape))
                     if edge:
                         p = jnp.where(seen(bounds), p, 0.0)
                     if gated:
@@ -318,7 +315,7 @@ def _key_gradient_kernel(
                     if makes_dv:
                         products.issue(totals[-1], p.astype(q_ref.dtype), do_here)
                     if makes_dk:
-                        ds = p * (dp[0] - along_columns(delta(), ROWS))
+                        ds = p * (dp - along_columns(delta(), ROWS))
                         products.issue(totals[0], ds.astype(q_ref.dtype), queries_here)
                     plgpu.wgmma_wait(0)
                     ring.free(done + j)
@@ -339,10 +336,10 @@ def _key_gradient_kernel(
         work_off(team, attend)
 
     # Of a team, those that have a query to copy in every step: others could fall behind a phase of a barrier.
-    warps = min(_WARPS // teams, queries)
+    warps = min(WARPS // teams, queries)
 
     def produce(warp: Any) -> None:
-        team, part = lax.div(warp, i32(_WARPS // teams)), lax.rem(warp, i32(_WARPS // teams))
+        team, part = lax.div(warp, i32(WARPS // teams)), lax.rem(warp, i32(WARPS // teams))
         pl.when(part < i32(warps))(functools.partial(produce_part, team, part))
 
     def produce_part(team: Any, part: Any) -> None:
