@@ -205,7 +205,7 @@ def join_projections(parameters: Mapping[str, Array], config: LayerConfig) -> di
     Raises:
       ValueError: a parameter is missing or has another shape.
     """
-    (embed_dim,) = {jnp.shape(x)[-1] for name, x in parameters.items() if name == "o_kernel"} or {1}
+    embed_dim = jnp.shape(parameters["o_kernel"])[-1] if "o_kernel" in parameters else 1  # its absence is said below
     declared = layer_parameters(config, embed_dim)
     check_parameters(parameters, declared, f"{config}")
     parts = [parameters[name].reshape(embed_dim, -1) for name in _taking_x(declared)]
