@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.devices import Capability, Device
-from pallas_kernels.mosaic.faster import BY_DEFAULT, FASTER, Table, check_faster
+from pallas_kernels.mosaic.faster import FASTER, Table, check_faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Kernels:
     def by_default(self, name: str, q: jax.Array, k: jax.Array, v: jax.Array | None) -> bool:
         """Whether a function may be chosen for such arrays by default: where it is known to be the fastest."""
         if self.faster is not None:
-            if not self.faster:
-                raise NotImplementedError("only by name")
             check_faster(self.faster, name, q, k, v)
         return True
 
@@ -73,7 +71,7 @@ MOSAIC = Kernels(
         "window_attention_backward": "window_attention.mosaic:backward",
     },
     newest_capability=(9, 0),
-    faster=FASTER if BY_DEFAULT else {},
+    faster=FASTER,
 )
 TRITON = Kernels(
     "triton",

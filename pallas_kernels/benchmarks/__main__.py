@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         choices=BACKENDS,
         default=[DEFAULT],
-        help="whose kernels; fastest: for each pass the one that pallas_kernels/mosaic/faster.py has measurements for; "
-        "default: what implementation=None takes (%(default)s). Tables made of OUT.json show the first one",
+        help="whose kernels; default: of each pass those that implementation=None takes. Tables made of OUT.json show "
+        "the first one",
     )
     parser.add_argument("--ops", nargs="+", default=None, help="only these; default: all")
     parser.add_argument("--out", type=Path, default=None, help="write OUT.json and OUT.png")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.benchmarks.ops import parts_of
+from pallas_kernels.benchmarks.ops import DEFAULT, parts_of
 from pallas_kernels.benchmarks.patterns import Pattern, block_indices
 from pallas_kernels.differentiable import Op, Positions
 from pallas_kernels.nsa_attention.contract import Keys
@@ -87,8 +87,8 @@ def selection(shape: Shape, pattern: Pattern, seed: int = 0) -> Array:
 
 
 def lse_of(shape: Shape, arrays: Inputs) -> Array:
-    """What block selection is given: the lse of compressed attention, of whichever backend is the fastest."""
-    forward = jax.jit(parts_of("fastest").compressed_attention, static_argnames=("config", "scale"))
+    """What block selection is given: the lse of compressed attention, of the backend by default."""
+    forward = jax.jit(parts_of(DEFAULT).compressed_attention, static_argnames=("config", "scale"))
     return forward(arrays.q, *arrays.keys[:2], None, 0, config=shape, scale=shape.Dk**-0.5)[1]
 
 

@@ -6,21 +6,17 @@ from typing import Any
 from pallas_kernels.decode_attention.triton import decode_attention
 from pallas_kernels.devices import current_device
 from pallas_kernels.kernels import MOSAIC, TRITON
-from pallas_kernels.mosaic.faster import BY_DEFAULT, FASTER
 from pallas_kernels.nsa_attention.contract import Parts
 
 __all__ = ["BACKENDS", "DEFAULT", "PARTS", "decode_attention", "parts_of"]
 
-BACKENDS = ("triton", "mosaic", "fastest")
-DEFAULT = "fastest" if BY_DEFAULT else "triton"  # what `implementation=None` takes
+DEFAULT = "default"  # what `implementation=None` takes: Mosaic where its tables say so, otherwise Triton
+BACKENDS = (DEFAULT, "triton", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Fastest:
-    """The pass of this name on Mosaic where `FASTER` has the call and Mosaic takes it, otherwise on Triton.
-
-    `implementation=None` goes by the same rule once `BY_DEFAULT` says so, and then to pure JAX, which is not timed.
-    """
+class Default:
+    """The pass of this name on the kernels that `implementation=None` takes; pure JAX, its last choice, is not timed."""
 
     name: str
 
@@ -28,7 +24,7 @@ class Fastest:
         """What the pass returns."""
         refusals = []
         q, k, v = arguments[:3]
-        for kernels in (dataclasses.replace(MOSAIC, faster=FASTER), TRITON):
+        for kernels in (MOSAIC, TRITON):
             try:
                 kernels.check_capability(current_device())
                 kernels.by_default(self.name, q, k, None if self.name == "select_blocks" else v)
@@ -42,7 +38,7 @@ def parts_of(backend: str) -> Parts:
     """All passes of one of `BACKENDS`."""
     kernels = {each.name: each for each in (TRITON, MOSAIC)}
     names = [field.name for field in dataclasses.fields(Parts)]
-    return Parts(**{name: kernels[backend].function(name) if backend in kernels else Fastest(name) for name in names})
+    return Parts(**{name: kernels[backend].function(name) if backend in kernels else Default(name) for name in names})
 
 
 PARTS = parts_of("triton")

@@ -19,7 +19,7 @@ LINES = {
     ("nsa", "local"): ("NSA, local selection", COLORS[1]),
     ("dense", None): ("dense (cuDNN)", COLORS[2]),
 }
-STYLES = {"triton": "o-", "mosaic": "s--", "fastest": "D:", "cudnn": "^--"}  # by the backend
+STYLES = {"triton": "o-", "mosaic": "s--", "default": "D:", "cudnn": "^--"}  # by the backend
 
 
 def draw(rows: list[dict[str, Any]], title: str = "") -> Figure:

@@ -56,6 +56,7 @@ BOUNDS = 4  # numbers of a query: those of 8 are 128 bytes, which is what a copy
 MOST_BLOCKS = 1088  # that the picking warpgroup holds in registers
 MOST_SELECTED = 32  # that one lane each of a warp holds
 LARGEST_GROUP = 32
+MOST_COLUMNS = 128  # of a product, whose numbers are in registers
 _MOST_SLOTS = 5
 _SMALL = 8192  # bytes of shared memory for what is no matrix and no score
 _REGISTERS = (152, 176, 32)  # of the scoring, the picking and the copying warpgroups
@@ -237,6 +238,7 @@ def _kernel(
     per_block = config.select_block // config.compress_stride
     overlap = config.compress_block != config.compress_stride
     columns = group * QUERIES
+    parts = [pl.ds(first, min(MOST_COLUMNS, columns - first)) for first in range(0, columns, MOST_COLUMNS)]
 
     def token(turn: Any) -> Any:
         """Of each block: its last one comes first, as its other half waits in shared memory for the rest."""
@@ -290,8 +292,8 @@ def _kernel(
         def work(i: Any, done: Any) -> Any:
             begin, end = chunks_of(i)
             plgpu.barrier_wait(q_full)
-            lse = load_numbers(lse_shared.at[warpgroup, pl.ds(0, columns)], OF_COLUMNS)
-            lse_log2 = jnp.where(lse > LEAST, lse * LOG2_E, NEVER)
+            lse = [load_numbers(lse_shared.at[warpgroup, part], OF_COLUMNS) for part in parts]
+            lse_log2 = [jnp.where(x > LEAST, x * LOG2_E, NEVER) for x in lse]
             first, stop = (load_numbers(bounds_shared.at[warpgroup, j], OF_COLUMNS) for j in range(2))
             pl.when(i > 0)(lambda: plgpu.barrier_wait(scores_free.at[warpgroup]))
 
@@ -299,15 +301,20 @@ def _kernel(
                 """Of one token of each of 64 blocks, summed over the heads: [64, 8]."""
                 count = done + (chunk - begin) * i32(per_block) + turn
                 slot = ring.wait_full(count)
-                s = product(k_shared.at[slot], q_shared.at[warpgroup].transpose((1, 0)), (ROWS, columns))
-                ring.free(count)
-                p = jnp.exp2(s * scale_log2 - along_columns(lse_log2, ROWS))
-                parts = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(group)]
-                while len(parts) > 1:  # always the same tree
-                    parts = [x + y for x, y in zip(parts[::2], parts[1::2], strict=True)]
+                sums = []
+                for part, normaliser in zip(parts, lse_log2, strict=True):
+                    s = product(k_shared.at[slot], q_shared.at[warpgroup, part].transpose((1, 0)), (ROWS, part.size))
+                    if part is parts[-1]:
+                        ring.free(count)
+                    p = jnp.exp2(s * scale_log2 - along_columns(normaliser, ROWS))
+                    of_head = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(part.size // QUERIES)]
+                    while len(of_head) > 1:  # always the same tree
+                        of_head = [x + y for x, y in zip(of_head[::2], of_head[1::2], strict=True)]
+                    sums += of_head
+                total = functools.reduce(jnp.add, sums)
                 key = (index((ROWS, QUERIES), 0) + chunk * i32(ROWS)) * i32(per_block) + token(turn)
                 seen = (key >= along_columns(first, ROWS)) & (key < along_columns(stop, ROWS))
-                return jnp.where(seen, parts[0], 0.0)
+                return jnp.where(seen, total, 0.0)
 
             def pool(chunk: Any, _: Any) -> Any:
                 row = chunk * i32(ROWS)

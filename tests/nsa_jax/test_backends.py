@@ -506,13 +506,14 @@ LONG = (Row((128, 128), (16, 16), 2048, ""),)
 BLOCKS = (Row((128,), (1, 16), 1, ""),)
 
 
-def test_mosaic_without_tables_is_taken_by_name_only(mosaic_faster):
+def test_mosaic_is_taken_by_name_where_no_row_is_for_the_call(mosaic_faster):
     mosaic_faster({})
     with abstract("NVIDIA H100"):
         made = backends.explain(nsa_attention, *gpu_shapes(), config=NSAConfig())
         named = backends.explain(nsa_attention, *gpu_shapes(), config=NSAConfig(), implementation="mosaic")
     for op in (*OPS, *(op + "_backward" for op in BRANCHES)):
-        assert (made[op].backend, made[op].refusals) == ("triton", (("mosaic", "only by name"),))
+        assert made[op].backend == "triton"
+        assert dict(made[op].refusals)["mosaic"].startswith("not measured to be faster than triton")
         assert (named[op].backend, named[op].refusals) == ("mosaic", ())
 
 

@@ -41,13 +41,13 @@ SMALL = ["--lengths", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "16
 
 
 def test_every_row_says_which_backend_it_is_of(on_a_gpu, tmp_path, capsys):
-    options = ["--backends", "fastest", "triton", "mosaic", "--ops", "nsa", "dense", "--out", str(tmp_path / "results")]
+    options = ["--backends", "default", "triton", "mosaic", "--ops", "nsa", "dense", "--out", str(tmp_path / "results")]
     assert command.main([*SMALL, *options]) == 0
     record = json.loads((tmp_path / "results.json").read_text())
     selections = ("random", "local")
     expected = [
         ("dense", "cudnn", None),
-        *(("nsa", backend, selection) for backend in ("fastest", "triton", "mosaic") for selection in selections),
+        *(("nsa", backend, selection) for backend in ("default", "triton", "mosaic") for selection in selections),
     ]
     assert [(row["op"], row["backend"], row["selection"]) for row in record["rows"]] == expected
     assert [row["backend"] for row in record["rows"] if "error" in row] == ["mosaic", "mosaic"]

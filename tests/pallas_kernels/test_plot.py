@@ -33,7 +33,7 @@ def test_every_backend_has_its_line():
     rows = [
         row("dense", "cudnn", None, 5.0),
         row("nsa", "triton", "random", 3.0),
-        row("nsa", "fastest", "random", 2.0),
+        row("nsa", "default", "random", 2.0),
         {
             "T": 8192,
             "op": "nsa",
@@ -47,7 +47,7 @@ def test_every_backend_has_its_line():
     drawn = {line.get_label(): list(line.get_ydata()) for line in forward.lines}
     assert drawn == {
         "NSA, random selection, triton": [3.0],
-        "NSA, random selection, fastest": [2.0],
+        "NSA, random selection, default": [2.0],
         "dense (cuDNN)": [5.0],
     }
     assert [list(line.get_ydata()) for line in backward.lines] == [[6.0], [4.0], [10.0]]
