@@ -16,7 +16,7 @@ BACKENDS = (DEFAULT, "triton", "mosaic")
 
 @dataclasses.dataclass(frozen=True)
 class Default:
-    """The pass of this name on the kernels that `implementation=None` takes; pure JAX, its last choice, is not timed."""
+    """The pass of this name on the kernels that `implementation=None` takes; pure JAX is not timed."""
 
     name: str
 

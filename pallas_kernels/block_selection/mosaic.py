@@ -238,7 +238,8 @@ def _kernel(
     per_block = config.select_block // config.compress_stride
     overlap = config.compress_block != config.compress_stride
     columns = group * QUERIES
-    parts = [pl.ds(first, min(MOST_COLUMNS, columns - first)) for first in range(0, columns, MOST_COLUMNS)]
+    width = min(columns, MOST_COLUMNS)
+    parts = [pl.ds(first, width) for first in range(0, columns, width)]
 
     def token(turn: Any) -> Any:
         """Of each block: its last one comes first, as its other half waits in shared memory for the rest."""
@@ -303,11 +304,11 @@ def _kernel(
                 slot = ring.wait_full(count)
                 sums = []
                 for part, normaliser in zip(parts, lse_log2, strict=True):
-                    s = product(k_shared.at[slot], q_shared.at[warpgroup, part].transpose((1, 0)), (ROWS, part.size))
+                    s = product(k_shared.at[slot], q_shared.at[warpgroup, part].transpose((1, 0)), (ROWS, width))
                     if part is parts[-1]:
                         ring.free(count)
                     p = jnp.exp2(s * scale_log2 - along_columns(normaliser, ROWS))
-                    of_head = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(part.size // QUERIES)]
+                    of_head = [p[:, QUERIES * g : QUERIES * (g + 1)] for g in range(width // QUERIES)]
                     while len(of_head) > 1:  # always the same tree
                         of_head = [x + y for x, y in zip(of_head[::2], of_head[1::2], strict=True)]
                     sums += of_head
