@@ -29,10 +29,14 @@ class Item(NamedTuple):
     queries: int  # of a step
     choices_ref: Any
 
-    def places(self, num_selected: int, offset: Any, num_keys: int) -> Any:
-        """Where the keys are read: each at its position, but instead of those after the item's last query its own."""
-        last_query = div(self.choices_ref[self.pair.index, self.first + self.count - 1], num_selected)
-        return jnp.minimum(self.key_position, jnp.minimum(offset + last_query, num_keys - 1))
+    def places(self, num_selected: int, offset: Any, starts_ref: Any, num_keys: int) -> Any:
+        """Where the keys are read: at their positions, and at the nearest that a query sees if none of the item does."""
+        first_query, last_query = (
+            div(self.choices_ref[self.pair.index, entry], num_selected)
+            for entry in (self.first, self.first + self.count - 1)
+        )
+        place = jnp.minimum(self.key_position, jnp.minimum(offset + last_query, num_keys - 1))
+        return place if starts_ref is None else jnp.maximum(place, starts_ref[self.pair.batch, first_query])
 
     def gather(self, i: Any, num_selected: int) -> tuple[Any, Any, Any]:
         """(choice, query, whether there is one) of each packed row in step i."""

@@ -99,7 +99,8 @@ def _partial_kernel(
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
+        places = item.places(num_selected, offset_ref[0], starts_ref, k_ref.shape[1])
+        at = (pair.batch, places, pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, item.inside)
         v = load_rows(v_ref, at, value_pieces, item.inside)
 

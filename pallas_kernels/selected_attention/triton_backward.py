@@ -225,7 +225,8 @@ def _key_gradient_kernel(
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        at = (pair.batch, item.places(num_selected, offset_ref[0], k_ref.shape[1]), pair.kv_head)
+        places = item.places(num_selected, offset_ref[0], starts_ref, k_ref.shape[1])
+        at = (pair.batch, places, pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, item.inside)
         v = load_rows(v_ref, at, value_pieces, item.inside)
 
@@ -249,11 +250,7 @@ def _key_gradient_kernel(
                 seen.append(key_position[:, None] >= start[None, :])
             p = where_all(seen, p)
             dv = accumulate(dv, p, do)
-            dp = dot_pieces(v, do) - delta[None, :]
-            if starts_ref is not None:
-                # As in the gradient of q: keys of another segment are read.
-                dp = where_all(seen, dp)
-            return accumulate(dk, p * dp, q), dv
+            return accumulate(dk, p * (dot_pieces(v, do) - delta[None, :]), q), dv
 
         dk, dv = item.walk(step, (zeros(key.shape[0], key_pieces), zeros(key.shape[0], value_pieces)))
         inside = key < problem.select_block
