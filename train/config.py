@@ -64,6 +64,7 @@ class ModelConfig:
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
     selection_loss: float = 0.0  # weight of what teaches NSA's selection (`nsa_jax.selection.selection_loss`); 0: off
     selection_loss_queries: int = 32  # of every row, drawn anew in each step, from which it is computed
+    selection_loss_moves_queries: bool = True  # whether its gradient goes to the queries too, which all branches share
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     qkv_bias: bool = False  # biases of the query, key and value projections
     rope_theta: float = 10_000.0  # base of the rotary position embedding

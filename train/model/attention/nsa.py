@@ -25,6 +25,7 @@ class TaughtNSAttention(NSAttention):
 
     selection_loss: float = 0.0  # weight
     num_queries: int = 32  # of every row
+    moves_queries: bool = True  # whether its gradient goes to the queries too
 
     def __call__(
         self,
@@ -37,8 +38,15 @@ class TaughtNSAttention(NSAttention):
         if not (self.has_rng(DRAWS) and self.is_mutable_collection(LOSSES)):
             return super().__call__(x, positions=positions, segment_ids=segment_ids)
         queries = drawn_positions(self.make_rng(DRAWS), x.shape[1], self.num_queries)
-        options: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids}
-        y, loss = _layer_and_loss(self.declared_parameters(x), x, queries, config=self._config(), **options)
+        y, loss = _layer_and_loss(
+            self.declared_parameters(x),
+            x,
+            queries,
+            config=self._config(),
+            moves_queries=self.moves_queries,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
         leave_loss(self, self.selection_loss * loss)
         return y
 
@@ -50,13 +58,15 @@ def _layer_and_loss(
     queries: Int[Array, " S"],
     *,
     config: NSALayerConfig,
+    moves_queries: bool,
     positions: Int[Array, "B T"] | None,
     segment_ids: Int[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, ""]]:
     """`nsa_jax.layer.nsa_layer`, and its `selection_loss` from the same queries and keys."""
     x, weights = layer_inputs(x, parameters, config)
     inputs = nsa_layer_inputs(weights, x, config=config, positions=positions, segment_ids=segment_ids)
-    loss = selection_loss(inputs, config.config, queries, scale=config.scale)
+    taught = inputs if moves_queries else inputs._replace(q=jax.lax.stop_gradient(inputs.q))
+    loss = selection_loss(taught, config.config, queries, scale=config.scale)
     return join_heads(attend(inputs, config), weights, config), loss
 
 
@@ -72,7 +82,11 @@ class NSA(AttentionKind):
     def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The layer with its three branches."""
         if config.selection_loss:
-            common |= {"selection_loss": config.selection_loss, "num_queries": config.selection_loss_queries}
+            common |= {
+                "selection_loss": config.selection_loss,
+                "num_queries": config.selection_loss_queries,
+                "moves_queries": config.selection_loss_moves_queries,
+            }
         return (TaughtNSAttention if config.selection_loss else NSAttention)(
             **common,
             config=config.nsa,
