@@ -256,6 +256,11 @@ def core_attention(
       ValueError: an argument does not fit, named with what was expected.
     """
     inputs = core_attention_inputs(parameters, x, q, k, v, config=config, positions=positions, segment_ids=segment_ids)
+    return attend(inputs, config)
+
+
+def attend(inputs: AttentionInputs, config: CoreConfig) -> Float[Array, "B T H Dv"]:
+    """`nsa_attention` of what the core gives to it, with the core's scale, implementation and mesh axes."""
     attention = sharded(nsa_attention, **config.mesh_axes)
     options: dict[str, Any] = {"scale": config.scale, "implementation": config.implementation}
     return attention(*inputs[:3], config=config.config, segment_ids=inputs.segment_ids, **options)

@@ -42,6 +42,7 @@ OF_ATTENTION = (
     "model.compression",
     "model.share_kv",
     "model.tie_keys",
+    "model.selection_loss",
 )
 
 

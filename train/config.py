@@ -62,6 +62,9 @@ class ModelConfig:
     compression: Literal["mean", "linear", "mlp"] = "mean"  # phi, which makes the compressed keys and values
     share_kv: bool = True  # one key/value projection for the three branches instead of one each, as in the paper
     tie_keys: bool = False  # compressed keys are means of the selected branch's keys; phi is for values alone
+    selection_loss: float = 0.0  # weight of what teaches NSA's selection (`nsa_jax.selection.selection_loss`); 0: off
+    selection_loss_queries: int = 32  # of every row, drawn anew in each step, from which it is computed
+    selection_loss_moves_queries: bool = True  # whether its gradient goes to the queries too, which all branches share
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotary embedding
     qkv_bias: bool = False  # biases of the query, key and value projections
     rope_theta: float = 10_000.0  # base of the rotary position embedding
@@ -202,6 +205,8 @@ AT_LEAST = {
     "model.num_kv_heads": 1,
     "model.head_dim": 1,
     "model.mlp_dim": 1,
+    "model.selection_loss": 0,
+    "model.selection_loss_queries": 1,
     "model.moe.num_routed": 0,
     "model.moe.num_shared": 0,
     "model.moe.top_k": 1,
@@ -247,6 +252,7 @@ def check(config: TrainConfig) -> None:
     _check_heads(config.model)
     _check_pattern(config.model)
     _check_experts(config.model)
+    _check_selection_loss(config)
     _check_rows(config)
     for name in NOT_EMPTY:
         if not operator.attrgetter(name)(config):
@@ -288,6 +294,24 @@ def _check_experts(model: ModelConfig) -> None:
         raise ValueError(
             f"model.moe.num_routed = 0 with model.moe.num_shared = {moe.num_shared} and model.moe.first_dense = "
             f"{moe.first_dense}: expected routed experts too, or none of these"
+        )
+
+
+def _check_selection_loss(config: TrainConfig) -> None:
+    model, length = config.model, config.data.sequence_length
+    if not model.selection_loss:
+        return
+    if "nsa" not in model.attention_of_layers:
+        raise ValueError(
+            f"model.selection_loss = {model.selection_loss}: expected 0 with model.attention = {model.attention_name}, "
+            "where no layer chooses by the compressed branch's scores as nsa does"
+        )
+    if not model.nsa.num_selected:
+        raise ValueError(f"model.selection_loss = {model.selection_loss}: expected 0 with model.nsa.num_selected = 0")
+    if model.selection_loss_queries > length:
+        raise ValueError(
+            f"model.selection_loss_queries = {model.selection_loss_queries}: expected at most data.sequence_length = "
+            f"{length}"
         )
 
 

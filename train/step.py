@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from train.model.auxiliary import LOSSES, total_loss
+from train.model.auxiliary import DRAWS, LOSSES, total_loss
 from train.model.loss import LossSums, cross_entropy
 from train.model.moe import COLLECTION, RouterMetrics, Routing, rebalanced, router_metrics
 from train.model.transformer import Transformer, layer_stacks, output_kernel
@@ -49,10 +49,13 @@ def loss_sums(model: Transformer, params: Any, batch: dict[str, Array]) -> LossS
     return _forward(model, params, batch)[0]
 
 
-def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[LossSums, Array, Routing | None]:
+def _forward(
+    model: Transformer, params: Any, batch: dict[str, Array], key: Array | None = None
+) -> tuple[LossSums, Array, Routing | None]:
     """The loss of a batch, the losses of its layers, and where its tokens went if there are experts.
 
-    Tokens of weight 0 do not count in the loss, nor among the tokens of the experts.
+    Tokens of weight 0 do not count in the loss, nor among the tokens of the experts. Losses of layers that need random
+    numbers are there only with a key.
     """
     out: Any = model.apply(
         {"params": params},
@@ -60,6 +63,7 @@ def _forward(model: Transformer, params: Any, batch: dict[str, Array]) -> tuple[
         segment_ids=batch.get("segment_ids"),
         counted=batch["weights"] > 0,
         mutable=[COLLECTION, LOSSES],
+        rngs={} if key is None else {DRAWS: key},
     )
     hidden, left = out
     kernel = output_kernel(params, model.config)
@@ -90,9 +94,9 @@ def make_train_step(
     moe = model.config.moe
 
     def objective(
-        params: Any, batch: dict[str, Array], total_weight: Array, total_tokens: Array
+        params: Any, batch: dict[str, Array], key: Array, total_weight: Array, total_tokens: Array
     ) -> tuple[Array, tuple[LossSums, Array, Routing | None]]:
-        sums, of_layers, routing = _forward(model, params, batch)
+        sums, of_layers, routing = _forward(model, params, batch, key)
         of_layers = of_layers * _num_counted(batch) / total_tokens
         return (sums.nll + z_loss * sums.z) / total_weight + of_layers, (sums, of_layers, routing)
 
@@ -103,10 +107,11 @@ def make_train_step(
         total_weight = jnp.where(total_weight > 0, total_weight, 1.0)
         total_tokens = jnp.maximum(_num_counted(batch), 1.0)
 
+        next_key, key = jax.random.split(jax.random.wrap_key_data(state.rng))
         used = state.params if opening is None else opening(state.params, state.step)
 
         def parts(batch: dict[str, Array]) -> Any:
-            (_, sums), grads = gradient(used, batch, total_weight, total_tokens)
+            (_, sums), grads = gradient(used, batch, key, total_weight, total_tokens)
             return sums, grads
 
         if accumulate == 1:
@@ -131,9 +136,8 @@ def make_train_step(
             # The optimiser does not change it, because its gradient is zero and biases do not decay.
             bias = rebalanced(stack.collect(params["layers"], *place), routing.assignments, moe.bias_speed)
             params = {**params, "layers": stack.replace(params["layers"], bias, *place)}
-        rng = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(state.rng), 1)[0])
         metrics = StepMetrics(sums, optax.tree.norm(grads), router, of_layers)
-        return TrainState(state.step + 1, params, opt_state, rng), metrics
+        return TrainState(state.step + 1, params, opt_state, jax.random.key_data(next_key)), metrics
 
     return step
 

@@ -68,6 +68,19 @@ def test_a_setting_that_is_not_known_is_refused_by_name():
         ({"model": ModelConfig(moe=MoEConfig(num_shared=1))}, r"num_routed = 0 with .*num_shared = 1"),
         ({"model": ModelConfig(moe=MoEConfig(bias_speed=-1.0))}, r"model.moe.bias_speed = -1.0: expected at least 0"),
         ({"model": ModelConfig(moe=MoEConfig(routed_scaling=0.0))}, r"model.moe.routed_scaling = 0.0: .*positive"),
+        ({"model": ModelConfig(selection_loss=-0.1)}, r"model.selection_loss = -0.1: expected at least 0"),
+        (
+            {"model": ModelConfig(selection_loss=0.1, pattern=("full", "min-max"), num_layers=2)},
+            r"model.selection_loss = 0.1: expected 0 with model.attention = full\+min-max",
+        ),
+        (
+            {"model": ModelConfig(selection_loss=0.1, nsa=NSAConfig(num_selected=0))},
+            r"model.selection_loss = 0.1: expected 0 with model.nsa.num_selected = 0",
+        ),
+        (
+            {"model": ModelConfig(selection_loss=0.1, selection_loss_queries=600)},
+            r"model.selection_loss_queries = 600: expected at most data.sequence_length = 512",
+        ),
         ({"optimizer": OptimizerConfig(warmup_steps=300)}, r"optimizer.warmup_steps = 300: .*steps = 300"),
         ({"optimizer": OptimizerConfig(accumulate=3)}, r"data.batch_size = 8: .*optimizer.accumulate = 3"),
         ({"optimizer": OptimizerConfig(learning_rate=0.0)}, r"optimizer.learning_rate = 0.0: .*positive"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LOSSES = "losses"  # where a layer leaves its loss, if the caller says that this collection may change
+DRAWS = "draws"  # random numbers of a training step, from which a layer draws what its loss is computed from
 
 
 def leave_loss(layer: nn.Module, loss: Float[Array, ""]) -> None:

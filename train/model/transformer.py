@@ -17,7 +17,7 @@ from nsa_jax.layer import JOINED
 from train.config import ModelConfig, MoEConfig
 from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
-from train.model.auxiliary import LOSSES
+from train.model.auxiliary import DRAWS, LOSSES
 from train.model.embedding import embed
 from train.model.moe import COLLECTION, MoE
 from train.parallel.sharding import activation, weight
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
             scanned = nn.scan(
                 _rematerialised(config) if alone else Group,
                 variable_axes={"params": 0, COLLECTION: 0, LOSSES: 0, "intermediates": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, DRAWS: True},
                 in_axes=(nn.broadcast,) * 4,
                 length=stack.groups,
                 metadata_params={nn.PARTITION_NAME: "layers"},

@@ -112,8 +112,9 @@ def test_every_setting_of_the_model_changes_its_program():
         "tie_embeddings": False,
         "dtype": "bfloat16",
     }
-    # Of speed, of initial parameters, and for what is not the mean already.
+    # Of speed, of initial parameters, for what is not the mean already, and of the loss in training.
     others = {"implementation", "remat", "embedding_init", "output_init", "tie_keys"}
+    others |= {"selection_loss", "selection_loss_queries", "selection_loss_moves_queries"}
     assert set(changes) | others == {field.name for field in dataclasses.fields(ModelConfig)}
 
     def program(**change):

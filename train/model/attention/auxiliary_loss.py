@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from nsa_jax.config import num_blocks
 from nsa_jax.core import Parameter
 from nsa_jax.layer import NSALayerConfig
+from nsa_jax.selection import divergence
 from nsa_jax.sharding import token_positions
 from nsa_jax.visibility import candidate_blocks
 from train.config import ModelConfig
@@ -75,16 +76,16 @@ class AuxiliaryLoss(ChoosingBlocks):
         B, S, _, D = keys.shape
         blocks, representatives = S // sizes.select_block, choice.own["k"]
 
-        def divergence(positions: Array, q: Array, index_q: Array, starts: Array) -> Array:
+        def of_queries(positions: Array, q: Array, index_q: Array, starts: Array) -> Array:
             mass = attention_mass(positions, q, starts, keys)
             mass = mass.reshape(*mass.shape[:3], blocks, sizes.select_block).sum(axis=-1)
             _, forced = candidate_blocks(positions, starts, blocks, sizes)
             free = (seen_whole(positions, starts, blocks, sizes) & ~forced)[:, None]
             scores = D**-0.5 * product("bckd,bnkd->bkcn", index_q, representatives)
-            return jnp.moveaxis(_divergence(jnp.where(free, mass, 0), scores, free), 2, 1)
+            return jnp.moveaxis(divergence(jnp.where(free, mass, 0), scores, free), 2, 1)
 
         arrays = jax.lax.stop_gradient(choice.q), choice.own["q"], choice.starts
-        return in_chunks(divergence, B * choice.q.shape[2] * S, *arrays).mean(axis=1)
+        return in_chunks(of_queries, B * choice.q.shape[2] * S, *arrays).mean(axis=1)
 
     def multiply_adds(self, config: ModelConfig, length: int) -> float:
         """NSA's, the indexer's projections and its scores of the blocks that a query sees whole."""
@@ -98,18 +99,6 @@ class AuxiliaryLoss(ChoosingBlocks):
     def numbers_read_to_choose(self, config: ModelConfig, length: int) -> int:
         """The representative key of every block."""
         return config.head_dim * num_blocks(length, config.nsa)
-
-
-def _divergence(mass: Float[Array, "*N Nb"], scores: Float[Array, "*N Nb"], free: Array) -> Float[Array, "*N"]:
-    """KL(mass / sum || softmax(scores)) over the free entries; 0 where there are none."""
-    total = mass.sum(axis=-1, keepdims=True)
-    target = mass / jnp.where(total > 0, total, 1)
-    scores = jnp.where(free, scores, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min))
-    normaliser = jnp.exp(scores - highest).sum(axis=-1, keepdims=True)
-    log_softmax = scores - highest - jnp.log(jnp.where(normaliser > 0, normaliser, 1))
-    log_softmax = jnp.where(free, log_softmax, 0)
-    return (jax.scipy.special.xlogy(target, target) - target * log_softmax).sum(axis=-1)
 
 
 KIND = AuxiliaryLoss()

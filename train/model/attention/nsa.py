@@ -3,14 +3,77 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from nsa_jax import NSAttention, rollback
 from nsa_jax.cache import Cache
+from nsa_jax.core import attend
+from nsa_jax.explicit import split_like
+from nsa_jax.layer import NSALayerConfig, join_heads, layer_inputs, layer_on_mesh, nsa_layer_inputs
+from nsa_jax.selection import selection_loss
 from train.config import ModelConfig, TrainConfig
 from train.model.attention.kind import AttentionKind, Split, head_dims, itemsize, received_as
+from train.model.auxiliary import DRAWS, LOSSES, leave_loss
 from train.parallel.sharding import padded_length
+
+
+class TaughtNSAttention(NSAttention):
+    """`nsa_jax.NSAttention` whose selection a loss of its own teaches, from a few queries of every row."""
+
+    selection_loss: float = 0.0  # weight
+    num_queries: int = 32  # of every row
+    moves_queries: bool = True  # whether its gradient goes to the queries too
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """Attention output; leaves the loss, if there are random numbers to draw the queries with."""
+        if not (self.has_rng(DRAWS) and self.is_mutable_collection(LOSSES)):
+            return super().__call__(x, positions=positions, segment_ids=segment_ids)
+        queries = drawn_positions(self.make_rng(DRAWS), x.shape[1], self.num_queries)
+        y, loss = _layer_and_loss(
+            self.declared_parameters(x),
+            x,
+            queries,
+            config=self._config(),
+            moves_queries=self.moves_queries,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        leave_loss(self, self.selection_loss * loss)
+        return y
+
+
+@layer_on_mesh(lambda given: (split_like(given["x"]), PartitionSpec()))
+def _layer_and_loss(
+    parameters: Mapping[str, Array],
+    x: Float[Array, "B T E"],
+    queries: Int[Array, " S"],
+    *,
+    config: NSALayerConfig,
+    moves_queries: bool,
+    positions: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T E"], Float[Array, ""]]:
+    """`nsa_jax.layer.nsa_layer`, and its `selection_loss` from the same queries and keys."""
+    x, weights = layer_inputs(x, parameters, config)
+    inputs = nsa_layer_inputs(weights, x, config=config, positions=positions, segment_ids=segment_ids)
+    taught = inputs if moves_queries else inputs._replace(q=jax.lax.stop_gradient(inputs.q))
+    loss = selection_loss(taught, config.config, queries, scale=config.scale)
+    return join_heads(attend(inputs, config), weights, config), loss
+
+
+def drawn_positions(key: Array, length: int, count: int) -> Int[Array, " count"]:
+    """A random position from each of `count` parts of a row, which are as long as one another, in ascending order."""
+    edges = np.arange(count + 1) * length // count
+    return jax.random.randint(key, (count,), edges[:-1], edges[1:])
 
 
 class NSA(AttentionKind):
@@ -18,7 +81,13 @@ class NSA(AttentionKind):
 
     def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The layer with its three branches."""
-        return NSAttention(
+        if config.selection_loss:
+            common |= {
+                "selection_loss": config.selection_loss,
+                "num_queries": config.selection_loss_queries,
+                "moves_queries": config.selection_loss_moves_queries,
+            }
+        return (TaughtNSAttention if config.selection_loss else NSAttention)(
             **common,
             config=config.nsa,
             compression=config.compression,
@@ -86,8 +155,12 @@ class NSA(AttentionKind):
         return (split.context - 1) / split.context * keys_and_values * split.itemsize
 
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
-        """A chunk of a device's tokens must hold the overlap of two compressed blocks."""
+        """A chunk of a device's tokens must hold the overlap of two compressed blocks; a row that teaches is whole."""
         nsa, length, context = config.model.nsa, config.data.sequence_length, mesh["context"]
+        if context > 1 and config.model.selection_loss:
+            raise ValueError(
+                f"mesh.context = {context}: expected 1 with model.selection_loss = {config.model.selection_loss}"
+            )
         chunk = padded_length(length, context, nsa.compress_stride) // (2 * context)
         needed = nsa.compress_block - nsa.compress_stride
         if context > 1 and chunk < needed:
