@@ -127,6 +127,7 @@ def backward(
         num_blocks=pl.cdiv(k.shape[1], ROWS),
         size=ITEM,
         step=packing.queries,
+        workers=num_programs(interpret) * _teams(q.shape[3], v.shape[3]),
         spare=2 * max(packing.queries, WARPS),  # as warps look ahead
     )
     partials = _key_gradients(*arrays, statistics, keys, items, **options)
@@ -146,6 +147,11 @@ def _path(refs: Any, batch: Any, pair: Any, number: Any) -> Path:
     return Path(steps, ((i32(0), edges, True), (edges, steps, False)), step)
 
 
+def _teams(key_dim: int, value_dim: int) -> int:
+    """Each consumer by itself, or, where one cannot hold both gradients, two that make one each."""
+    return CONSUMERS if key_dim + value_dim <= LARGEST_HEADS else 1
+
+
 def _key_gradients(
     q: jax.Array,
     do: jax.Array,
@@ -162,8 +168,7 @@ def _key_gradients(
     """What each item adds to dk, float32 [B K, items, 64, Dk], and to dv. Items that are not used hold anything."""
     (B, _, K, G, Dk), Dv = q.shape, v.shape[3]
     num_items = items.table.shape[1]
-    # Each consumer by itself, or, where one cannot hold both gradients, two that make one each.
-    teams = CONSUMERS if Dk + Dv <= LARGEST_HEADS else 1
+    teams = _teams(Dk, Dv)
     room = SHARED_MEMORY - SMALL - 2 * teams * ROWS * (Dk + Dv)
     slots = min(_MOST_SLOTS, room // (2 * teams * ROWS * (Dk + Dv)))
 

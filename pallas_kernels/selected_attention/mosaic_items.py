@@ -1,14 +1,15 @@
 """The queries that chose each block, as the work items of the Mosaic GPU kernel that gathers them.
 
-A block's list, by position, is cut into items from its end: all items but the first have the same size. Items are
-worked off in the order of their distance from the ends of the lists. Programs that work side by side then gather
-queries from the same part of the sequence, which the L2 cache holds: a query is in the lists of many blocks.
+A block's list, by position, is cut into items from its end: all items but the first have the same size. The longest are
+worked off first, of equal ones those nearest to the ends of the lists. They are dealt out back and forth, so that who
+gets the longest of one round gets the shortest of the next, and all have done about the same work in the end.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic.intervals import Intervals
@@ -23,7 +24,7 @@ class Items(NamedTuple):
     Attributes:
       queries: the queries that chose each block, sorted by block and then by query, and `spare` more numbers
         [BK, Tq n + spare].
-      table: what an item is, the last item first [BK, items, FIELDS]: its block; its first entry in `queries`; how many
+      table: what an item is, the first to be worked off last [BK, items, FIELDS]: its block; its first entry in `queries`; how many
         entries it has, 0 for an item that is not used; inner and outer, where in steps inner .. outer - 1 every query
         sees every key of the block; its place among the items, block by block.
       block_items: the items of block j have places block_items[j] .. block_items[j + 1] - 1 [BK, blocks + 1].
@@ -42,11 +43,13 @@ def cut_into_items(
     num_blocks: int,
     size: int,
     step: int,
+    workers: int,
     spare: int,
 ) -> Items:
     """The items, of at most `size` entries, of queries that see `keys` of the blocks they chose, int32 [B, K, Tq, n].
 
-    A kernel takes `step` entries at a time. Without `segments` every query's keys begin with the first.
+    A kernel takes `step` entries at a time, and `workers` take the items one by one. Without `segments` every query's
+    keys begin with the first.
     """
     B, K, Tq, n = block_indices.shape
     L = Tq * n
@@ -77,10 +80,19 @@ def cut_into_items(
 
     fields = (owner, first, length, inner, outer, jnp.broadcast_to(place, owner.shape))
     table = jnp.stack((*fields, *(jnp.zeros_like(owner),) * (FIELDS - len(fields))), axis=-1).astype(jnp.int32)
-    late = jnp.where(used, later, L)  # items that are not used come last
-    _, order = lax.sort((late, jnp.broadcast_to(place, late.shape)), dimension=1, num_keys=1, is_stable=True)
+    keys_of_order = (-length, later, jnp.broadcast_to(place, later.shape))
+    *_, order = lax.sort(keys_of_order, dimension=1, num_keys=2, is_stable=True)
+    order = order[:, _back_and_forth(len(place), workers)]
     table = jnp.take_along_axis(table, order[:, ::-1, None], axis=1)
     return Items(jnp.pad(choices // n, ((0, 0), (0, spare))), table, block_items)
+
+
+def _back_and_forth(number: int, workers: int) -> np.ndarray:
+    """0 .. number - 1 in rounds of `workers`, of which every second one is turned round."""
+    place = np.arange(number)
+    round_, turn = np.divmod(place, workers)
+    last = np.minimum((round_ + 1) * workers, number) - 1
+    return np.where(round_ % 2 == 1, last - turn, place)
 
 
 def _before_segments(

@@ -64,7 +64,7 @@ def test_items_list_every_choice_once_and_tell_which_steps_see_whole_blocks(case
     inputs = cases.inputs(case)
     keys, _ = visible(inputs.q, inputs.kv.slc_k, inputs.kv.slc_v, inputs.starts, case.query_offset)
     block, num_blocks = 16, -(-case.T // 16)
-    options = {"segments": bool(case.segments), "block": block, "num_blocks": num_blocks}
+    options = {"segments": bool(case.segments), "block": block, "num_blocks": num_blocks, "workers": 6}
     items = jax.jit(lambda blocks: cut_into_items(blocks, keys, **options, size=size, step=step, spare=8))(
         inputs.block_indices
     )
@@ -73,9 +73,13 @@ def test_items_list_every_choice_once_and_tell_which_steps_see_whole_blocks(case
         table, batch = np.asarray(items.table[pair]), pair // case.K
         assert sorted(table[:, 5]) == list(range(len(table)))
         used = table[table[:, 2] > 0]
-        np.testing.assert_array_equal(table[len(table) - len(used) :], used)
+        lengths = table[::-1, 2]  # as they are worked off, in rounds of six
+        for at in range(0, len(table) - 6, 6):
+            assert lengths[at : at + 6].min() >= lengths[at + 6 : at + 12].max()
+        loads = [lengths[at : at + 6] for at in range(0, len(table) - len(table) % 12, 6)]
+        assert np.ptp(np.sum(loads, axis=0)) <= size
         ends = {j: 0 for j in range(num_blocks)}  # entries that later items hold
-        for j, first, length, inner, outer, place, *_ in used[::-1]:
+        for j, first, length, inner, outer, place, *_ in sorted(used, key=lambda item: -item[1]):
             listed = np.asarray(items.queries[pair, first : first + length])
             all_listed = np.flatnonzero((chosen == j).any(axis=1))
             last = len(all_listed) - ends[j]
