@@ -168,8 +168,7 @@ def test_a_run_begins_with_the_dense_loss_and_goes_on_over_an_interruption(base,
     found = metrics(whole)[1:]
     assert found[0]["loss"] == pytest.approx(float(sums.nll / sums.weight), rel=1e-6)
     assert [entry["annealed"] for entry in found] == [0, 0.25, 0.5, 0.75, 1, 1]
-    parts = dataclasses.replace(whole, run_dir=tmp_path / "parts")
-    run(prepare(parts), plain=True)
+    parts = dataclasses.replace(whole, run_dir=shutil.copytree(whole.run_dir, tmp_path / "parts"))
     shutil.rmtree(parts.run_dir / "checkpoints" / "6")  # as if it had been stopped after step 3
     again = run(prepare(parts), plain=True)
     for x, y in zip(jax.tree.leaves(again.state.params), jax.tree.leaves(result.state.params), strict=True):
