@@ -22,8 +22,6 @@ from train.model.transformer import Transformer
 from train.prepare import prepare
 from train.step import loss_sums
 
-pytestmark = pytest.mark.xdist_group("annealing")  # the run that these tests share is made once
-
 T, VOCABULARY = 40, 30
 DENSE = dataclasses.replace(SMALL, num_layers=2, attention="full", qk_norm=True, qkv_bias=True)
 MODELS = {

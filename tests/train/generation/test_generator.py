@@ -23,8 +23,6 @@ from train.generation.generator import NOT_FORCED, Generator, NoFreeSlotError, R
 from train.generation.sampling import Draw, Sampling
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, logits
 
-pytestmark = pytest.mark.xdist_group("generator")  # the models and programs that these tests share are made once
-
 TOKENIZER = ByteTokenizer()
 
 
