@@ -14,7 +14,8 @@ SMOKE = tests/test_brute_force.py tests/test_results.py \
 		blocks_are_those_of_highest_importance queries_that_see_nothing_give_zero_and_no_gradient) \
 	tests/train/data tests/train/model/test_loss.py tests/train/test_config.py tests/train/test_evaluate.py \
 	tests/train/test_presets.py tests/train/test_step.py tests/train/checkpoints/test_saved.py
-PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+# The tests of a file run in one process: they share what the first of them traces, compiles, trains or saves.
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: install train smoke test test-all mutants lint figures docs notebooks wheel clean
 

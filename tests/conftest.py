@@ -20,6 +20,8 @@ from hypothesis import settings
 # Python searches for garbage a tenth as often: what JAX has traced is many objects, and hardly any of them are garbage.
 gc.set_threshold(7_000)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Errors keep JAX's own frames: hundreds of tests provoke one, and JAX would search each traceback for them.
+jax.config.update("jax_traceback_filtering", "off")
 # Compiled programs are kept between runs of the tests. A program is found by all of its text, the compiler's flags and
 # its version, so that results do not depend on what is there. `make clean` removes them.
 COMPILED = Path(__file__).parents[1] / ".jax_cache"

@@ -132,7 +132,7 @@ def assert_each_op_agrees(actual, expected, dtype):
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), [("reference", "float64"), ("xla", "float32")])
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_each_op_agrees_on_random_problems(implementation, dtype, case: Case):
     compare_each_op(implementation, dtype, case)

@@ -142,7 +142,11 @@ def test_a_core_between_the_projections_of_a_layer_is_the_layer(options):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"rotate": turned}, {"rotate": turned, "compression": "mlp"}, {"scale": 0.2, "constant_gates": (0.2, 0.5, 0.3)}],
+    [
+        pytest.param({"rotate": turned}, marks=pytest.mark.exhaustive),  # see the test of positions, and without them
+        {"rotate": turned, "compression": "mlp"},
+        {"scale": 0.2, "constant_gates": (0.2, 0.5, 0.3)},
+    ],
     ids=["mean", "mlp", "no positions, own scale and gates"],
 )
 def test_prefill_chunks_and_steps_equal_the_whole_sequence(fields):
@@ -237,7 +241,11 @@ def test_gradients_of_padded_prefills_do_not_depend_on_what_the_padding_holds():
     assert_trees_close(gradients(padded(jnp.nan)), gradients(padded(0.0)), 1e-6)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.exhaustive), AxisType.Explicit],
+    ids=lambda kind: kind.name,
+)
 def test_a_core_on_a_mesh_has_the_numbers_of_one_device(kind):
     core, variables = case(rotate=turned, compression="mlp")
     cache = core.init_cache(batch_size=B, max_length=MAX_LENGTH)

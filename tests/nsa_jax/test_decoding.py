@@ -78,7 +78,20 @@ def written(y, pieces, starts, counts):
     return out
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, jnp.float32) for name in LAYERS), ("nsa", jnp.bfloat16)])
+# By others of these layers, by chunked prefills, and by test_core.py.
+SHOWN_BY_OTHERS = ("nsa, no positions", "nsa, blocks that do not overlap", "full, normalised")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(
+            pytest.param(name, jnp.float32, marks=[pytest.mark.exhaustive] * (name in SHOWN_BY_OTHERS))
+            for name in LAYERS
+        ),
+        ("nsa", jnp.bfloat16),
+    ],
+)
 def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_position(name, dtype):
     layer, variables, x, y = case(name, dtype)
     cache = poisoned(layer.init_cache(batch_size=len(PROMPTS), max_length=T, dtype=dtype))
@@ -107,14 +120,27 @@ def test_ragged_prefill_and_decoding_equal_the_whole_forward_pass_at_every_posit
     assert_trees_close(jnp.asarray(actual), y.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "nsa, biases", "nsa, constant gates", "full, biases"])
+JOINED = LAYERS | {
+    "nsa, biases, Dv 5": nsa_jax.NSAttention(**HEADS, v_head_dim=5, config=CONFIG, use_bias=True),
+    "nsa, constant gates": nsa_jax.NSAttention(**HEADS, config=CONFIG, constant_gates=(0.2, 0.5, 0.3)),
+    "full, biases": nsa_jax.FullAttention(**HEADS, qkv_bias=True),
+}
+# Between them every projection there is, with each number of parts, and every option that a projection has.
+EVERY_PROJECTION = (
+    "nsa, the paper's layout",
+    "nsa, tied keys, normalised",
+    "nsa, biases, Dv 5",
+    "nsa, constant gates",
+    "full, biases",
+    "window",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in EVERY_PROJECTION)) for name in JOINED]
+)
 def test_joined_projections_are_one_product_and_change_nothing(name):
-    more = {
-        "nsa, biases": nsa_jax.NSAttention(**HEADS, config=CONFIG, use_bias=True),
-        "nsa, constant gates": nsa_jax.NSAttention(**HEADS, config=CONFIG, constant_gates=(0.2, 0.5, 0.3)),
-        "full, biases": nsa_jax.FullAttention(**HEADS, qkv_bias=True),
-    }
-    layer, x = (LAYERS | more)[name], jax.random.normal(jax.random.key(0), (3, 24, E))
+    layer, x = JOINED[name], jax.random.normal(jax.random.key(0), (3, 24, E))
     params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
 

@@ -1,5 +1,7 @@
 """LoRA and int8 through qwix: every projection is found by its name, trained and quantised, in Linen and in NNX."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,16 +26,18 @@ KINDS = {
     "nsa, the paper's layout": ("NSAttention", {**SPARSE, "compression": "mlp", "share_kv": False}),
     "full": ("FullAttention", {}),
 }
-BY_DEFAULT = (("nsa", jnp.bfloat16), ("nsa, the paper's layout", jnp.float32))
-EVERY = pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        pytest.param(kind, dtype, marks=() if (kind, dtype) in BY_DEFAULT else pytest.mark.exhaustive)
-        for kind in KINDS
-        for dtype in (jnp.float32, jnp.bfloat16)
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
+
+
+def every(*by_default):
+    """All kinds of layers and dtypes, of which those that are not by default are exhaustive."""
+    pairs = itertools.product(KINDS, (jnp.float32, jnp.bfloat16))
+    return pytest.mark.parametrize(
+        ("kind", "dtype"),
+        [pytest.param(*pair, marks=[pytest.mark.exhaustive] * (pair not in by_default)) for pair in pairs],
+        ids=lambda value: value if isinstance(value, str) else value.__name__,
+    )
+
+
 LORA = {"module_path": ".*", "op_names": ("dot_general",), "rank": 2, "alpha": 4.0}
 INT8 = {"module_path": ".*", "op_names": ("dot_general",), "weight_qtype": jnp.int8}
 
@@ -63,7 +67,7 @@ def merged(params, lora):
     return {name: kernel(name, value) for name, value in params.items()}
 
 
-@EVERY
+@every(("nsa", jnp.bfloat16), ("nsa, the paper's layout", jnp.float32))
 def test_lora_adapts_every_projection_of_a_linen_layer_trains_nothing_else_and_merges(kind, dtype):
     linen, _, params, x, kernels = problem(kind, dtype)
     adapted = qwix.apply_lora_to_model(linen, qwix.LoraProvider(**LORA))
@@ -94,7 +98,7 @@ def test_lora_adapts_every_projection_of_a_linen_layer_trains_nothing_else_and_m
     assert normwise_error(plain, y) > 2 * tolerance
 
 
-@EVERY
+@every(("nsa", jnp.bfloat16))
 def test_lora_adapts_every_projection_of_an_nnx_layer_trains_and_merges(kind, dtype):
     _, twin, params, x, kernels = problem(kind, dtype)
     adapted = qwix.apply_lora_to_model(twin, qwix.LoraProvider(**LORA), x, rngs=nnx.Rngs(1))
@@ -126,7 +130,7 @@ def test_lora_adapts_every_projection_of_an_nnx_layer_trains_and_merges(kind, dt
     assert normwise_error(twin(x), y) < tolerance < normwise_error(before, y) / 2
 
 
-@EVERY
+@every(("nsa", jnp.bfloat16))
 def test_int8_kernels_give_nearly_the_output_in_both_flavours_and_over_a_cache(kind, dtype):
     linen, twin, params, x, kernels = problem(kind, dtype)
     provider = qwix.PtqProvider([qwix.QuantizationRule(**INT8)])

@@ -1,5 +1,6 @@
 """The command that times the kernels: what it prints and writes."""
 
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from docs import tables
 from pallas_kernels.benchmarks import __main__ as command
+from pallas_kernels.benchmarks import timing
 from pallas_kernels.benchmarks.cases import Case
 from pallas_kernels.benchmarks.ops import BACKENDS
 
@@ -35,6 +37,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(command, "cases", cases)
     monkeypatch.setattr(command, "dense_cases", dense_cases)
     monkeypatch.setattr(command, "lse_of", lambda shape, arrays: None)
+    monkeypatch.setattr(timing, "time_call", functools.partial(timing.time_call, batches=2, batch_ms=1.0))
 
 
 SMALL = ["--lengths", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "16"]

@@ -56,15 +56,21 @@ def choices_of_none(shape):
     return {name: made[name].backend for name in PASSES}
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA H100", "NVIDIA A100"])
+SHAPES = (
+    cases.Shape(T=65536),
+    cases.Shape(T=8192),
+    cases.Shape(T=65536, H=16),
+    cases.Shape(T=65536, Dk=192),
+    cases.Shape(T=65536, dtype="float32"),
+)
+
+
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "kind"),
     [
-        cases.Shape(T=65536),
-        cases.Shape(T=8192),
-        cases.Shape(T=65536, H=16),
-        cases.Shape(T=65536, Dk=192),
-        cases.Shape(T=65536, dtype="float32"),
+        *((shape, "NVIDIA H100") for shape in SHAPES),
+        (SHAPES[0], "NVIDIA A100"),
+        *(pytest.param(shape, "NVIDIA A100", marks=pytest.mark.exhaustive) for shape in SHAPES[1:]),
     ],
     ids=str,
 )

@@ -22,8 +22,6 @@ from train.model.transformer import Transformer
 from train.prepare import prepare
 from train.step import loss_sums
 
-pytestmark = pytest.mark.xdist_group("annealing")  # the run that these tests share is made once
-
 T, VOCABULARY = 40, 30
 DENSE = dataclasses.replace(SMALL, num_layers=2, attention="full", qk_norm=True, qkv_bias=True)
 MODELS = {
@@ -168,8 +166,7 @@ def test_a_run_begins_with_the_dense_loss_and_goes_on_over_an_interruption(base,
     found = metrics(whole)[1:]
     assert found[0]["loss"] == pytest.approx(float(sums.nll / sums.weight), rel=1e-6)
     assert [entry["annealed"] for entry in found] == [0, 0.25, 0.5, 0.75, 1, 1]
-    parts = dataclasses.replace(whole, run_dir=tmp_path / "parts")
-    run(prepare(parts), plain=True)
+    parts = dataclasses.replace(whole, run_dir=shutil.copytree(whole.run_dir, tmp_path / "parts"))
     shutil.rmtree(parts.run_dir / "checkpoints" / "6")  # as if it had been stopped after step 3
     again = run(prepare(parts), plain=True)
     for x, y in zip(jax.tree.leaves(again.state.params), jax.tree.leaves(result.state.params), strict=True):

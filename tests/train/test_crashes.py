@@ -18,8 +18,6 @@ import pytest
 from helpers import train_runs
 from helpers.train_runs import has_reached, latest_step, losses, metrics_file
 
-pytestmark = pytest.mark.xdist_group("crashes")  # the runs that these tests share are made once
-
 STEPS = 40
 EVERY = 4
 KILLS = 3

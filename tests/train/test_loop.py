@@ -24,8 +24,6 @@ from train.model.transformer import logits
 from train.prepare import prepare
 from train.step import StepMetrics
 
-pytestmark = pytest.mark.xdist_group("loop")  # the run that these tests share is made once
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> TrainConfig:

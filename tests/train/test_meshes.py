@@ -120,11 +120,9 @@ def cases():
         sparse = "experts" if mesh.expert > 1 else "nsa"
         several = sum(getattr(mesh, axis) > 1 for axis in MESH_AXES) > 1
         for name in MODELS:
-            by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4
+            by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4 and mesh.context < 4
             by_default |= name == "full" and several and mesh.fsdp * mesh.context > 2
-            marks = () if by_default else (pytest.mark.exhaustive,)
-            group = pytest.mark.xdist_group(f"meshes {name}")  # so that the step on one device is made once
-            yield pytest.param(name, index, marks=(group, *marks), id=f"{name}-{mesh}")
+            yield pytest.param(name, index, marks=[pytest.mark.exhaustive] * (not by_default), id=f"{name}-{mesh}")
 
 
 def taking_turns(name, index):

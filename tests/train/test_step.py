@@ -15,8 +15,6 @@ from train.optimizer import make_optimizer
 from train.parallel.sharding import make_mesh, on_mesh, put_batch, tree_shardings
 from train.step import make_init, make_train_step
 
-pytestmark = pytest.mark.xdist_group("step")  # the step that these tests compare with is made once
-
 B, T, VOCABULARY = 8, 16, 50
 MODEL = ModelConfig(
     num_layers=2,

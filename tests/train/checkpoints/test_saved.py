@@ -15,8 +15,6 @@ from train.config import check as check_config
 from train.loop import run
 from train.prepare import prepare
 
-pytestmark = pytest.mark.xdist_group("saved")  # the run that these tests share is made once
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> TrainConfig:

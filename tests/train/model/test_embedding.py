@@ -119,7 +119,6 @@ def test_on_a_mesh_devices_sum_their_own_tokens_and_their_sums_are_added_once(me
     assert found == dict.fromkeys(found, 0.0) | {"all-reduce": sent}
 
 
-@pytest.mark.xdist_group("step")  # with the tests that make the same step on one device
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=2, tensor=2, explicit=True)], ids=str)
 def test_a_step_of_microbatches_learns_the_same_from_products(mesh, by_product):
     whole = test_step.one_step()

@@ -38,8 +38,6 @@ from train.prepare import prepare
 from train.presets import paper_27b
 from train.step import make_init, make_train_step
 
-pytestmark = pytest.mark.xdist_group("moe_training")  # the step that these tests compare with is made once
-
 B, T, VOCABULARY = 8, 16, 50
 MOE = MoEConfig(num_routed=4, num_shared=1, top_k=2, expert_dim=8, first_dense=1, aux_loss=0.1, bias_speed=2**-7)
 MODEL = ModelConfig(

@@ -32,8 +32,6 @@ from train.parallel.sharding import MESH_AXES, data_shards
 from train.prepare import prepare
 from train.presets import parse
 
-pytestmark = pytest.mark.xdist_group("distributed")  # the runs that these tests share are made once
-
 STEPS, EVERY = 40, 4
 SETTINGS = {
     "steps": STEPS,
