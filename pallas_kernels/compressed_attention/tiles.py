@@ -31,6 +31,8 @@ QUERY_GRADIENT: Table = (
 
 # A program holds the keys and walks along the rows.
 KEY_GRADIENT: Table = (
+    Row((8, 0), 4, 128, 64, Tile(32, 32, 4, 1, widest=64)),
+    Row((8, 0), 4, 192, 64, Tile(32, 32, 4, 2, widest=64), "1 stage: wrong dv on an H100 (JAX 0.11.2)"),
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1, widest=64)),
     Row((8, 0), 2, 128, 64, Tile(64, 128, 8, 2)),
     Row((8, 0), 2, 192, 64, Tile(32, 64, 4, 2)),

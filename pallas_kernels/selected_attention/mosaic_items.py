@@ -24,9 +24,9 @@ class Items(NamedTuple):
     Attributes:
       queries: the queries that chose each block, sorted by block and then by query, and `spare` more numbers
         [BK, Tq n + spare].
-      table: what an item is, the first to be worked off last [BK, items, FIELDS]: its block; its first entry in `queries`; how many
-        entries it has, 0 for an item that is not used; inner and outer, where in steps inner .. outer - 1 every query
-        sees every key of the block; its place among the items, block by block.
+      table: what an item is, the first to be worked off last [BK, items, FIELDS]: its block; its first entry in
+        `queries`; how many entries it has, 0 for an item that is not used; inner and outer, where in steps
+        inner .. outer - 1 every query sees every key of the block; its place among the items, block by block.
       block_items: the items of block j have places block_items[j] .. block_items[j + 1] - 1 [BK, blocks + 1].
     """
 
