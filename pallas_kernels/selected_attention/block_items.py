@@ -30,7 +30,7 @@ class Item(NamedTuple):
     choices_ref: Any
 
     def places(self, num_selected: int, offset: Any, starts_ref: Any, num_keys: int) -> Any:
-        """Where the keys are read: at their positions, and at the nearest that a query sees if none of the item does."""
+        """Where the keys are read: at their positions, or, if no query sees them, at the nearest that one sees."""
         first_query, last_query = (
             div(self.choices_ref[self.pair.index, entry], num_selected)
             for entry in (self.first, self.first + self.count - 1)

@@ -95,7 +95,7 @@ def test_programs_are_made_of_kernels_of_their_backend(name, backend):
         assert len(programs) == (1 if name == "block_selection" else 2)
         for program in programs[:1] if name == "nsa" else programs:
             text = program.lower(lowering_platforms=("cuda",)).as_text()
-            # At this length the tables have every pass but a gradient of selected attention.
+            # At this length the tables have every pass.
             assert ("__gpu$xla.gpu.triton" in text) == (backend == "triton")
             assert ("mosaic_gpu" in text) == (backend != "triton")
 
