@@ -78,7 +78,10 @@ def _three_digits(value: float) -> str:
 
 def _both(row: dict[str, Any] | None) -> str:
     """Forward and backward; nothing where there is no such row."""
-    return f"{_three_digits(row['forward_ms']['median'])} / {_three_digits(row['backward_ms'])}" if row else ""
+    if not row:
+        return ""
+    times = row["forward_ms"]["median"], row.get("backward_ms")
+    return " / ".join(_three_digits(time) for time in times if time is not None)
 
 
 def _times_as_fast(dense: dict[str, Any] | None, nsa: dict[str, Any] | None) -> str:
@@ -91,15 +94,15 @@ def _times_as_fast(dense: dict[str, Any] | None, nsa: dict[str, Any] | None) -> 
 class _Ops:
     """The rows of files of `python -m pallas_kernels.benchmarks`, by length, op and selection.
 
-    Where a file has rows of several backends, those of the one that was named first are taken.
+    Of our kernels those of a backend; None: of the one that a file names first.
     """
 
-    def __init__(self, records: Sequence[Any]):
+    def __init__(self, records: Sequence[Any], backend: str | None = None):
         self.rows: dict[tuple[int, str, str | None], dict[str, Any]] = {}
         for record in records:
             backends = [row.get("backend") for row in record["rows"]]
-            shown = {"cudnn", next((backend for backend in backends if backend != "cudnn"), None)}
-            found = (row for row, backend in zip(record["rows"], backends, strict=True) if backend in shown)
+            shown = {"cudnn", backend or next((each for each in backends if each != "cudnn"), None)}
+            found = (row for row, each in zip(record["rows"], backends, strict=True) if each in shown)
             self.rows |= {(row["T"], row["op"], row["selection"]): row for row in found if "error" not in row}
         self.lengths = sorted({T for T, _, _ in self.rows})
 
@@ -124,6 +127,36 @@ def speed(*records: Any) -> list[Row]:
         dense, random, local = at(T, "dense"), at(T, "nsa", "random"), at(T, "nsa", "local")
         ratios = (_times_as_fast(dense, nsa) for nsa in (random, local))
         table.append((_length(T), _both(dense), _both(random), _both(local), *ratios))
+    return table
+
+
+def backends(record: Any) -> list[Row]:
+    """The whole attention by the kernels of each backend, against dense attention."""
+    (_, *columns), *_ = speed()
+    table: list[Row] = [("tokens", "kernels", *columns)]
+    at = {name: _Ops([record], name) for name in dict.fromkeys(row["backend"] for row in record["rows"])}
+    del at["cudnn"]
+    for T in sorted(next(iter(at.values())).lengths):
+        for name, of_backend in at.items():
+            dense, *nsa = (of_backend(T, *what) for what in (("dense",), ("nsa", "random"), ("nsa", "local")))
+            ratios = (_times_as_fast(dense, row) for row in nsa)
+            table.append((_length(T), BACKENDS[name], *map(_both, (dense, *nsa)), *ratios))
+    return table
+
+
+def parts_by_backend(record: Any) -> list[Row]:
+    """Both passes of each op by the kernels of each backend, and cuDNN's window."""
+    ops = {
+        "compressed attention": ("compressed_attention", None),
+        "scoring and top-n": ("block_selection", None),
+        "selected attention, random": ("selected_attention", "random"),
+        "selected attention, local": ("selected_attention", "local"),
+        "window": ("window_attention", None),
+    }
+    at = [_Ops([record], name) for name in BACKENDS]
+    table: list[Row] = [("tokens", "op", *(f"{name} (ms, forward / backward)" for name in BACKENDS.values()))]
+    for T in at[0].lengths:
+        table += [(_length(T), name, *(_both(of_backend(T, *op)) for of_backend in at)) for name, op in ops.items()]
     return table
 
 
@@ -213,6 +246,21 @@ def model_decoding(record: Any) -> list[Row]:
         speeds = nsa["tokens_per_second"], full["tokens_per_second"]
         caches = f"{_three_digits(nsa['cache_gib'])} / {_three_digits(full['cache_gib'])}"
         table.append((batch, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.2f}", caches))
+    return table
+
+
+def decoding_kernels(record: Any) -> list[Row]:
+    """What a GPU does in a whole model's step, the longest first."""
+    table: list[Row] = [("attention, batch", "kernel", "launches a step", "us a step")]
+    for row in record["rows"]:
+        name, profile = f"{row['attention']}, {row['batch']}", row["profile"]
+        table += [
+            (name, each["name"].split("(")[0], f"{each['launches']:.4g}", f"{each['us']:.1f}")
+            for each in profile["kernels"]
+            if each["us"] >= 0.02 * profile["busy_us"]
+        ]
+        table.append((name, "all", f"{profile['launches']:.4g}", f"{profile['busy_us']:.0f}"))
+        table.append((name, "between them", "", f"{profile['idle_us']:.0f}"))
     return table
 
 
@@ -480,7 +528,8 @@ POOLING = {
     "nsa_residual_fine": "NSA: means of rotated keys and an MLP added, fine blocks",
     "nsa_mean_of_rotated": "NSA: means of rotated keys",
 }
-TOKENS_100M = {"full": "full attention", "nsa": "NSA"}
+TOKENS_100M = {"full": "full attention", "nsa": "NSA", "nsa_beyond": "NSA, blocks before the window"}
+BACKENDS = {"triton": "Triton", "mosaic": "Mosaic"}
 RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
 POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
 LONGER_RUNS = TRAINING / "h100_60m_100m.jsonl"
@@ -499,13 +548,16 @@ LONG_CONTEXT = {
 
 TABLES = {
     "speed": Table(SPEED, speed),
+    "speed_backends": Table((KERNELS / "backends_h100.json",), backends),
     "speed_parts": Table(SPEED[:1], parts),
+    "speed_parts_backends": Table((KERNELS / "backends_h100.json",), parts_by_backend),
     "memory": Table(SPEED, memory),
     "speed_paper_heads": Table((KERNELS / "paper_shape_h100.json",), paper_heads),
     "speed_small_groups": Table((KERNELS / "selected_attention_small_groups_h100.json",), small_groups),
     "window": Table((SPEED[0], KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"), window),
     "decoding_layer": Table((KERNELS / "decode_attention_h100.json",), decoding),
     "decoding_model": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
+    "decoding_kernels": Table((TRAINING / "h100_350m_decoding.json",), decoding_kernels),
     "training_speed": Table((TRAINING / "h100_350m_speed.json",), training),
     "training_speed_full_remat": Table((TRAINING / "h100_350m_speed_full_remat.json",), training),
     "determinism": Table((TRAINING / "h100_60m_deterministic.json",), determinism),
