@@ -1,6 +1,7 @@
 """Mosaic GPU kernels as they are launched here: a persistent grid, one program for each multiprocessor."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,9 +90,43 @@ def launch(
 ) -> Callable[..., Any]:
     """A function of arrays that runs `kernel(products, *input refs, *output refs, *scratch refs)`.
 
-    The kernel runs in every warpgroup of every program: axes "program" and "warpgroup".
+    The kernel runs in every warpgroup of every program: axes "program" and "warpgroup". Calls with equal arguments give
+    the same function, so that a model of many layers traces and lowers a kernel once, which takes seconds.
     """
     check_version(interpret, warpgroups)
+    sizes = (num_programs(interpret), warpgroups, interpret)
+    return _launched(_by_value(kernel), name, tuple(out_shape), tuple(scratch), *sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partial:
+    """A `functools.partial` that equals others of the same function and options."""
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, **dict(self.options))
+
+
+def _by_value(x: Any) -> Any:
+    if not isinstance(x, functools.partial):
+        return x
+    if x.args:
+        raise TypeError(f"kernel: {x}: expected options by keyword")
+    return _Partial(x.func, tuple((name, _by_value(value)) for name, value in x.keywords.items()))
+
+
+@functools.cache
+def _launched(
+    kernel: Callable[..., None],
+    name: str,
+    out_shape: tuple[jax.ShapeDtypeStruct, ...],
+    scratch: tuple[Matrix | Vectors | Barriers, ...],
+    programs: int,
+    warpgroups: int,
+    interpret: bool,
+) -> Callable[..., Any]:
     types = [x.ref() for x in scratch]
     options: dict[str, Any] = {}
     if interpret:
@@ -109,9 +144,9 @@ def launch(
     body.__name__ = name
     call = plgpu.kernel(
         body,
-        out_type=tuple(out_shape),
+        out_type=out_shape,
         scratch_types=types,
-        grid=(num_programs(interpret),),
+        grid=(programs,),
         grid_names=("program",),
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -120,7 +155,7 @@ def launch(
         ),
         **options,
     )
-    return jax.named_call(jax.custom_batching.sequential_vmap(call), name=name)
+    return jax.jit(jax.named_call(jax.custom_batching.sequential_vmap(call), name=name))
 
 
 def each_warp(body: Callable[[Any], None]) -> None:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, window_attention
 from pallas_kernels.mosaic.faster import FASTER, Call, Row, check_faster
 from pallas_kernels.selected_attention import mosaic_backward
 from pallas_kernels.selected_attention.mosaic import visible
 from pallas_kernels.selected_attention.mosaic_items import cut_into_items
 from tests.pallas_kernels import cases
-from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.cases import Case, skip_without_mosaic
 from tests.pallas_kernels.test_ops import check_branch, same_bits
 from tests.pallas_kernels.test_refusals import call
 
@@ -103,3 +103,22 @@ def test_partial_sums_of_several_items_make_the_same_gradients(monkeypatch):
     tolerance = cases.INTERPRETED_TOLERANCE["mosaic"]
     compiled, inputs, actual = check_branch("mosaic", "selected_attention", case, jnp.bfloat16, tolerance)
     same_bits(compiled(inputs), actual)
+
+
+def test_layers_of_the_same_sizes_share_one_lowered_kernel():
+    skip_without_mosaic(interpreted=False)
+    case = Case(256, 16, 1, 64, 64, NSAConfig(16, 8, 64, 2, 1, 1, 100))
+    shapes = cases.shapes(case, jnp.bfloat16)
+
+    def layers(number):
+        def run(q, k, v):
+            for _ in range(number):
+                q = window_attention(q, k, v, config=case.config, implementation="mosaic")
+            return q
+
+        with cases.abstract("NVIDIA H100"):
+            traced = jax.jit(run).trace(shapes.q, shapes.kv.win_k, shapes.kv.win_v)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    one, two = layers(1), layers(2)
+    assert one.count("@mosaic_gpu") == two.count("@mosaic_gpu") > 0
