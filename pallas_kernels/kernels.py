@@ -18,8 +18,8 @@ class Kernels:
     Attributes:
       name: of the backend.
       least_capability: compute capability of the oldest GPUs that the kernels run on.
-      functions: by the names that `pallas_kernels.nsa_attention.contract.Parts` has, "decode_attention" and
-        "append_tokens": "module:function" under pallas_kernels.
+      functions: by the names that `pallas_kernels.nsa_attention.contract.Parts` has, "decode_attention",
+        "append_tokens" and "one_row_product": "module:function" under pallas_kernels.
       newest_capability: of the newest GPUs that the kernels run on; None: of all that are newer.
       faster: for which calls each function is chosen by default, a table by name; None: for all.
     """
@@ -86,5 +86,6 @@ TRITON = Kernels(
         "window_attention_backward": "window_attention.triton_backward:backward",
         "decode_attention": "decode_attention.triton:decode_attention",
         "append_tokens": "append_tokens.triton:append_tokens",
+        "one_row_product": "one_row_product.triton:one_row_product",
     },
 )
