@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
@@ -79,6 +79,7 @@ from nsa_jax.layer import (
 from nsa_jax.sharding import devices_along, place
 from nsa_jax.visibility import gated_sum
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.one_row_product.contract import Norm
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
@@ -202,11 +203,16 @@ def nsa_layer_decode_step(
     config: NSALayerConfig,
     positions: Int[Array, "B m"] | None = None,
     num_tokens: NumTokens = None,
+    norm: Norm | None = None,
 ) -> tuple[Float[Array, "B m E"], NSACache]:
-    """`core_decode_step` between a layer's projections."""
-    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=True)
+    """`core_decode_step` between a layer's projections.
+
+    With a `norm`, the layer is a pre-normalised residual block: it takes the norm of x, and its output is added to x.
+    With joined projections, both then need no kernels of their own on a GPU.
+    """
+    weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=True, norm=norm)
     o, cache = _decode_step(weights, tokens, cache, config=config)
-    return join_heads(o, weights, config), cache
+    return join_heads(o, weights, config, None if norm is None else x.astype(o.dtype)), cache
 
 
 @layer_on_mesh(_layer_split)
@@ -245,19 +251,28 @@ def full_layer_decode_step(
     window: int | None = None,
     positions: Int[Array, "B m"] | None = None,
     num_tokens: NumTokens = None,
+    norm: Norm | None = None,
 ) -> tuple[Float[Array, "B m E"], DenseCache]:
     """`nsa_layer_decode_step` for `full_layer`. It reads the whole cache; one query per row runs on cuDNN if it can."""
     window = arguments.optional_size("window", window)
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
-    x = counted(x, num_tokens)
-    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
+    product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
+    q, k, v = project_dense(product, weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if x.shape[1] == 1 and window is None:
         o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
     else:
         o = _attend_to_dense(q, before, cache, window, config)
-    return join_heads(o, weights, config), cache
+    return join_heads(o, weights, config, None if norm is None else x), cache
+
+
+def are_counted(x: Float[Array, "B T *D"], num_tokens: NumTokens) -> Bool[Array, "B T"] | None:
+    """Which tokens count, of those that x is of; None: all."""
+    if num_tokens is None:
+        return None
+    counts = token_counts("num_tokens", num_tokens, x.shape[0])
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape[:2], 1) < counts[:, None]
 
 
 def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
@@ -269,9 +284,8 @@ def counted(tree: Tree, num_tokens: NumTokens) -> Tree:
         return tree
 
     def zeroed(x: Array) -> Array:
-        counts = token_counts("num_tokens", num_tokens, x.shape[0])
-        counts = counts.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < counts, x, 0)
+        mask = cast(Array, are_counted(x, num_tokens))
+        return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     arrays = {id(x): x for x in jax.tree.leaves(tree)}
     of_id = {key: zeroed(x) for key, x in arrays.items()}
@@ -305,10 +319,11 @@ def _projected(
     config: NSALayerConfig,
     *,
     for_step: bool,
+    norm: Norm | None = None,
 ) -> tuple[dict[str, Array], _Tokens]:
     """A layer's parameters in the dtype of the computation, and what it makes of its input."""
     x, weights = layer_inputs(x, parameters, config)
-    product = layer_products(counted(x, num_tokens), weights, config)
+    product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
     shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
     # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
     alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)

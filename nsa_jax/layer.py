@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.attention import AttentionInputs, BranchKV, checked_segment_ids
@@ -44,10 +44,12 @@ from nsa_jax.core import (
 from nsa_jax.dense import causal_attention
 from nsa_jax.explicit import split_like, split_of
 from nsa_jax.foreign import rope_scaling_here
+from nsa_jax.one_row import multiply_rows, rms_norm
 from nsa_jax.precision import wide_dtype
 from nsa_jax.rope import RopeScaling, apply_rope, rotation_of
 from nsa_jax.sharding import free_axes, sharded
 from pallas_kernels.append_tokens.contract import Heads
+from pallas_kernels.one_row_product.contract import Norm
 
 NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
 JOINED = "joined_kernel"  # the parameter that stands for all that take x; see `join_projections`
@@ -234,15 +236,25 @@ class JoinedProducts:
 
 
 def layer_products(
-    x: Float[Array, "B T E"], weights: Mapping[str, Array], config: LayerConfig
+    x: Float[Array, "B T E"],
+    weights: Mapping[str, Array],
+    config: LayerConfig,
+    *,
+    norm: Norm | None = None,
+    counted: Bool[Array, "B T"] | None = None,
 ) -> Products | JoinedProducts:
-    """The products of x with the parameters that take it: one of all, if the parameters are joined."""
+    """The products of x with the parameters that take it: one of all, if the parameters are joined.
+
+    With a norm, it is normalised before them. Tokens that are not `counted` are taken for zeros, whatever they hold.
+    """
     if JOINED not in weights:
-        return products(x, weights, config)
+        x = x if norm is None else rms_norm(x, norm)
+        return products(x if counted is None else jnp.where(counted[:, :, None], x, 0), weights, config)
     shapes = {name: each.shape[1:] for name, each in _taking_x(layer_parameters(config, x.shape[2])).items()}
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
     columns = dict(zip(shapes, [0, *ends[:-1]], strict=True))
-    return JoinedProducts(multiply(x, weights[JOINED], config), columns, shapes)
+    product = multiply_rows(x, weights[JOINED], norm=norm, counted=counted, precision=config.precision)
+    return JoinedProducts(product, columns, shapes)
 
 
 def _axes_of_projections(given: Mapping[str, Any]) -> Axes:
@@ -377,7 +389,15 @@ def _project(
     return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(heads.dtype)
 
 
-def join_heads(o: Float[Array, "B T H D"], weights: Mapping[str, Array], config: LayerConfig) -> Float[Array, "B T E"]:
-    """The output projection of a layer."""
+def join_heads(
+    o: Float[Array, "B T H D"],
+    weights: Mapping[str, Array],
+    config: LayerConfig,
+    residual: Float[Array, "B T E"] | None = None,
+) -> Float[Array, "B T E"]:
+    """The output projection of a layer, added to a residual stream if there is one."""
+    if JOINED in weights and not config.use_bias:
+        return multiply_rows(o, weights["o_kernel"], residual=residual, precision=config.precision)
     y = multiply(o, weights["o_kernel"], config, over=2)
-    return add_bias(y, weights["o_bias"]) if config.use_bias else y
+    y = add_bias(y, weights["o_bias"]) if config.use_bias else y
+    return y if residual is None else residual + y

@@ -51,6 +51,7 @@ from nsa_jax.layer import (
 from nsa_jax.naming import renamed
 from nsa_jax.rope import RopeScaling
 from nsa_jax.sharding import MeshAxes
+from pallas_kernels.one_row_product.contract import Norm
 
 
 class HeadFields(nn.Module):
@@ -289,9 +290,10 @@ class NSAttention(LayerFields, CoreFields):
         *,
         positions: Int[Array, "B m"] | None = None,
         num_tokens: NumTokens = None,
+        norm: Norm | None = None,
     ) -> tuple[Float[Array, "B m E"], NSACache]:
         """Output and new cache after one token or a few; see `nsa_jax.decoding.core_decode_step`."""
-        options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens}
+        options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "norm": norm}
         return nsa_layer_decode_step(self.declared_parameters(x), x, cache, config=self._config(), **options)
 
 
@@ -349,9 +351,15 @@ class FullAttention(LayerFields):
         *,
         positions: Int[Array, "B m"] | None = None,
         num_tokens: NumTokens = None,
+        norm: Norm | None = None,
     ) -> tuple[Float[Array, "B m E"], DenseCache]:
         """As `NSAttention.decode_step`."""
-        options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "window": self.window}
+        options: dict[str, Any] = {
+            "positions": positions,
+            "num_tokens": num_tokens,
+            "norm": norm,
+            "window": self.window,
+        }
         return full_layer_decode_step(self.declared_parameters(x), x, cache, config=self._config(), **options)
 
 

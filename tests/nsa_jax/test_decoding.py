@@ -17,6 +17,7 @@ import nsa_jax
 import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
 from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
+from nsa_jax.one_row import Norm, rms_norm
 from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs, tolerance_of
 
 CONFIG = NSAConfig(
@@ -166,6 +167,32 @@ def test_joined_projections_are_one_product_and_change_nothing(name):
     assert products_of_a_step(params) >= 3
     with pytest.raises(ValueError, match="q_kernel is missing"):
         layer.join_projections(joined)
+
+
+@pytest.mark.parametrize(
+    ("kind", "joins", "use_bias"),
+    [
+        (nsa_jax.NSAttention, True, False),
+        (nsa_jax.NSAttention, False, True),
+        (nsa_jax.FullAttention, True, True),
+        (nsa_jax.FullAttention, False, False),
+    ],
+)
+def test_a_step_with_a_norm_is_a_residual_block(kind, joins, use_bias):
+    layer, x = kind(**HEADS, use_bias=use_bias), jax.random.normal(jax.random.key(0), (2, 3, E))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    params = layer.join_projections(params) if joins else params
+    norm = Norm(jax.random.normal(jax.random.key(3), (E,)), 1e-2)
+
+    @jax.jit
+    def steps(params, x, cache, counts):
+        step = functools.partial(layer.apply, {"params": params}, cache=cache, num_tokens=counts, method="decode_step")
+        return step(x, norm=norm), step(rms_norm(x, norm))
+
+    cache, counts = layer.init_cache(batch_size=2, max_length=16), jnp.array([1, 0])
+    (y, after), (expected, plain) = steps(params, x[:, :1], cache, counts)
+    assert_trees_close((y[:1], after), ((x[:, :1] + expected)[:1], plain), 1e-6)
 
 
 @pytest.mark.parametrize("share_kv", [True, False])

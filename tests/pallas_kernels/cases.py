@@ -392,11 +392,10 @@ def lower(device_kind: str, call: Any, *shapes: Any) -> str:
         return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def abstract(device_kind: str) -> Any:
-    """A context in which programs are traced for a GPU that need not be there."""
+def abstract(device_kind: str, devices: int = 1, axes: Any = jax.sharding.AxisType.Auto) -> Any:
+    """A context in which programs are traced for GPUs that need not be there."""
     device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((devices,), ("x",), axis_types=(axes,), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 

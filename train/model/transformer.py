@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from nsa_jax import save_attention
 from nsa_jax.cache import Cache
 from nsa_jax.layer import JOINED
+from nsa_jax.one_row import multiply_rows, rms_norm
+from pallas_kernels.one_row_product.contract import Norm
 from train.config import ModelConfig, MoEConfig
 from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
@@ -58,13 +60,15 @@ class RMSNorm(nn.Module):
 
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Normalised x, in the dtype of x."""
-        scale = _weight(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",), jnp.float32)
-        x_float = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
-        return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None, :]).astype(x.dtype)
+        return rms_norm(x, self.of(x))
+
+    @nn.compact
+    def of(self, x: Float[Array, "B T E"]) -> Norm:
+        """The norm, for those that normalise x themselves."""
+        init = nn.initializers.ones_init()
+        return Norm(_weight(self, "scale", init, (x.shape[-1],), ("embed",), jnp.float32), self.epsilon)
 
 
 class SwiGLU(nn.Module):
@@ -73,20 +77,22 @@ class SwiGLU(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The feed-forward part of a block."""
+    def __call__(self, x: Float[Array, "B T E"], norm: Norm) -> Float[Array, "B T E"]:
+        """The feed-forward part of a block: that of the norm of x, added to x."""
         E, M = self.config.embed_dim, self.config.mlp_dim
         init = nn.initializers.lecun_normal()
-        if self.has_variable("params", JOINED):  # of `decoding_parameters`
-            gate, up = jnp.split(x @ _weight(self, JOINED, init, (E, 2 * M), ("embed", "mlp"), x.dtype), 2, axis=-1)
-        else:
-            gate = x @ _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
-            up = x @ _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         scaled = nn.initializers.variance_scaling(self.config.output_init_scale**2, "fan_in", "truncated_normal")
+        if self.has_variable("params", JOINED):  # of `decoding_parameters`
+            joined = _weight(self, JOINED, init, (E, 2 * M), ("embed", "mlp"), x.dtype)
+            down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
+            return multiply_rows(multiply_rows(x, joined, norm=norm, gated=True), down, residual=x)
+        normalised = rms_norm(x, norm)
+        gate = normalised @ _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
+        up = normalised @ _weight(self, "up_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
         down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
         hidden = jax.nn.silu(gate) * up
         # On Explicit axes the sharding of the sum over the split hidden width must be given: that of the input.
-        return jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
+        return x + jnp.einsum("btm,me->bte", hidden, down, out_sharding=jax.typeof(x).sharding)
 
 
 class Block(nn.Module):
@@ -109,18 +115,19 @@ class Block(nn.Module):
         # Without this, the compiler may split activations as "fsdp" splits the parameters.
         x = activation(x, "batch", "sequence", None)
         attention = make_attention(config, name="attention")
-        normalised = RMSNorm(config.norm_eps, name="attention_norm")(x)
+        norm = RMSNorm(config.norm_eps, name="attention_norm").of(x)
         if cache is None:
-            attended = attention(normalised, segment_ids=segment_ids)
+            x = x + attention(rms_norm(x, norm), segment_ids=segment_ids)
         elif x.shape[1] == 1 or self.verifies:
-            attended, cache = attention.decode_step(normalised, cache, num_tokens=num_tokens)
+            x, cache = attention.decode_step(x, cache, num_tokens=num_tokens, norm=norm)
         else:
-            attended, cache = attention.prefill(normalised, cache, num_tokens=num_tokens, continuing=True)
-        x = x + attended
-        normalised = RMSNorm(config.norm_eps, name="mlp_norm")(x)
+            options = {"num_tokens": num_tokens, "continuing": True}
+            attended, cache = attention.prefill(rms_norm(x, norm), cache, **options)
+            x = x + attended
+        norm = RMSNorm(config.norm_eps, name="mlp_norm").of(x)
         if config.moe.num_routed:
-            return x + MoE(config, name="mlp")(normalised, counted), cache
-        return x + SwiGLU(config, name="mlp")(normalised), cache
+            return x + MoE(config, name="mlp")(rms_norm(x, norm), counted), cache
+        return SwiGLU(config, name="mlp")(x, norm), cache
 
 
 class Group(nn.Module):
