@@ -208,7 +208,7 @@ def nsa_layer_decode_step(
     """`core_decode_step` between a layer's projections.
 
     With a `norm`, the layer is a pre-normalised residual block: it takes the norm of x, and its output is added to x.
-    With joined projections, both then need no kernels of their own on a GPU.
+    With joined projections, a kernel that multiplies one row makes both; see `nsa_jax.one_row`.
     """
     weights, tokens = _projected(parameters, x, positions, num_tokens, config, for_step=True, norm=norm)
     o, cache = _decode_step(weights, tokens, cache, config=config)
