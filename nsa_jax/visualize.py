@@ -49,6 +49,7 @@ from pallas_kernels.palette import COLORS
 BRANCHES = ("compressed", "selected", "window")
 COLORMAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
 LONGEST = 4096  # the most tokens of a map, which is quadratic in them
+LENGTHS = tuple(2**i for i in range(9, 18))  # tokens in a cache, as plotted by default
 
 Layers = AttentionInputs | Mapping[str, AttentionInputs]
 
@@ -268,7 +269,7 @@ def plot_bytes_read(
     head_dim: int,
     v_head_dim: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    lengths: Sequence[int] = tuple(2**i for i in range(9, 18)),
+    lengths: Sequence[int] = LENGTHS,
 ) -> Figure:
     """Bytes of keys and values that a layer reads to decode one token, by length, beside those of dense attention.
 

@@ -24,19 +24,17 @@ class Item(NamedTuple):
     key_position: Any
     first: Any  # the item's first entry in the list of choices
     count: Any
+    first_query: Any
+    last_query: Any
     steps: Any
     own: Any  # steps, the first ones, with queries that do not see all of the block
     queries: int  # of a step
     choices_ref: Any
 
-    def places(self, num_selected: int, offset: Any, starts_ref: Any, num_keys: int) -> Any:
+    def places(self, offset: Any, starts_ref: Any, num_keys: int) -> Any:
         """Where the keys are read: at their positions, or, if no query sees them, at the nearest that one sees."""
-        first_query, last_query = (
-            div(self.choices_ref[self.pair.index, entry], num_selected)
-            for entry in (self.first, self.first + self.count - 1)
-        )
-        place = jnp.minimum(self.key_position, jnp.minimum(offset + last_query, num_keys - 1))
-        return place if starts_ref is None else jnp.maximum(place, starts_ref[self.pair.batch, first_query])
+        place = jnp.minimum(self.key_position, jnp.minimum(offset + self.last_query, num_keys - 1))
+        return place if starts_ref is None else jnp.maximum(place, starts_ref[self.pair.batch, self.first_query])
 
     def gather(self, i: Any, num_selected: int) -> tuple[Any, Any, Any]:
         """(choice, query, whether there is one) of each packed row in step i."""
@@ -62,11 +60,14 @@ def item_of(
 ) -> Item:
     """The item of this program; `refs` are those of the inverse index."""
     choices_ref, *fields = refs
-    block, first, count, rank = (ref[pair.index, pl.program_id(0)] for ref in fields)
+    numbers = (ref[pair.index, pl.program_id(0)] for ref in fields)
+    block, first, count, rank, first_query, last_query = numbers
     rows = packed_rows(0, num_rows, stride, pair, q_shape[2], num_kv_heads)
     queries = num_rows // stride
     key, inside = block_keys(problem)
     key_position = block * problem.select_block + key
     steps = cdiv(count, queries)
     own = jnp.minimum(cdiv(jnp.maximum(problem.select_block - rank, 0), queries), steps)
-    return Item(pair, rows, key, inside, key_position, first, count, steps, own, queries, choices_ref)
+    return Item(
+        pair, rows, key, inside, key_position, first, count, first_query, last_query, steps, own, queries, choices_ref
+    )

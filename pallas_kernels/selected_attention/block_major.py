@@ -81,6 +81,8 @@ def _partial_kernel(
     first_ref: Any,
     count_ref: Any,
     rank_ref: Any,
+    first_query_ref: Any,
+    last_query_ref: Any,
     offset_ref: Any,
     starts_ref: Any,
     o_ref: Any,
@@ -93,13 +95,13 @@ def _partial_kernel(
 ) -> None:
     key_pieces, value_pieces = head_pieces(q_ref.shape[-1]), head_pieces(v_ref.shape[-1])
     pair = program_pair(k_ref.shape[2])
-    index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref)
+    index_refs = (choices_ref, block_ref, first_ref, count_ref, rank_ref, first_query_ref, last_query_ref)
     item = item_of(pair, q_ref.shape, k_ref.shape[2], num_rows, padded_group, index_refs, problem)
     rows, key_position = item.rows, item.key_position
 
     @pl.when(item.count > 0)
     def _work() -> None:
-        places = item.places(num_selected, offset_ref[0], starts_ref, k_ref.shape[1])
+        places = item.places(offset_ref[0], starts_ref, k_ref.shape[1])
         at = (pair.batch, places, pair.kv_head)
         k = load_rows(k_ref, at, key_pieces, item.inside)
         v = load_rows(v_ref, at, value_pieces, item.inside)

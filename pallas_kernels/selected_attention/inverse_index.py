@@ -19,6 +19,8 @@ class InverseIndex(NamedTuple):
       first: the item's first entry in `choices` [BK, items].
       length: how many entries the item has, 0 for an item that is not used [BK, items].
       rank: how many entries of the same block come before the item [BK, items].
+      first_query, last_query: of the item's entries; anything for an item that is not used [BK, items]. A program that
+        had to look them up in `choices` would read its keys later.
       block_items: the items of block j are block_items[j] to block_items[j + 1] - 1 [BK, blocks + 1].
     """
 
@@ -27,6 +29,8 @@ class InverseIndex(NamedTuple):
     first: Int[Array, "BK items"]
     length: Int[Array, "BK items"]
     rank: Int[Array, "BK items"]
+    first_query: Int[Array, "BK items"]
+    last_query: Int[Array, "BK items"]
     block_items: Int[Array, "BK blocks1"]
 
 
@@ -66,4 +70,6 @@ def invert(block_indices: Int[Array, "BK Tq n"], num_blocks: int, item_size: int
     rank = (item[None, :] - jnp.take_along_axis(block_items, owner, axis=1)) * item_size
     count = jnp.clip(jnp.take_along_axis(counts, owner, axis=1) - rank, 0, item_size)
     first = jnp.take_along_axis(starts, owner, axis=1) + rank
-    return InverseIndex(choices, owner, first, count, rank, block_items)
+    ends = (jnp.clip(entry, 0, L - 1) for entry in (first, first + count - 1))
+    first_query, last_query = (jnp.take_along_axis(choices, entry, axis=1) // n for entry in ends)
+    return InverseIndex(choices, owner, first, count, rank, first_query, last_query, block_items)

@@ -198,6 +198,8 @@ def test_inverse_index_lists_every_choice_once_in_order(most_keys, item_size, mo
                 index.choices[row, index.first[row, i] : index.first[row, i] + index.length[row, i]] for i in items
             ]
             np.testing.assert_array_equal(np.concatenate(spans), np.flatnonzero(chosen == block))
+            ends = [(span[0] // 4, span[-1] // 4) for span in spans]
+            assert ends == [(index.first_query[row, i], index.last_query[row, i]) for i in items]
         used = index.block_items[row, -1]
         assert not index.length[row, used:].any()
 
