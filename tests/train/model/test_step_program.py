@@ -103,4 +103,4 @@ def test_a_model_steps_with_kernels_of_one_row_as_without(monkeypatch, attention
     kernels = types.SimpleNamespace(supports=lambda op, device: True, function=lambda op: interpreted)
     monkeypatch.setattr(one_row, "TRITON", kernels)
     assert normwise_error(hidden(), expected) < 2e-2
-    assert made and len(made) % 4 == 0  # each time that a step is traced
+    assert len(made) in (4, 8)  # a step is traced once, or twice with JAX 0.12
