@@ -110,71 +110,58 @@ class _Ops:
         return self.rows.get((T, op, selection))
 
 
+PARTS = {
+    "compressed attention": ("compressed_attention", None),
+    "scoring and top-n": ("block_selection", None),
+    "selected attention, random": ("selected_attention", "random"),
+    "selected attention, local": ("selected_attention", "local"),
+    "window": ("window_attention", None),
+}
+AGAINST_DENSE = (
+    "dense (ms, forward / backward)",
+    "NSA, random",
+    "NSA, local",
+    "dense / NSA, random",
+    "dense / NSA, local",
+)
+
+
+def _against_dense(at: _Ops, T: int) -> Row:
+    """The whole attention beside dense attention, and how many times as fast it is."""
+    dense, random, local = at(T, "dense"), at(T, "nsa", "random"), at(T, "nsa", "local")
+    ratios = (_times_as_fast(dense, nsa) for nsa in (random, local))
+    return (*map(_both, (dense, random, local)), *ratios)
+
+
 def speed(*records: Any) -> list[Row]:
     """The whole attention against dense attention."""
     at = _Ops(records)
-    table: list[Row] = [
-        (
-            "tokens",
-            "dense (ms, forward / backward)",
-            "NSA, random",
-            "NSA, local",
-            "dense / NSA, random",
-            "dense / NSA, local",
-        )
-    ]
-    for T in at.lengths:
-        dense, random, local = at(T, "dense"), at(T, "nsa", "random"), at(T, "nsa", "local")
-        ratios = (_times_as_fast(dense, nsa) for nsa in (random, local))
-        table.append((_length(T), _both(dense), _both(random), _both(local), *ratios))
-    return table
+    return [("tokens", *AGAINST_DENSE), *((_length(T), *_against_dense(at, T)) for T in at.lengths)]
 
 
 def backends(record: Any) -> list[Row]:
     """The whole attention by the kernels of each backend, against dense attention."""
-    (_, *columns), *_ = speed()
-    table: list[Row] = [("tokens", "kernels", *columns)]
-    at = {name: _Ops([record], name) for name in dict.fromkeys(row["backend"] for row in record["rows"])}
-    del at["cudnn"]
-    for T in sorted(next(iter(at.values())).lengths):
-        for name, of_backend in at.items():
-            dense, *nsa = (of_backend(T, *what) for what in (("dense",), ("nsa", "random"), ("nsa", "local")))
-            ratios = (_times_as_fast(dense, row) for row in nsa)
-            table.append((_length(T), BACKENDS[name], *map(_both, (dense, *nsa)), *ratios))
-    return table
+    at = {shown: _Ops([record], name) for name, shown in BACKENDS.items()}
+    lengths = at["Triton"].lengths
+    rows = [(_length(T), shown, *_against_dense(at[shown], T)) for T in lengths for shown in at]
+    return [("tokens", "kernels", *AGAINST_DENSE), *rows]
 
 
 def parts_by_backend(record: Any) -> list[Row]:
     """Both passes of each op by the kernels of each backend, and cuDNN's window."""
-    ops = {
-        "compressed attention": ("compressed_attention", None),
-        "scoring and top-n": ("block_selection", None),
-        "selected attention, random": ("selected_attention", "random"),
-        "selected attention, local": ("selected_attention", "local"),
-        "window": ("window_attention", None),
-    }
     at = [_Ops([record], name) for name in BACKENDS]
     table: list[Row] = [("tokens", "op", *(f"{name} (ms, forward / backward)" for name in BACKENDS.values()))]
     for T in at[0].lengths:
-        table += [(_length(T), name, *(_both(of_backend(T, *op)) for of_backend in at)) for name, op in ops.items()]
+        table += [(_length(T), name, *(_both(of_backend(T, *op)) for of_backend in at)) for name, op in PARTS.items()]
     return table
 
 
 def parts(record: Any) -> list[Row]:
     """The forward pass of each op by itself."""
     at = _Ops([record])
-    columns = {
-        "compressed attention": ("compressed_attention", None),
-        "scoring and top-n": ("block_selection", None),
-        "selected attention, random": ("selected_attention", "random"),
-        "selected attention, local": ("selected_attention", "local"),
-        "window": ("window_attention", None),
-    }
-    table: list[Row] = [("tokens", *(f"{name} (ms)" for name in columns))]
+    table: list[Row] = [("tokens", *(f"{name} (ms)" for name in PARTS))]
     for T in at.lengths:
-        table.append(
-            (_length(T), *(_three_digits(at.rows[T, *key]["forward_ms"]["median"]) for key in columns.values()))
-        )
+        table.append((_length(T), *(_three_digits(at.rows[T, *key]["forward_ms"]["median"]) for key in PARTS.values())))
     return table
 
 
