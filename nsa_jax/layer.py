@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jax.sharding import PartitionSpec
@@ -383,10 +382,7 @@ def _project(
         heads = add_bias(heads, weights[f"{name}_bias"])
     if not config.qk_norm or name.endswith("v"):
         return heads
-    wide = heads.astype(wide_dtype(heads.dtype))
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    scale = weights[f"{name}_norm_scale"].astype(wide.dtype)[None, None, None, :]
-    return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(heads.dtype)
+    return rms_norm(heads, Norm(weights[f"{name}_norm_scale"], NORM_EPSILON))
 
 
 def join_heads(

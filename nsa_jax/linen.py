@@ -292,7 +292,11 @@ class NSAttention(LayerFields, CoreFields):
         num_tokens: NumTokens = None,
         norm: Norm | None = None,
     ) -> tuple[Float[Array, "B m E"], NSACache]:
-        """Output and new cache after one token or a few; see `nsa_jax.decoding.core_decode_step`."""
+        """Output and new cache after one token or a few; see `nsa_jax.decoding.core_decode_step`.
+
+        With a `norm` (`nsa_jax.one_row.Norm`: scale [E], and epsilon), the layer is a pre-normalised residual block:
+        the output is x + layer(x / sqrt(mean(x^2) + epsilon) * scale).
+        """
         options: dict[str, Any] = {"positions": positions, "num_tokens": num_tokens, "norm": norm}
         return nsa_layer_decode_step(self.declared_parameters(x), x, cache, config=self._config(), **options)
 
