@@ -51,8 +51,6 @@ def entries_of(num_selected: int, queries: int) -> int:
     return -(-num_selected // each) * each * queries
 
 
-# Traced once for both passes: in a program that holds both, the compiler then finds that their lists are the same.
-@functools.partial(jax.jit, static_argnames=("block", "queries", "interpret"))
 def union_lists(block_indices: jax.Array, keys: Intervals, block: int, queries: int, interpret: bool) -> Lists:
     """The lists of tiles of `queries` queries that see `keys` of the blocks they selected, int32 [B, K, Tq, n]."""
     B, K, Tq, n = block_indices.shape
