@@ -10,18 +10,21 @@ from pallas_kernels.triton.tiles import Row, Table, Tile
 FORWARD: Table = (
     Row((8, 0), 4, 256, 64, Tile(64, 32, 4, 1)),
     Row((8, 0), 2, 128, 64, Tile(128, 64, 4, 2), "3.39 ms; 8 warps 4.8"),
-    Row((8, 0), 2, 256, 64, Tile(128, 64, 8, 2)),
+    Row((8, 0), 2, 192, 64, Tile(128, 64, 8, 2)),
+    Row((8, 0), 2, 256, 64, Tile(128, 64, 8, 1)),
 )
 
 QUERY_GRADIENT: Table = (
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1)),
     Row((8, 0), 2, 128, 64, Tile(64, 64, 4, 2), "5.1 ms; 128 rows, 8 warps 5.7"),
-    Row((8, 0), 2, 256, 64, Tile(128, 64, 8, 2)),
+    Row((8, 0), 2, 192, 64, Tile(128, 64, 8, 2)),
+    Row((8, 0), 2, 256, 64, Tile(64, 64, 8, 1)),
 )
 
 # A program holds the keys and walks along the rows.
 KEY_GRADIENT: Table = (
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1)),
     Row((8, 0), 2, 128, 64, Tile(64, 64, 4, 2), "6.8 ms; 8 warps 11.9"),
-    Row((8, 0), 2, 256, 64, Tile(64, 64, 8, 2)),
+    Row((8, 0), 2, 192, 64, Tile(64, 64, 8, 2)),
+    Row((8, 0), 2, 256, 64, Tile(64, 64, 8, 1)),
 )

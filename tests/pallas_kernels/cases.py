@@ -195,7 +195,7 @@ GPU_CASES = {
         backends=("mosaic",)
     ),
     "64 rows: group of 8, 256, offset": Case(
-        900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=("mosaic",)
+        900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=BACKENDS
     ),
     "64 rows: group of 8, segments, offset, all branches": Case(
         1555, 16, 2, 64, 64, PAPER, B=2, query_offset=301, segments=(43, 700), ops=("nsa_attention",),

@@ -120,7 +120,7 @@ def test_it_lowers_for_gpus(size, kind, x64):
 def test_it_is_the_product_on_a_gpu_with_the_same_bits_every_time(size, dtype):
     D, F, gated = (SIZES | GPU_SIZES)[size]
     x, kernel, options = inputs((D, F, gated), dtype)
-    product = jax.jit(lambda x, kernel, options: one_row_product(x, kernel, gated=gated, **options))
-    y = product(x, kernel, options)
+    product = jax.jit(lambda x, kernel: one_row_product(x, kernel, gated=gated, **options))
+    y = product(x, kernel)
     check(y, expected(x, kernel, gated, **options), dtype)
-    np.testing.assert_array_equal(y, product(x, kernel, options))
+    np.testing.assert_array_equal(y, product(x, kernel))
