@@ -17,7 +17,8 @@ from pallas_kernels.benchmarks.ops import PARTS, decode_attention
 from pallas_kernels.benchmarks.patterns import Pattern
 from pallas_kernels.benchmarks.timing import time_call
 from pallas_kernels.devices import current_device
-from pallas_kernels.triton.tiles import BlockTile, DecodeTile, Key, QueryTile, Row, Table, Tile, find_row
+from pallas_kernels.tiles import Key, Row, Table, find_row
+from pallas_kernels.triton.tiles import BlockTile, DecodeTile, QueryTile, Tile
 
 # The tables of each op, and the argument of the op that takes a tile of the table.
 TABLES = {

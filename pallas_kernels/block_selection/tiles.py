@@ -1,4 +1,4 @@
-"""Tiles of block selection, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of block selection, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
@@ -6,7 +6,8 @@ Milliseconds are of the whole selection on one H100, H 64, K 4, bfloat16: T 6553
 192 and 256.
 """
 
-from pallas_kernels.triton.tiles import Row, Table, Tile
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import Tile
 
 SCORE: Table = (
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1, widest=64)),

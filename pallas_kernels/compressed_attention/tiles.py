@@ -1,4 +1,4 @@
-"""Tiles of compressed attention, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of compressed attention, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
@@ -7,7 +7,8 @@ Milliseconds are of one H100, H 64, K 4, bfloat16: T 65536 for head size 128, an
 with less shared memory than Hopper take shallower pipelines, which are not measured.
 """
 
-from pallas_kernels.triton.tiles import Row, Table, Tile
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import Tile
 
 FORWARD: Table = (
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1, widest=64)),

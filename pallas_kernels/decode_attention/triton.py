@@ -22,13 +22,14 @@ from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
 from pallas_kernels.decode_attention.step import Step
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import SMALLEST_SIDE, accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import LOG2_E, check_num_blocks, check_supported, problem_of
 from pallas_kernels.triton.rows import Pair, load_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import LEAST, NEVER, exp2, softmax_start, softmax_step
-from pallas_kernels.triton.tiles import DecodeTile, find_tile, key_of
+from pallas_kernels.triton.tiles import DecodeTile
 
 IMPORTANCE_BLOCKS = 64  # whose importance a program sums
 

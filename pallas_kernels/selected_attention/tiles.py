@@ -1,11 +1,12 @@
-"""Tiles of selected attention, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of selected attention, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
 Milliseconds are of one H100, head size 128, bfloat16, T 65536.
 """
 
-from pallas_kernels.triton.tiles import BlockTile, QueryTile, Row, Table
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import BlockTile, QueryTile
 
 # Query-major, or block-major for small groups.
 FORWARD: Table = (

@@ -1,11 +1,12 @@
-"""Tiles of window attention, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of window attention, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
 Milliseconds are of one H100, G 16, head size 128, bfloat16, T 65536.
 """
 
-from pallas_kernels.triton.tiles import Row, Table, Tile
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import Tile
 
 FORWARD: Table = (
     Row((8, 0), 4, 256, 64, Tile(64, 32, 4, 1)),

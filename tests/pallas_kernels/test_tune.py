@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from pallas_kernels import tiles
 from pallas_kernels.benchmarks import tune
 from pallas_kernels.benchmarks.cases import Shape
 from pallas_kernels.devices import Device
-from pallas_kernels.triton import tiles
-from pallas_kernels.triton.tiles import Key, QueryTile, Row, Tile, find_row, key_of
+from pallas_kernels.tiles import Key, Row, find_row, key_of
+from pallas_kernels.triton.tiles import BlockTile, DecodeTile, QueryTile, Tile
 
 SMALL = Shape(
     T=64, H=16, K=1, Dk=32, Dv=32, compress_block=16, select_block=16, num_selected=4, window=20, dtype="bfloat16"
@@ -101,10 +102,10 @@ def test_tables_are_written_as_tuning_writes_them(tmp_path, op, table):
         ("compressed_attention", "FORWARD", Tile(32, 128, 4, 2)),
         ("compressed_attention", "KEY_GRADIENT", Tile(64, 32, 4, 2)),
         ("block_selection", "SCORE", Tile(64, 32, 8, 3)),
-        ("selected_attention", "FORWARD", tiles.BlockTile(64, 512, 8, 2)),
+        ("selected_attention", "FORWARD", BlockTile(64, 512, 8, 2)),
         ("selected_attention", "QUERY_GRADIENT", QueryTile(32, 8, 3)),
         ("window_attention", "QUERY_GRADIENT", Tile(32, 32, 8, 1)),
-        ("decode_attention", "STEP", tiles.DecodeTile(256, 2)),
+        ("decode_attention", "STEP", DecodeTile(256, 2)),
     ],
 )
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
