@@ -5,6 +5,7 @@ tile says is in `pallas_kernels.triton.tiles`.
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -23,8 +24,29 @@ class Row:
     tile: Any
     measured: str = ""
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """By which rows of one capability and dtype ascend."""
+        return self.head_dim, self.group
 
-Table = tuple[Row, ...]
+
+@dataclasses.dataclass(frozen=True)
+class MatrixRow:
+    """One row of a table of products with a matrix."""
+
+    capability: Capability  # of the device that it was chosen for
+    itemsize: int  # bytes of an element
+    longest: int | None  # the numbers of a row of the matrix are at most so many; None: any number
+    tile: Any
+    measured: str = ""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """By which rows of one capability and dtype ascend."""
+        return (sys.maxsize if self.longest is None else self.longest,)
+
+
+Table = tuple[Any, ...]  # of rows of one kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +62,30 @@ class Key:
         return self.itemsize == row.itemsize and self.head_dim <= row.head_dim and self.group <= row.group
 
 
+@dataclasses.dataclass(frozen=True)
+class MatrixKey:
+    """What the tile of a product with a matrix is looked up by."""
+
+    itemsize: int
+    length: int  # of a row of the matrix
+
+    def matches(self, row: MatrixRow) -> bool:
+        """Whether the row is for such calls."""
+        return self.itemsize == row.itemsize and (self.length,) <= row.order
+
+
 def key_of(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> Key:
     """The key of a call: q [..., H, Dk], k [..., K, Dk], v [..., K, Dv]."""
     head_dim = max(q.shape[-1], q.shape[-1] if v is None else v.shape[-1])
     return Key(q.dtype.itemsize, head_dim, q.shape[-2] // k.shape[-2])
 
 
-def find_row(table: Table, key: Key) -> Row:
+def find_row(table: Table, key: Key | MatrixKey) -> Any:
     """The row of a table for calls with this key on the device that is traced for.
 
     Of the rows that match the key, those count that were chosen for the highest compute capability which is at most the
     device's and has no more shared memory than the device; where there is none, those for the least shared memory. The
-    first of them is the row: tables ascend in head size and group size. Where kernels are interpreted, rows for the
+    first of them is the row: tables begin with what the fewest calls match. Where kernels are interpreted, rows for the
     highest capability are taken.
 
     Raises:
@@ -71,10 +105,10 @@ def find_row(table: Table, key: Key) -> Row:
     return next(row for row in rows if row.capability == chosen)
 
 
-def _memory(row: Row) -> int:
+def _memory(row: Row | MatrixRow) -> int:
     return shared_memory_kib(row.capability)
 
 
-def find_tile(table: Table, key: Key) -> Any:
+def find_tile(table: Table, key: Key | MatrixKey) -> Any:
     """The tile of `find_row`."""
     return find_row(table, key).tile

@@ -9,7 +9,6 @@ its chunks, and sums once.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,26 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.one_row_product import tiles
 from pallas_kernels.one_row_product.contract import Norm
+from pallas_kernels.tiles import MatrixKey, find_tile
 from pallas_kernels.triton.integers import iota, next_power_of_two
 from pallas_kernels.triton.launch import launch
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductTile:
-    """How the work is cut. All are powers of two."""
-
-    outputs: int  # that a program makes
-    num_warps: int
-    depth: int  # numbers of x in a chunk
-
-
-# For x of so many numbers at most; longer ones are more than the registers of a warp hold. The times are of bfloat16 on
-# an H100, for 2560 x 1024, 1024 x 2048, 6144 x 1024 (gated) and 1024 x 3072; see docs/experiments.md.
-TILES = (
-    (4096, ProductTile(1, 1, 1024)),  # 3.9, 3.2, 6.2, 4.3 us
-    (math.inf, ProductTile(2, 4, 1024)),  # 3.7, 3.3, 6.9, 4.0 us
-)
+from pallas_kernels.triton.tiles import ProductTile
 
 
 def one_row_product(
@@ -67,12 +52,15 @@ def one_row_product(
       [F], or [F/2] if it is `gated`, in the dtype of x.
 
     Raises:
-      NotImplementedError: another dtype of the matrix, or numbers of the result that are no multiple of a program's.
+      NotImplementedError: a dtype that is not supported, another one of the matrix, or numbers of the result that are
+        no multiple of a program's.
     """
     F, D = weight.shape[0] // (1 + gated), weight.shape[1]
-    tile = tile or next(tile for longest, tile in TILES if longest >= D)
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"x.dtype = {x.dtype}: expected bfloat16, float16 or float32")
     if weight.dtype != x.dtype:
         raise NotImplementedError(f"weight.dtype = {weight.dtype}: expected that of x, {x.dtype}")
+    tile = tile or find_tile(tiles.PRODUCT, MatrixKey(x.dtype.itemsize, D))
     if F % tile.outputs:
         raise NotImplementedError(f"numbers of the result = {F}: expected a multiple of {tile.outputs}")
     tile = dataclasses.replace(tile, depth=min(tile.depth, next_power_of_two(D)))

@@ -41,3 +41,20 @@ class DecodeTile:
     keys: int
     num_warps: int
     chunk: int | None = None  # compressed tokens of a program, a multiple of `keys`; None: by the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class AppendTile:
+    """The new tokens of a row, of one K/V head."""
+
+    hidden: int  # entries of the gates' hidden layer that are multiplied at a time
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """Numbers of the product of a matrix with one row, by a chunk of the row at a time. All are powers of two."""
+
+    outputs: int  # that a program makes
+    num_warps: int
+    depth: int  # numbers of the row in a chunk

@@ -10,9 +10,11 @@ from jax.sharding import AxisType
 from nsa_jax import one_row
 from nsa_jax.one_row import is_one_row_on_a_gpu, multiply_rows
 from nsa_jax.testing import normwise_error
-from pallas_kernels.one_row_product import triton
+from pallas_kernels.one_row_product import tiles
 from pallas_kernels.one_row_product.contract import Norm
 from pallas_kernels.one_row_product.triton import one_row_product
+from pallas_kernels.tiles import MatrixRow
+from pallas_kernels.triton.tiles import ProductTile
 from tests.pallas_kernels import cases
 
 
@@ -57,7 +59,7 @@ def test_a_product_has_all_before_and_after_it_with_the_kernel_and_without(calls
 @pytest.mark.parametrize("refused", [False, True])
 def test_several_dimensions_are_summed_over_and_what_the_kernel_refuses_is_made_without_it(calls, monkeypatch, refused):
     if refused:
-        monkeypatch.setattr(triton, "TILES", ((64, triton.ProductTile(32, 1, 64)),))
+        monkeypatch.setattr(tiles, "PRODUCT", (MatrixRow((8, 0), 2, 64, ProductTile(32, 1, 64)),))
     o, weight = random(0, 1, 1, 4, 16), random(1, 40, 4, 16)
     y = multiply_rows(o, weight)
     assert len(calls) == (not refused)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.one_row_product.contract import Norm
-from pallas_kernels.one_row_product.triton import ProductTile, one_row_product
+from pallas_kernels.one_row_product.triton import one_row_product
+from pallas_kernels.triton.tiles import ProductTile
 from tests.pallas_kernels import cases
 
 EPSILON = 1e-2  # large enough to be seen
