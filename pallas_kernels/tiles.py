@@ -1,7 +1,7 @@
 """Tables of tiles, and the rule that finds a kernel's tile in its table.
 
 Tables are data: `tiles.py` of each op, which `python -m pallas_kernels.benchmarks tune` measures and writes. What a
-tile says is in `pallas_kernels.triton.tiles`.
+tile says is in `triton/tiles.py` and `mosaic/tiles.py`.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ class Row:
     group: int  # query heads per K/V head are at most this
     tile: Any
     measured: str = ""
+    together: int = 512  # the head sizes of keys and values are together at most this
 
     @property
     def order(self) -> tuple[int, ...]:
         """By which rows of one capability and dtype ascend."""
-        return self.head_dim, self.group
+        return self.head_dim, self.together, self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Key:
     """What a tile is looked up by."""
 
     itemsize: int
-    head_dim: int
+    head_dim: int  # the larger one
     group: int
+    together: int  # the head sizes of keys and values; of keys alone where there are no values
 
     def matches(self, row: Row) -> bool:
         """Whether the row is for such calls."""
-        return self.itemsize == row.itemsize and self.head_dim <= row.head_dim and self.group <= row.group
+        sizes = (self.head_dim, row.head_dim), (self.group, row.group), (self.together, row.together)
+        return self.itemsize == row.itemsize and all(size <= most for size, most in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +79,8 @@ class MatrixKey:
 
 def key_of(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> Key:
     """The key of a call: q [..., H, Dk], k [..., K, Dk], v [..., K, Dv]."""
-    head_dim = max(q.shape[-1], q.shape[-1] if v is None else v.shape[-1])
-    return Key(q.dtype.itemsize, head_dim, q.shape[-2] // k.shape[-2])
+    head_dims = [x.shape[-1] for x in (k, v) if x is not None]
+    return Key(q.dtype.itemsize, max(head_dims), q.shape[-2] // k.shape[-2], sum(head_dims))
 
 
 def find_row(table: Table, key: Key | MatrixKey) -> Any:

@@ -85,7 +85,8 @@ def append_tokens(
     for array in (*places, *(each.array for each in columns if each is not None)):
         if array.dtype != places.tail_k.dtype:
             raise NotImplementedError(f"{array.dtype} beside {places.tail_k.dtype}: expected one dtype")
-    key = Key(places.tail_k.dtype.itemsize, max(Dk, places.tail_v.shape[3]), num_heads // K)
+    Dv = places.tail_v.shape[3]
+    key = Key(places.tail_k.dtype.itemsize, max(Dk, Dv), num_heads // K, Dk + Dv)
     tile = tile or find_tile(tiles.APPEND, key)
     step = Append(
         num_tokens=m,
