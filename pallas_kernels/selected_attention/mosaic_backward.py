@@ -65,11 +65,11 @@ from pallas_kernels.tiles import Table, key_of
 # threads, beside 64 for a step's scores and their gradients. Above, two consumers take the same item and make a
 # gradient each. Matrices in shared memory, of the 227 KiB that there are:
 #
-#   Dk, Dv    teams  registers  blocks held  queries and gradients  KiB
-#   64, 64      2       128        32 KiB     2 x 4 slots, 128 KiB   160
-#   128, 128    2       192        64 KiB     2 x 2 slots, 128 KiB   192
-#   192, 128    1       160        40 KiB         4 slots, 160 KiB   200
-#   256, 256    1       192        64 KiB         2 slots, 128 KiB   192
+#   Dk, Dv    teams  registers  blocks held  queries and gradients
+#   64, 64      2       128        32 KiB    2 x 16 KiB for each slot
+#   128, 128    2       192        64 KiB    2 x 32 KiB for each slot
+#   192, 128    1       160        40 KiB        40 KiB for each slot
+#   256, 256    1       192        64 KiB        64 KiB for each slot
 LARGEST_HEADS = 256
 _SUM_WARPGROUPS = 4
 _SUMMED = 4096  # numbers that a warpgroup adds at a time

@@ -31,7 +31,7 @@ KEY_GRADIENT: Table = (
     Row((8, 0), 2, 256, 64, BlockTile(64, 1024, 8, 2)),
 )
 
-# Of Mosaic's kernels; see `pallas_kernels.mosaic.tiles`. They were chosen on an H100, and not measured one by one.
+# Of Mosaic's kernels; see `pallas_kernels.mosaic.tiles`. They were chosen on an H100.
 MOSAIC_FORWARD: Table = (
     Row((9, 0), 2, 128, 64, UnionTile(2, 2)),
     Row((9, 0), 2, 192, 64, UnionTile(2, 1), together=256),

@@ -31,7 +31,7 @@ KEY_GRADIENT: Table = (
     Row((8, 0), 2, 256, 64, Tile(64, 64, 8, 1)),
 )
 
-# Of Mosaic's kernels; see `pallas_kernels.mosaic.tiles`. They were chosen on an H100, and not measured one by one.
+# Of Mosaic's kernels; see `pallas_kernels.mosaic.tiles`. They were chosen on an H100.
 MOSAIC_FORWARD: Table = (
     Row((9, 0), 2, 128, 64, IntervalTile(3, 64, 4, 2)),
     Row((9, 0), 2, 192, 64, IntervalTile(2, 64, 2, 2)),
