@@ -106,6 +106,8 @@ def tune(
             print(f"{tile}: {type(error).__name__}: {str(error)[:100]}", flush=True)
         else:
             print(f"{tile}: {times[tile]:.4g} ms", flush=True)
+    if not times:
+        return rows, times
     best = min(times, key=lambda tile: times[tile])
     if alone in times and times[best] > (1 - LEAST_GAIN) * times[alone]:
         return rows, times

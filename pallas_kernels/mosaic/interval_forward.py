@@ -87,7 +87,9 @@ def choose_forward_tile(
     # Of the 32 bits of a register, a weight takes 16. A warpgroup's 128 threads share 64 rows.
     held, there = (value_dim + tile.keys) // 2 + tile.keys // 4, REGISTERS[tile.warpgroups][0]
     if held >= there:
-        raise ValueError(f"tile = {tile}: {held} registers of a thread, of {there}, with values of {value_dim}")
+        raise ValueError(
+            f"tile = {tile}: {held} registers of a thread, with values of {value_dim}; expected fewer than {there}"
+        )
     return tile
 
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from nsa_jax import NSAConfig, nsa_attention
-from pallas_kernels.mosaic.tiles import IntervalTile, PartialTile, RingTile, ScoreTile, UnionTile
-from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, LONG_CASES, Case
 
@@ -50,39 +48,6 @@ KERNELS = {
         ),
     },
 }
-# Tiles of the forward pass and of the backward pass that are no row of the tables.
-TILES = {
-    "triton": {
-        "compressed_attention": (
-            {"tile": Tile(64, 32, 4, 1)},
-            {"query_tile": Tile(32, 64, 4, 1), "key_tile": Tile(64, 32, 4, 1)},
-        ),
-        "select_blocks": ({"tile": Tile(64, 32, 8, 1)}, {}),
-        "selected_attention": (
-            {"tile": QueryTile(16, 8, 1)},
-            {"query_tile": QueryTile(32, 8, 1), "key_tile": BlockTile(32, 512, 8, 1)},
-        ),
-        "window_attention": (
-            {"tile": Tile(64, 32, 4, 2)},
-            {"query_tile": Tile(32, 64, 4, 1), "key_tile": Tile(64, 32, 4, 2)},
-        ),
-    },
-    "mosaic": {
-        "compressed_attention": (
-            {"tile": IntervalTile(2, 128, 2, 1)},
-            {"query_tile": RingTile(1), "key_tile": PartialTile(1, None)},
-        ),
-        "select_blocks": ({"tile": ScoreTile(2)}, {}),
-        "selected_attention": (
-            {"tile": UnionTile(1, 1)},
-            {"query_tile": RingTile(1), "key_tile": PartialTile(1, None)},
-        ),
-        "window_attention": (
-            {"tile": IntervalTile(3, 64, 1, 1)},
-            {"query_tile": RingTile(2), "key_tile": PartialTile(1, 256)},
-        ),
-    },
-}
 for names in KERNELS.values():
     names["nsa_attention"] = tuple(itertools.chain(*names.values()))
 
@@ -115,8 +80,9 @@ def is_mixed(backend: str, case: Case) -> bool:
     return any(case.Dk + case.Dv > cases.largest_backward(backend, op) for op in BRANCHES)
 
 
-def program(backend: str, op: str, case: Case, dtype: Any, kind: str, tiles: Any = ({}, {})) -> str:
+def program(backend: str, op: str, case: Case, dtype: Any, kind: str, tile: Any = None, **backward_tiles: Any) -> str:
     shapes = cases.shapes(case, dtype)
+    forward_tile = {} if tile is None else {"tile": tile}
     offset = jax.ShapeDtypeStruct((), jnp.int32) if case.traced else case.query_offset
     if op == "select_blocks":
         shaped = (shapes.q, shapes.kv.cmp_k, shapes.dlse, shapes.starts)
@@ -138,11 +104,11 @@ def program(backend: str, op: str, case: Case, dtype: Any, kind: str, tiles: Any
 
                 return jax.value_and_grad(total, (0, 1, 2))(q, kv, gates)
         elif op == "select_blocks":
-            call = functools.partial(cases.function(backend, op), **case.options, **tiles[0])
+            call = functools.partial(cases.function(backend, op), **case.options, **forward_tile)
         else:
-            passes = (cases.function(backend, op), cases.function(backend, op + "_backward", case))
-            with_tiles = (functools.partial(f, **options) for f, options in zip(passes, tiles, strict=True))
-            call = functools.partial(cases.results, *with_tiles, op, case)
+            forward = functools.partial(cases.function(backend, op), **forward_tile)
+            backward = functools.partial(cases.function(backend, op + "_backward", case), **backward_tiles)
+            call = functools.partial(cases.results, forward, backward, op, case)
         if not case.traced:
             known = functools.partial(lambda call, *shaped: call(*shaped, case.query_offset), call)
             return jax.jit(known).trace(*shaped).lower(lowering_platforms=("cuda",)).as_text()
@@ -158,9 +124,9 @@ def test_lowers_for_gpus(backend, op, name, dtype, kind, x64):
         assert kernel in text
 
 
-@pytest.mark.parametrize(("backend", "op"), [(backend, op) for backend, ops in TILES.items() for op in ops])
+@pytest.mark.parametrize(("backend", "op"), [(backend, op) for backend, ops in cases.TILES.items() for op in ops])
 def test_lowers_for_gpus_with_tiles_of_ones_own(backend, op):
     case = Case(256, 16, 1, 128, 128, NSAConfig(16, 8, 64, 2, 1, 1, 100), traced=False)
-    text = program(backend, op, case, jnp.bfloat16, "NVIDIA H100", TILES[backend][op])
+    text = program(backend, op, case, jnp.bfloat16, "NVIDIA H100", **cases.TILES[backend][op])
     for kernel in KERNELS[backend][op]:
         assert kernel in text

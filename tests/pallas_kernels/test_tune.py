@@ -192,6 +192,11 @@ def test_what_is_hardly_faster_or_fails_changes_nothing(monkeypatch):
     assert new == rows
     assert not any(tile.rows == 32 for tile in times)
 
+    def fail(*_):
+        raise ValueError("out of shared memory")
+
+    assert tune.tune("window_attention", "FORWARD", Problem(SMALL), fail, interpret=True) == (rows, {})
+
 
 @pytest.mark.parametrize(("op", "table"), TABLES)
 def test_what_is_timed_takes_the_tile(monkeypatch, op, table):
