@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs.tables import TABLES
+from train.presets import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -41,6 +42,22 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}: {sorted(anchors(target))}"
+
+
+# Not the log of experiments, which has commands of older code, too.
+TELLING = [*(page for page in ALL if page.stem != "experiments"), ROOT / "CHANGELOG.md", ROOT / "train" / "presets.py"]
+
+
+@pytest.mark.parametrize("page", TELLING, ids=lambda page: page.stem)
+def test_settings_are_named_as_the_trainer_takes_them(page, capsys, monkeypatch):
+    """Those in groups, such as --model.nsa.window."""
+    flag = r"--(?:no-)?[a-z][a-z-]*(?:\.[a-z]+(?:-[a-z]+)*)+"
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse(["tiny", "--help"])
+    taken = set(re.findall(flag, capsys.readouterr().out))
+    assert "--model.nsa.window" in taken
+    assert set(re.findall(flag, page.read_text())) <= taken
 
 
 def test_every_table_is_shown():

@@ -142,7 +142,7 @@ def h100_60m() -> TrainConfig:
     """63M parameters (61M with full attention) at 8k tokens, bf16, for one 80 GB GPU: 100M tokens of source code.
 
     Measured on one H100 80GB, JAX 0.11.2, bytes of Python source: 0.885 held-out bits per byte in 6 min 1 s with
-    --attention full; 0.940 in 7 min 8 s with NSA in the paper's layout (--model.compression mlp --no-model.share-kv).
+    --attention full; 0.940 in 7 min 8 s with NSA in the paper's layout (--model.compression mlp --model.no-share-kv).
     """
     return TrainConfig(
         model=ModelConfig(
@@ -170,7 +170,7 @@ def h100_350m() -> TrainConfig:
     """340M parameters (334M with full attention) at 64k tokens, bf16, for one 80 GB GPU.
 
     Measured on one H100 80GB, JAX 0.11.2, random tokens: 21,497 tokens/s with --attention full, 62,531 with NSA in the
-    paper's layout (--model.compression mlp --no-model.share-kv). No run of it to its end was made.
+    paper's layout (--model.compression mlp --model.no-share-kv). No run of it to its end was made.
     """
     return TrainConfig(
         model=ModelConfig(
