@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-# Names under which published tokenizers keep their special tokens, the commonest first.
+# Names under which published tokenizers keep their special tokens, the commonest first. DeepSeek's have wide bars.
 EOS_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -21,12 +21,12 @@ EOS_NAMES = (
     "<eos>",
     "<|eos|>",
     "[EOS]",
-    "<|end▁of▁sentence|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
     "<|eot_id|>",
     "<|im_end|>",
     "[SEP]",
 )
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<|begin▁of▁sentence|>", "[CLS]")
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<\uff5cbegin▁of▁sentence\uff5c>", "[CLS]")
 UNFINISHED = "\ufffd"  # what `decode` makes of a character of which bytes are missing
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<|finetune_right_pad_id|>")
 

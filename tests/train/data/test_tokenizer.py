@@ -123,6 +123,12 @@ def test_special_tokens_fall_back_on_end_of_text(tmp_path):
     assert tokenizer.bos_id == tokenizer.pad_id == tokenizer.eos_id
 
 
+def test_special_tokens_are_known_by_deepseeks_names(tmp_path):
+    names = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
+    tokenizer = load_tokenizer(save_byte_level(tmp_path / "t.json", names))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+
+
 def test_added_tokens_that_are_not_special_count_their_bytes_and_ids_may_have_gaps(tmp_path):
     path = tmp_path / "t.json"
     save_byte_level(path)
