@@ -16,4 +16,7 @@ def read(source: Path) -> Pretrained:
         return hugging_face.read(source)
     if source.is_file():
         return gguf_file.read(source)
-    raise ValueError(f"source = {source}: expected a Hugging Face folder or a GGUF file, and there is nothing")
+    raise ValueError(
+        f"source = {source}: expected a Hugging Face folder or a GGUF file, and there is nothing. A model of the "
+        "Hugging Face Hub comes into a folder with `hf download OWNER/NAME --local-dir FOLDER`"
+    )
