@@ -21,6 +21,12 @@ _REFUSED = {
 }
 
 
+def check_core(core: Any, kind: type, name: str) -> None:
+    """Raises ValueError for a core that is none of this flavour's, whose parameters would not be found."""
+    if not isinstance(core, kind):
+        raise ValueError(f"core = {shown(core)}: expected an {name}")
+
+
 def attend(
     core: Callable[..., Array],
     query: Float[Array, "B T H Dk"],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.typing import PrecisionLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from nsa_jax.adapters import attend, of_all_heads
+from nsa_jax.adapters import attend, check_core, of_all_heads
 from nsa_jax.attention import Implementation
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.compression import Compression
@@ -388,10 +388,14 @@ class NSAttentionFn(nn.Module):
       ((1, 100, 64), ['attention_fn', 'key', 'out', 'query', 'value'])
 
     Raises:
-      ValueError: a mask, bias or dropout that NSA does not have, or heads that are not those of the core.
+      ValueError: a mask, bias or dropout that NSA does not have, heads that are not those of the core, or another core.
     """
 
     core: NSACore
+
+    def __post_init__(self) -> None:
+        check_core(self.core, NSACore, "nsa_jax.NSACore")
+        super().__post_init__()
 
     def __call__(
         self,

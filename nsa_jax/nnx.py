@@ -11,7 +11,7 @@ from flax.typing import PrecisionLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from nsa_jax import arguments
-from nsa_jax.adapters import attend, of_all_heads
+from nsa_jax.adapters import attend, check_core, of_all_heads
 from nsa_jax.attention import AttentionInputs
 from nsa_jax.cache import DenseCache, NSACache
 from nsa_jax.core import Branches, CoreConfig, Parameter, core_attention, core_attention_inputs, core_parameters
@@ -304,9 +304,17 @@ class NSAttentionFn(nnx.Module):
 
     Args:
       core: whose `embed_dim` is num_heads * head_dim, because its gates are made of the queries.
+
+    Raises:
+      ValueError: another core; and when it is called, as `nsa_jax.NSAttentionFn`.
     """
 
     def __init__(self, core: NSACore) -> None:
+        check_core(core, NSACore, "nsa_jax.nnx.NSACore")
+        config = core.core_config
+        width = config.num_heads * config.head_dim
+        if config.constant_gates is None and core.embed_dim != width:
+            raise ValueError(f"core.embed_dim = {core.embed_dim}: expected num_heads * head_dim = {width}")
         self.core = core
 
     def __call__(

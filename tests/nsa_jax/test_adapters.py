@@ -156,6 +156,18 @@ def test_flaxs_own_decoding_and_other_heads_are_refused_by_name():
         NSAttentionFn(core).init(jax.random.key(0), q, q[:, :, :2], q[:, :, :2])
 
 
+def test_a_core_that_is_not_this_flavours_or_has_another_width_is_refused():
+    """The parameters of one of the other flavour would be constants of the model."""
+    linen = NSACore(num_kv_heads=4, **HEADS, config=CONFIG)
+    twin = nsa_jax.nnx.NSACore(16, rngs=nnx.Rngs(0), num_kv_heads=4, **HEADS, config=CONFIG)
+    with pytest.raises(ValueError, match=r"^core = NSACore.*: expected an nsa_jax\.NSACore$"):
+        NSAttentionFn(twin)
+    with pytest.raises(ValueError, match=r"^core = NSACore.*: expected an nsa_jax\.nnx\.NSACore$"):
+        nsa_jax.nnx.NSAttentionFn(linen)
+    with pytest.raises(ValueError, match=r"^core\.embed_dim = 16: expected num_heads \* head_dim = 32$"):
+        nsa_jax.nnx.NSAttentionFn(twin)
+
+
 def test_an_attention_fn_decodes_with_the_gates_of_the_call():
     q, k, v = (jax.random.normal(jax.random.key(i), (B, T, 4, 8)) for i in range(3))
     twin = nnx_fn(num_kv_heads=4, config=CONFIG)
