@@ -464,8 +464,17 @@ class NSAttentionFn(nn.Module):
 class LogicalNames(nn.LogicallyPartitioned):
     """Logical axis names of a parameter, which stay names when `nnx.bridge` takes the module.
 
-    A plain `nn.LogicallyPartitioned` becomes an NNX variable that is split when it is made, which needs a mesh.
+    A plain `nn.LogicallyPartitioned` becomes an NNX variable that is split when it is made, which needs a mesh. And it
+    does not go through `nn.scan` or `nn.vmap` without `metadata_params`, which name the axis of the layers.
     """
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        """The names with that of a new axis, which has none if `params` name none."""
+        return super().add_axis(index, {nn.PARTITION_NAME: None} | params)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        """The names without that of an axis which `add_axis` has added."""
+        return super().remove_axis(index, {nn.PARTITION_NAME: None} | params)
 
     def to_nnx_metadata(self) -> dict[str, Any]:
         """What `nnx.bridge.ToNNX` makes a variable of."""

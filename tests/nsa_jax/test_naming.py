@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -104,6 +105,27 @@ def test_a_layer_in_a_model_that_annotates_with_mesh_axes_is_split_when_it_is_ma
         assert trimmed(model.up.kernel[...].sharding.spec) == ("fsdp", "tensor")
         for name, place in PLACES.items():
             assert trimmed(getattr(model.attention, name)[...].sharding.spec) == place, name
+
+
+@pytest.mark.parametrize("name", [None, "layers"])
+def test_a_scan_over_layers_need_not_name_their_axis(name):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nsa_jax.NSAttention(**FIELDS, name="attention")(x), None
+
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+    scanned = nn.scan(Layer, **axes, metadata_params={} if name is None else {nn.PARTITION_NAME: name})()
+    x, variables, _ = alone()
+    boxed = jax.eval_shape(scanned.init, jax.random.key(1), x, None)
+    specs = nn.get_partition_spec(boxed)["params"]["attention"]
+    assert specs["q_kernel"] == jax.P(name, "embed", "heads", "head_dim")
+    stacked = jax.tree.map(lambda p: np.stack([p] * 3), variables["params"])
+    actual, _ = jax.jit(scanned.apply)({"params": {"attention": stacked}}, x, None)
+    layer = nsa_jax.NSAttention(**FIELDS)
+    for _ in range(3):
+        x = x + jax.jit(layer.apply)(variables, x)
+    assert_trees_close(actual, x, 1e-5)
 
 
 def test_without_a_mesh_a_layer_is_made_whole():
