@@ -88,7 +88,7 @@ if importlib.util.find_spec("train") is None and not (Path(INSTALL_FROM) / "trai
         "Colab there is no clone: at the top of this cell, set it to a git URL, which is then cloned."
     )
 if importlib.util.find_spec("nsa_jax") is None:
-    install("train")
+    install("train,pretrained")
 if importlib.util.find_spec("train") is None:
     sys.path.append(str(Path(INSTALL_FROM).resolve()))
 
@@ -121,19 +121,19 @@ CHECKPOINT = os.environ.get("CHECKPOINT")  # a Hugging Face folder or a GGUF fil
 T = 2048 if CHECKPOINT else 256  # tokens of a row
 if FAST:
     T = 64
-BYTES = 2 * T if CHECKPOINT else T - 2  # of a text that fits into a row; a token of code is more than two bytes
+BYTES = 2 * T if CHECKPOINT else T - 2  # of a document; a token of a pretrained model is more than two bytes of code
 DIGITS = "0123456789"
 files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
 lines = [line.strip() for file in files for line in file.read_text(errors="ignore").splitlines()]
 lines = [x for x in lines if 4 <= len(x) <= 40 and x.isascii() and "#" not in x and not any(c in x for c in DIGITS)]
 
 
-def code(draw, size):
-    """Consecutive lines, of at most `size` bytes in all."""
+def code(draw, size, measure=len):
+    """Consecutive lines, of at most `size` in all, as `measure` counts them; by default in bytes."""
     chosen, at = [], draw.randrange(len(lines))
-    while size >= len(lines[at % len(lines)]) + 1:
+    while size >= measure(lines[at % len(lines)] + "\n"):
         chosen.append(lines[at % len(lines)])
-        size, at = size - len(chosen[-1]) - 1, at + 1
+        size, at = size - measure(chosen[-1] + "\n"), at + 1
     return chosen
 
 
@@ -363,9 +363,9 @@ DEPTHS = (0.0, 1.0) if FAST else (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIALS = 8 if FAST else 40 if CHECKPOINT else 200
 
 
-def haystack(draw, depth):
-    """Text that ends in `#`, and the digit hidden in it at `depth` (0: at the beginning)."""
-    chosen, digit = code(draw, BYTES - 4), draw.choice(DIGITS)
+def haystack(draw, depth, tokenizer):
+    """Text that ends in `#` and fills a row, and the digit hidden in it at `depth` (0: at the beginning)."""
+    chosen, digit = code(draw, T - 6, lambda text: len(tokenizer.encode(text))), draw.choice(DIGITS)
     chosen.insert(round(depth * len(chosen)), f"#{digit}")
     return "\n".join(chosen) + "\n#", digit
 
@@ -383,7 +383,7 @@ def accuracy(of):
     for depth in DEPTHS:
         right = 0
         for _ in range(TRIALS // at_once):
-            texts, digits = zip(*(haystack(draw, depth) for _ in range(at_once)), strict=True)
+            texts, digits = zip(*(haystack(draw, depth, of.tokenizer) for _ in range(at_once)), strict=True)
             encoded = [[of.tokenizer.bos_id, *of.tokenizer.encode(text)] for text in texts]
             rows = np.full((at_once, T), of.tokenizer.pad_id, np.int32)
             for row, ids in zip(rows, encoded, strict=True):

@@ -18,6 +18,7 @@ import nbformat
 import pytest
 from helpers.compiling import QUICKLY
 from helpers.packaging import ROOT, build_wheel, copy_sources
+from helpers.pretrained import MODELS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -91,6 +92,15 @@ def test_notebook_runs_in_an_environment_with_jax_and_without_us(text, colab, us
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # which means that nothing is fetched for a build
     install_from = (copy_sources if text.stem.startswith(TRAIN) else build_wheel)(tmp_path / "nsa-jax")
     execute(text, install_from, tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_the_notebook_of_checkpoints_runs_with_one(colab, user, monkeypatch, tmp_path):
+    """A tiny one, whose tokens are bytes: more of them than a pretrained model makes of a text."""
+    monkeypatch.setenv("JUPYTER_PATH", str(colab))
+    monkeypatch.setenv("CHECKPOINT", str(MODELS / "llama2"))
+    (text,) = (text for text in TEXTS if text.stem.startswith("05"))
+    execute(text, copy_sources(tmp_path / "nsa-jax"), tmp_path)
 
 
 @pytest.mark.exhaustive  # installs from the network, as Colab does
