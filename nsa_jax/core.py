@@ -102,8 +102,17 @@ class HeadConfig:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def rotated(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        """Queries or keys, rotated at their positions."""
-        return x if self.rotate is None else self.rotate(x, positions)
+        """Queries or keys, rotated at their positions, in the dtype that they have.
+
+        Raises:
+          ValueError: `rotate` returns another shape.
+        """
+        if self.rotate is None:
+            return x
+        rotated = self.rotate(x, positions)
+        if jnp.shape(rotated) != x.shape:
+            raise ValueError(f"rotate: {describe(x)} becomes {describe(rotated)}: expected the same shape")
+        return rotated.astype(x.dtype)  # tables of sines are often float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,25 @@ def test_a_rotary_embedding_of_ones_own_takes_the_place_of_ours(kind):
     assert not np.allclose(ours, none, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["nsa, the paper's layout", "full"])
+def test_a_rotary_embedding_may_compute_in_float32_and_keeps_the_shape(kind):
+    layer, params, x = problem(kind)
+    wide = layer.clone(dtype=jnp.bfloat16, rotate=lambda x, p: apply_rope(x.astype(jnp.float32), p, theta=500.0))
+    narrow = layer.clone(dtype=jnp.bfloat16, rotate=functools.partial(apply_rope, theta=500.0))
+
+    @jax.jit
+    def run(params, x):
+        calls = [functools.partial(one.apply, {"params": params}) for one in (wide, narrow)]
+        return *(call(x) for call in calls), generate(wide, params, x)
+
+    actual, expected, generated = run(params, x)
+    assert actual.dtype == jnp.bfloat16
+    assert_trees_close(actual, expected, 2e-2)
+    assert_trees_close(generated, actual, 2e-2)
+    with pytest.raises(ValueError, match=r"^rotate: float32 \(.*8\) becomes float32 \(.*4\): expected the same shape"):
+        jax.eval_shape(layer.clone(rotate=lambda x, _: x[..., :4]).apply, {"params": params}, x)
+
+
 def test_kernels_begin_as_the_initialiser_says_of_matrices():
     seen = []
 
