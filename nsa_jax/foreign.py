@@ -1,4 +1,4 @@
-"""Fields that attention layers of other libraries have: what to use instead of them here, or why there is no such."""
+"""Fields of other libraries' attention layers, and of ours in a core: what to use instead, or why there is none."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,6 +15,11 @@ _RULES = "logical_axes, see nsa_jax.naming"
 _WINDOW = "config=NSAConfig(window=...), or window of FullAttention"
 _OWN_ROPE = "rotate, a rotary embedding of your own"
 _NO_BIAS_INIT = "no such field: biases begin at 0"
+_QUANTISED = "no such field: see the page on integrations for int8 with qwix"
+_PRODUCTS = "no such field: qwix replaces products with parameters, see the page on integrations"
+_KINDS = "a layer of each kind: NSAttention, or FullAttention with its window"
+_TEMPERATURE = "no such field: multiply the queries, which NSACore takes"
+_PROJECTED = "no such field: a core takes queries, keys and values that are projected and normed"
 _EPSILON = "no such field: that of the norm of queries and keys is fixed, nsa_jax.layer.NORM_EPSILON"
 
 # What the message says after "expected".
@@ -34,6 +39,12 @@ INSTEAD: Mapping[str, str] = {
     "attention_fn": "no such field: nsa_jax.NSAttentionFn is an attention_fn for Flax's own layers",
     "decode": _DECODING,
     "normalize_qk": "qk_norm, which is an RMSNorm",
+    "qkv_dot_general": _PRODUCTS,
+    "out_dot_general": _PRODUCTS,
+    "qkv_dot_general_cls": _PRODUCTS,
+    "out_dot_general_cls": _PRODUCTS,
+    "kernel_metadata": _RULES,
+    "out_kernel_metadata": _RULES,
     "force_fp32_for_softmax": _FLOAT32,
     # Keras
     "key_dim": "head_dim",
@@ -62,7 +73,13 @@ INSTEAD: Mapping[str, str] = {
     "sinks": _SINKS,
     "attention_sinks": _SINKS,
     "use_attention_sinks": _SINKS,
-    "quant": "no such field: see the page on integrations for int8 with qwix",
+    "attention_type": _KINDS,
+    "is_nope_layer": "rope_theta=None",
+    "use_mrope": _OWN_ROPE,
+    "temperature_tuning": _TEMPERATURE,
+    "model_mode": _DECODING,
+    "quant": _QUANTISED,
+    "kv_quant": "no such field: keys and values in a cache have the dtype of init_cache",
     "mesh": "batch_axes, head_axes and context_axes; the mesh is the one in context",
     "kernel_axes": _RULES,
     "matmul_precision": "precision",
@@ -77,8 +94,15 @@ INSTEAD: Mapping[str, str] = {
     "partial_rotary_factor": f"{_OWN_ROPE}, where it is not 1",
     "max_position_embeddings": "no such field: no position is too large; a cache has max_length of init_cache",
     "sliding_window": _WINDOW,
+    "use_sliding_window": _WINDOW,
+    "layer_types": _KINDS,
+    "no_rope_layers": "rope_theta=None in these layers",
     "attn_logit_softcapping": _SOFT_CAP,
     "rms_norm_eps": _EPSILON,
+    # Our layers, for cores
+    **dict.fromkeys(("qk_norm", "use_bias", "qkv_bias", "kernel_init", "output_init_scale"), _PROJECTED),
+    "rope_theta": _OWN_ROPE,
+    "rope_scaling": _OWN_ROPE,
 }
 
 # Transformers' kinds that are here, too: our fields, and what they are called there. Its yarn is not the paper's.

@@ -1,6 +1,7 @@
 """Options that attention layers of other codebases have: biases, initialisers, scale, positions, precision, names."""
 
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -229,12 +230,22 @@ def test_fields_of_other_libraries_are_answered_with_what_to_use(kind):
             make(**HEADS, num_hedas=3)
 
 
+def test_fields_of_flaxs_own_layers_are_known():
+    """Except those of a module, and dtypes and norms of projections, which have no counterpart."""
+    linen = set(nn.MultiHeadDotProductAttention.__dataclass_fields__) - {"parent", "name"}
+    twin = set(inspect.signature(nnx.MultiHeadAttention.__init__).parameters) - {"self", "rngs", "keep_rngs"}
+    for name in linen | twin:
+        other = name.endswith(("_promote_dtype", "_einsum_cls", "bias_metadata", "scale_metadata"))
+        assert other or name in INSTEAD or name in nsa_jax.NSAttention.__dataclass_fields__, name
+
+
 def test_what_is_named_instead_exists():
     fields = set(nsa_jax.NSAttention.__dataclass_fields__)
     for name in ("head_dim", "num_heads", "num_kv_heads", "scale", "qk_norm", "use_bias", "implementation", "rotate"):
         assert name in fields
         assert any(name in instead for instead in INSTEAD.values())
-    assert not (set(INSTEAD) - {"window"}) & fields
+    of_layers = fields - set(nsa_jax.NSACore.__dataclass_fields__)
+    assert not (set(INSTEAD) - {"window"} - of_layers) & fields
     assert nsa_jax.FullAttention(**HEADS, window=3).window == 3
     with pytest.raises(ValueError, match=r"window = 3: expected config=NSAConfig"):
         nsa_jax.NSAttention(**HEADS, window=3)
