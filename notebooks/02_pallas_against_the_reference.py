@@ -256,8 +256,8 @@ figure
 #
 # These figures were **not** measured here. They are the recorded results of `python -m pallas_kernels.benchmarks` on
 # one H100 80GB, which come with the package: 64 query heads, 4 key/value heads of size 128, the paper's sizes,
-# bfloat16, batch 1. They time the Triton kernels with all branches, scoring, selection and gates, against cuDNN's
-# dense attention in the same run.
+# bfloat16, batch 1. They time the kernels that the library chooses by itself, with all branches, scoring, selection and
+# gates, against cuDNN's dense attention in the same run.
 
 # %%
 import json
@@ -266,14 +266,13 @@ import pallas_kernels.benchmarks
 from pallas_kernels.benchmarks.plot import describe, draw
 
 results = Path(pallas_kernels.benchmarks.__file__).parent / "results"
-records = [json.loads((results / f"nsa{name}_h100.json").read_text()) for name in ("", "_128k", "_256k")]
-recorded = [row for record in records for row in record["rows"]]
-draw(recorded, "recorded: " + describe(records[0]))
+record = json.loads((results / "nsa_h100.json").read_text())
+draw(record["rows"], "recorded: " + describe(record))
 
 # %%
-by_length = {(row["T"], row["op"], row["selection"]): row for row in recorded}
+by_length = {(row["T"], row["op"], row["selection"]): row for row in record["rows"]}
 print("recorded on an H100: dense / NSA (random selection), how many times as fast; GiB forward and backward")
-for T in sorted({row["T"] for row in recorded if row["op"] == "dense"}):
+for T in sorted({row["T"] for row in record["rows"] if row["op"] == "dense"}):
     full, ours = by_length[T, "dense", None], by_length[T, "nsa", "random"]
     forward = full["forward_ms"]["median"] / ours["forward_ms"]["median"]
     backward = full["backward_ms"] / ours["backward_ms"]
@@ -283,8 +282,8 @@ for T in sorted({row["T"] for row in recorded if row["op"] == "dense"}):
     )
 
 # %% [markdown]
-# On that card the curves cross between 8k and 16k tokens. Below that, dense attention is faster. To measure your own
-# GPU:
+# On that card, with a random selection, the forward curves cross between 8k and 16k tokens, and the backward curves
+# between 4k and 8k. Below that, dense attention is faster. To measure your own GPU:
 #
 #     python -m pallas_kernels.benchmarks --lengths 8192 16384 32768 65536 --ops nsa dense --out results
 

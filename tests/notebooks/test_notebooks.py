@@ -234,3 +234,14 @@ def test_notebook_equals_its_text_form_and_shows_its_outputs(text):
     assert not any(output.output_type == "error" for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
     assert os.path.getsize(path) < LARGEST
+
+
+def test_recorded_results_are_shown_as_they_are_now(capsys):
+    """By the cells of notebook 02 that read a file, which a new measurement replaces."""
+    notebook = nbformat.read(ROOT / "notebooks" / "02_pallas_against_the_reference.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and 'record["rows"]' in cell.source]
+    namespace = {"Path": Path}
+    for cell in cells:
+        exec(cell.source, namespace)
+    stored = [output.text for cell in cells for output in cell.outputs if output.output_type == "stream"]
+    assert capsys.readouterr().out == "".join(stored) != ""
