@@ -14,6 +14,8 @@ def read(source: Path) -> Pretrained:
     """
     if source.is_dir():
         return hugging_face.read(source)
+    if source.suffix == ".safetensors" and source.is_file():
+        raise ValueError(f"source = {source}: expected the folder around it, with config.json and tokenizer.json")
     if source.is_file():
         return gguf_file.read(source)
     raise ValueError(

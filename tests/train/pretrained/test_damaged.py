@@ -244,6 +244,8 @@ def test_import_refuses_what_it_cannot_read_and_leaves_nothing(tmp_path, folder,
     assert "hidden_act = 'relu': expected 'silu'" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "none"), "--out", str(run)]) == 2
     assert "expected a Hugging Face folder or a GGUF file, and there is nothing. A model" in capsys.readouterr().err
+    assert main(["import", str(where / "model.safetensors"), "--out", str(run)]) == 2
+    assert "model.safetensors: expected the folder around it, with config.json" in capsys.readouterr().err
     assert not run.exists()
     assert main(["import", str(where), "--out", str(where)]) == 2
     assert f"out = {where}: expected a folder that is empty or not there yet" in capsys.readouterr().err
