@@ -39,5 +39,8 @@ def import_model(arguments: Arguments) -> None:
         f"{arguments.out}: {family}, attention = {model.attention_name}, {model.num_layers} layers of "
         f"{model.embed_dim}, {pretrained.context_length} tokens of context"
     )
-    print("chat template: " + ("none" if pretrained.chat_template is None else "its own, which generate --chat uses"))
+    template = "none: generate --chat writes the trainer's, which this model was not trained with"
+    if pretrained.chat_template is not None:
+        template = "its own, which generate --chat uses"
+    print(f"chat template: {template}")
     print(f"train on from it: python -m train {arguments.out} --run-dir NEW")

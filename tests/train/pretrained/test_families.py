@@ -94,11 +94,15 @@ def test_a_template_that_refuses_a_conversation_says_why(tmp_path):
             wrong.render([Message("system", "a")])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3"])
-def test_an_import_is_a_run_that_generates_as_the_whole_model_would(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "template"), [("qwen2", "its own"), ("llama3", "none: generate --chat writes the trainer's")]
+)
+def test_an_import_is_a_run_that_generates_as_the_whole_model_would(name, template, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["import", str(MODELS / name), "--out", str(run)]) == 0
-    assert "2 layers of 32, 64 tokens of context" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 layers of 32, 64 tokens of context" in printed
+    assert f"chat template: {template}" in printed
     shutil.move(run, tmp_path / "moved")
     saved = load_model(tmp_path / "moved")
     assert_same(saved.params, parameters_of(read(MODELS / name)))
