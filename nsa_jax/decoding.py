@@ -12,6 +12,7 @@ Lengths are data. A row that outgrows its cache therefore raises an error only o
 do not fit are dropped without a message, so the caller has to count on the host.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -100,8 +101,16 @@ def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: A
     return _placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
 
 
-def full_layer_cache(config: LayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
-    """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
+def full_layer_cache(
+    config: LayerConfig, *, dtype: DTypeLike | None = None, kv_dtype: None = None, **sizes: Any
+) -> DenseCache:
+    """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`.
+
+    Raises:
+      ValueError: a `kv_dtype` is given, which only the pages of an `NSACache` have.
+    """
+    if kv_dtype is not None:
+        raise ValueError(f"kv_dtype = {arguments.shown(kv_dtype)}: expected None, as full attention has no such cache")
     return _placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
 
 
@@ -418,7 +427,7 @@ def _append(
         new = [Heads(x.reshape(*x.shape[:2], -1)) for x in kv]
         if config.compression != "mean":
             finished = _finished(weights, (kv.cmp_k, kv.cmp_v), cache, positions, config)
-    places = Places(*cache[: len(Places._fields)])
+    places = Places._make(cache[: len(Places._fields)])
     gates = tokens.gates if isinstance(tokens.gates, Gates) else None
     inputs = (given, *new, *finished, rotation, gates, places, cache.lengths, num_tokens, cache.block_tables)
     implementation = choice.implementation_with("append_tokens", config.implementation)
@@ -478,13 +487,16 @@ def _attend_continuing(
 
     compressed = next_compressed(after.lengths, config.config)
 
+    def pages(pools: tuple[Any, Any], table: Array, held: Array) -> tuple[Array, ...]:
+        return tuple(read_pages(pool, table[None], held[None]).astype(q.dtype) for pool in pools)
+
     def one_row(row: tuple[Array, ...]) -> tuple[Array, Array | None, Array]:
         q, offset, length, finished, table = row
-        k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
+        k, v = pages((after.cmp_k, after.cmp_v), table, finished)
         o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
         if not config.config.num_selected:
             return o_cmp[0], None, jnp.zeros((k.shape[2], T, 0), jnp.int32)
-        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
+        keys, values = pages((after.slc_k, after.slc_v), table, length)
         block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
         o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
         return o_cmp[0], o_slc[0], block_indices[0]
@@ -524,7 +536,8 @@ def _placed(cache: Any, config: HeadConfig) -> Any:
         fitting = (axes if size % devices_along(axes) == 0 else None for axes, size in zip(over, x.shape, strict=False))
         return place(x, PartitionSpec(*fitting))
 
-    return cache._replace(**{name: put(name, x) for name, x in cache._asdict().items()})
+    placed = {name: jax.tree.map(functools.partial(put, name), x) for name, x in cache._asdict().items()}
+    return cache._replace(**placed)
 
 
 def _emptied(cache: Any) -> Any:
