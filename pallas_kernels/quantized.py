@@ -30,6 +30,11 @@ class Quantized(NamedTuple):
         return self.values.dtype
 
 
+def head_bytes(head_dim: int) -> int:
+    """Bytes of a head in 8 bits, with its factor."""
+    return head_dim + 4
+
+
 def scale_of(largest: Any) -> Any:
     """The factors of heads with these largest magnitudes."""
     return largest / MOST

@@ -19,7 +19,7 @@ from typing import Protocol
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, head_bytes
 
 
 class Decode(Protocol):
@@ -46,13 +46,25 @@ class Decode(Protocol):
 
 
 def bytes_read(
-    T: int, config: Sizes, *, num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, dense: bool = False
+    T: int,
+    config: Sizes,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    itemsize: int,
+    dense: bool = False,
+    quantized: bool = False,
 ) -> int:
     """Bytes of keys and values that one step of one row must read from a cache of T tokens.
 
     Every compressed token, `num_selected` blocks and the window, or all that there is where the cache is shorter;
-    dense attention reads all T tokens.
+    dense attention reads all T tokens. If the pools are `quantized`, the window is still of items of `itemsize`.
     """
+    exact = (head_dim + v_head_dim) * itemsize
+    if dense:
+        return num_kv_heads * T * exact
     compressed = max(0, (T - config.compress_block) // config.compress_stride + 1)
-    sparse = compressed + min(T, config.num_selected * config.select_block) + min(T, config.window)
-    return num_kv_heads * (T if dense else sparse) * (head_dim + v_head_dim) * itemsize
+    paged = compressed + min(T, config.num_selected * config.select_block)
+    of_pages = head_bytes(head_dim) + head_bytes(v_head_dim) if quantized else exact
+    return num_kv_heads * (paged * of_pages + min(T, config.window) * exact)

@@ -188,6 +188,8 @@ def test_a_step_reads_the_keys_that_it_attends_to_and_a_dense_one_all():
         keys = compressed + min(T, 4 * 16) + min(T, 20)
         assert bytes_read(T, SMALL, **sizes) == bytes_read(T, SMALL, **sizes, dense=False) == keys * 2 * (32 + 16) * 2
         assert bytes_read(T, SMALL, **sizes, dense=True) == T * 2 * (32 + 16) * 2
+        in_8_bits = (compressed + min(T, 4 * 16)) * 2 * (32 + 4 + 16 + 4) + min(T, 20) * 2 * (32 + 16) * 2
+        assert bytes_read(T, SMALL, **sizes, quantized=True) == in_8_bits
 
 
 @pytest.mark.parametrize("batch", [1, 20, 300])

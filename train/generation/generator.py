@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.cache import put_row, take_row
+from train.config import KVDtype
 from train.data.tokenizer import UNFINISHED, Tokenizer
 from train.generation.drafts import repeat
 from train.generation.sampling import Draw, Sampling, check, sample
@@ -95,6 +96,7 @@ class Generator:
       stride: decoding steps of one call of `step`, in one program. Requests join between two calls.
       drafts: tokens that a decoding step verifies besides the one that it is given, and of which it keeps those that
         the model would have sampled. They are what followed the last tokens where these stood before in the request.
+      kv_dtype: "int8" for a cache of half the bytes; None: that of the model's computation.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Generator:
         chunk: int = 64,
         stride: int = 8,
         drafts: int = 0,
+        kv_dtype: KVDtype | None = None,
     ):
         sizes = (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2), ("stride", stride, 1))
         for name, value, least in (*sizes, ("drafts", drafts, 0)):
@@ -119,7 +122,8 @@ class Generator:
         self._most = stride * (1 + drafts)  # tokens that a request can get in one call
         seen, ends = jnp.zeros((2, slots, model.vocab_size), bool)
         history = jnp.zeros((slots, max_length if drafts else 0), jnp.int32)
-        caches = init_caches(model.config, batch_size=slots, max_length=max_length, step_tokens=1 + drafts)
+        lengths = {"max_length": max_length, "step_tokens": 1 + drafts}
+        caches = init_caches(model.config, batch_size=slots, **lengths, kv_dtype=kv_dtype)
         self._rows = Rows(caches, seen, ends, history)
         self._running: list[_Request | None] = [None] * slots
         self._waiting: collections.deque[_Request] = collections.deque()

@@ -16,7 +16,7 @@ from nsa_jax.cache import Cache
 from nsa_jax.layer import JOINED
 from nsa_jax.one_row import multiply_rows, rms_norm
 from pallas_kernels.one_row_product.contract import Norm
-from train.config import ModelConfig, MoEConfig
+from train.config import KVDtype, ModelConfig, MoEConfig
 from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
 from train.model.auxiliary import DRAWS, LOSSES
@@ -198,7 +198,14 @@ def layer_stacks(config: ModelConfig) -> dict[str, Stack]:
     return {**stacks, "layers": Stack(group, (config.num_layers - dense) // period)}
 
 
-def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_tokens: int = 1) -> Caches:
+def init_caches(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    max_length: int,
+    step_tokens: int = 1,
+    kv_dtype: KVDtype | None = None,
+) -> Caches:
     """An empty cache for each layer.
 
     Args:
@@ -206,14 +213,16 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_t
       batch_size: rows.
       max_length: the most tokens a row can hold.
       step_tokens: the most tokens that a step adds to a row: one, and drafts.
+      kv_dtype: in which pages hold keys and values; None: the dtype of the computation.
 
     Raises:
-      ValueError: a kind of attention of the model has no cache.
+      ValueError: a kind of attention of the model has no cache, or none of this `kv_dtype`.
     """
     for kind in config.attention_of_layers:
         if not attention_kind(kind).decodes:
             raise ValueError(f"model.attention = {kind}: expected a kind that decodes; this one is for training only")
-    sizes = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
+    sizes["kv_dtype"] = kv_dtype
     attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
     named = zip(config.attention_of_layers, attentions, strict=True)
     return tuple(attention_kind(kind).init_cache(attention, **sizes) for kind, attention in named)

@@ -30,6 +30,8 @@ def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
     assert lines.count("def ") >= 2
     assert main([*arguments, "--drafts", "2"]) == 0
     assert capsys.readouterr().out == lines
+    assert main([*arguments, "--kv-dtype", "int8"]) == 0
+    assert capsys.readouterr().out.count("def ") >= 2
     assert main(["generate", "--run", str(tmp_path / "none")]) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
     for wrong, message in (
@@ -50,7 +52,7 @@ class Answers:
     def __init__(self, answers):
         self.answers, self.asked, self.sizes, self.busy = iter(answers), [], [], False
 
-    def __call__(self, params, model, tokenizer, *, slots, max_length, drafts):
+    def __call__(self, params, model, tokenizer, *, slots, max_length, drafts, kv_dtype):
         self.tokenizer = tokenizer
         self.sizes.append(max_length)
         return self

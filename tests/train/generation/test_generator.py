@@ -178,6 +178,22 @@ def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
     jax.tree.map(np.testing.assert_array_equal, rows, expected)
 
 
+def test_a_cache_in_8_bits_takes_most_of_the_likeliest_tokens_and_gives_each_request_the_text_it_gets_alone():
+    params, model = trained()
+    sampling, prompts = dataclasses.replace(GREEDY, max_tokens=40), ["a prompt over some blocks", "def f(x):\n", ""]
+
+    def texts(prompts, **options):
+        generator = Generator(params, model, TOKENIZER, **SIZES, **options)
+        for prompt in prompts:
+            generator.submit(prompt, sampling)
+        return list(finish(generator)[0].values())
+
+    exact, held = texts(prompts), texts(prompts, kv_dtype="int8")
+    assert held == [texts([prompt], kv_dtype="int8", drafts=3)[0] for prompt in prompts]
+    same = [sum(a == b for a, b in zip(x, y, strict=False)) for x, y in zip(exact, held, strict=True)]
+    assert sum(same) > 0.8 * sum(map(len, exact))
+
+
 @SPARSE_OR_RING
 def test_drafts_change_nothing_except_how_many_tokens_a_step_finds(attention):
     params, model, rows, *given = rows_to_continue(attention, 0)
