@@ -17,7 +17,7 @@ from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
 from nsa_jax.gating import open_gates
-from nsa_jax.quantization import as_held, dequantize, quantize
+from nsa_jax.quantization import as_held, dequantize, quantized_zeros
 from nsa_jax.rope import rotate_pairs
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.quantized import Quantized
@@ -144,7 +144,7 @@ def init_nsa_cache(
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
 
     def pages(*shape: int) -> list[Any]:
-        return [quantize(x) for x in zeros(*shape)] if quantizes else zeros(*shape)
+        return [quantized_zeros((*shape, D), dtype) for D in (Dk, Dv)] if quantizes else zeros(*shape)
 
     slc_k, slc_v = pages(P if config.num_selected else 0, num_kv_heads, config.select_block)
     cmp_k, cmp_v = pages(P, num_kv_heads, config.select_block // config.compress_stride)

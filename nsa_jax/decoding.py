@@ -102,7 +102,7 @@ def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: A
 
 
 def full_layer_cache(
-    config: LayerConfig, *, dtype: DTypeLike | None = None, kv_dtype: None = None, **sizes: Any
+    config: LayerConfig, *, dtype: DTypeLike | None = None, kv_dtype: DTypeLike | None = None, **sizes: Any
 ) -> DenseCache:
     """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`.
 

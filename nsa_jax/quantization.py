@@ -3,17 +3,22 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from nsa_jax.precision import wide_dtype
 from pallas_kernels.quantized import Quantized, rounded, scale_of
 
 
 def quantize(x: Float[Array, "*N D"]) -> Quantized:
-    """An array in 8 bits, with a factor for each [..., :] of it."""
+    """An array in 8 bits."""
     x = x.astype(wide_dtype(x.dtype))
     scale = scale_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     return Quantized(rounded(x, scale), scale)
+
+
+def quantized_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Quantized:
+    """Zeros in 8 bits, for arrays of a dtype."""
+    return Quantized(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), wide_dtype(dtype)))
 
 
 def dequantize(x: Float[Array, "*N D"] | Quantized) -> Float[Array, "*N D"]:

@@ -27,7 +27,7 @@ from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
 from pallas_kernels.decode_attention.step import Step
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import MOST, Quantized
 from pallas_kernels.triton.heads import SMALLEST_SIDE, accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
@@ -135,8 +135,10 @@ def _attend(carry: Any, s: Any, visible: Any, v: _Heads, step: Step) -> tuple[An
     m, total, acc = carry
     s = jnp.where(visible, s, -jnp.inf)
     p, m, total, decay = softmax_step(s, m, total, step.problem.scale_log2, step.problem.interpret)
-    weights = p if v.scale is None else p * v.scale[None, :]
-    return m, total, accumulate(acc, weights, v.pieces, decay)
+    if v.scale is None:
+        return m, total, accumulate(acc, p, v.pieces, decay)
+    # The largest magnitude of a value, as 16 bits may not hold a factor that is 127 times less.
+    return m, total, accumulate(acc, p * (v.scale * MOST)[None, :], v.pieces, decay, factor=1 / MOST)
 
 
 def _rows(pair: Pair, query: Any, group_head: Any, step: Step) -> tuple[Any, Any]:

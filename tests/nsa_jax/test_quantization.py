@@ -60,8 +60,14 @@ def as_read(cache):
     return cache._replace(**{name: dequantize(getattr(cache, name)).astype(dtype) for name in POOLS})
 
 
-@pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "m"),
+    [("reference", 1), ("xla", 3), ("triton", 3), *map(exhaustive, ("reference", "xla", "triton"), (3, 1, 1))],
+)
 def test_decode_attention_is_that_over_what_is_read_and_near_that_over_an_exact_cache(implementation, m):
     sizes = {"num_kv_heads": 2, "head_dim": 32, "v_head_dim": 16}
     inputs = random_inputs(jax.random.key(1), CONFIG, T=T, num_heads=4, **sizes)
@@ -126,7 +132,7 @@ def calls(layer, params):
     return [jax.jit(functools.partial(layer.apply, params, **each)) for each in options]
 
 
-@pytest.mark.parametrize("fields", [{}, {"compression": "mlp", "share_kv": False}])
+@pytest.mark.parametrize("fields", [{}, exhaustive({"compression": "mlp", "share_kv": False})])
 def test_ragged_prefill_chunks_and_steps_are_near_the_whole_forward_pass(fields):
     layer, params, x, y = case(**fields)
     prefill, chunk, step = calls(layer, params)
@@ -170,7 +176,7 @@ def test_drafts_that_are_taken_back_and_other_rows_leave_no_trace():
     assert_trees_close(step(tokens, together)[0][0], after[1][0], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton", "reference"])
+@pytest.mark.parametrize("implementation", ["triton", exhaustive("reference")])
 def test_steps_of_every_implementation_write_and_read_alike(implementation):
     layer, params, x, _ = case()
     prefill, _, _ = calls(layer, params)
@@ -247,7 +253,7 @@ def test_full_attention_and_caches_that_do_not_fit_are_refused_by_name():
         decode_attention(jnp.ones((3, 1, 4, 32)), cache, jnp.ones((3, 1, 4, 3)), cache.lengths, config=CONFIG)
 
 
-@pytest.mark.parametrize("axes", [{}, {"batch_axes": ("data",), "head_axes": ("heads",)}])
+@pytest.mark.parametrize("axes", [exhaustive({}), {"batch_axes": ("data",), "head_axes": ("heads",)}])
 def test_caches_in_8_bits_are_split_over_devices(axes):
     layer, params, x, _ = case()
     x = jnp.concatenate([x, x[:1]])

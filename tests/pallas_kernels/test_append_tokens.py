@@ -236,7 +236,7 @@ def test_every_place_holds_what_the_contract_says(backend, name):
     check(append, APPENDS[name], jnp.float32, 2e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.exhaustive), "xla", "triton"])
 @pytest.mark.parametrize("name", IN_8_BITS)
 def test_every_place_in_8_bits_holds_what_the_contract_says(backend, name):
     append = backends.get(backend).append_tokens if backend != "triton" else cases.function(backend, "append_tokens")

@@ -177,7 +177,13 @@ def test_equals_the_reference_on_whole_rows(backend, name):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["drafts, group of 3, odd heads", "blocks of no power of two, 192 and 128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drafts, group of 3, odd heads",
+        pytest.param("blocks of no power of two, 192 and 128", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_cache_in_8_bits_is_read_as_the_reference_reads_it(name):
     check("triton", STEPS[name], jnp.float32, 2e-6, quantized=True)
 

@@ -39,6 +39,7 @@ def test_decoding_writes_a_row_for_each_attention_and_batch(tmp_path, small):
     assert main(["benchmark", "decoding", "--preset", small, "--profile"]) == 2
 
 
+@pytest.mark.exhaustive
 def test_caches_in_8_bits_are_smaller_and_read_for_less_and_only_nsa_has_them(tmp_path, small):
     options = {"preset": small, "context": 128, "batches": (1,), "steps": 2, "attentions": ("nsa",)}
     rows = []
