@@ -18,6 +18,7 @@ import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
 from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
 from nsa_jax.one_row import Norm, rms_norm
+from nsa_jax.quantization import dequantize
 from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs, tolerance_of
 
 CONFIG = NSAConfig(
@@ -218,7 +219,7 @@ def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
     assert_trees_close(cache, plain, 1e-5)
 
 
-def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
+def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length, kv_dtype=None):
     """Outputs of steps after a prompt of T tokens, one step after the other in one program, and the cache."""
     heads = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 64}
     layer = nsa_jax.NSAttention(**heads, dtype=dtype, implementation=implementation)
@@ -236,7 +237,7 @@ def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
 
     prefill = functools.partial(layer.clone(implementation="xla").apply, method="prefill")
     counts = jnp.array([T, T - 5])
-    cache = layer.init_cache(batch_size=2, max_length=max_length)
+    cache = layer.init_cache(batch_size=2, max_length=max_length, kv_dtype=kv_dtype)
     _, cache = jax.jit(prefill)({"params": params}, x[:, :T], cache, num_tokens=counts)
     cache, outputs = run(variables, cache)
     return outputs, cache
@@ -251,6 +252,20 @@ def test_steps_of_kernels_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
         expected = steps_in_a_loop("xla", dtype, joins=False, **sizes)
     assert_trees_close(actual[0], expected[0], tolerance_of(dtype))
     assert_trees_close(actual[1], expected[1], tolerance_of(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_over_a_cache_in_8_bits_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
+    """Up to numbers between two of 8 bits, which may go to either."""
+    sizes = {"T": 900, "steps": 70, "max_length": 1024, "kv_dtype": "int8"}
+    with jax.default_matmul_precision("highest"):
+        actual, cache = steps_in_a_loop("triton", dtype, joins=True, **sizes)
+        expected, plain = steps_in_a_loop("xla", dtype, joins=False, **sizes)
+    assert_trees_close(actual, expected, 1e-2)
+    for name in POOLS:
+        read, wanted = (dequantize(getattr(each, name)) for each in (cache, plain))
+        assert normwise_error(read, wanted) < 1e-2, name
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 17])

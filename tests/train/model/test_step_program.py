@@ -20,7 +20,7 @@ from train.model.transformer import Transformer, decoding_parameters, extend, in
 ATTENTION = ("first", "importance", "choose", "selected", "join")
 
 
-def operations(layers: int, rows: int, **fields) -> collections.Counter:
+def operations(layers: int, rows: int, kv_dtype=None, **fields) -> collections.Counter:
     """Operations of a step, calls counted as often as they are made, and kernels by their names."""
     config = ModelConfig(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", **fields)
 
@@ -29,7 +29,7 @@ def operations(layers: int, rows: int, **fields) -> collections.Counter:
         return decoding_parameters(nn.meta.unbox(Transformer(config, 258).init(key, tokens)["params"]), config)
 
     params = jax.eval_shape(initial, jax.random.key(0))
-    caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096))
+    caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096, kv_dtype=kv_dtype))
     tokens, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
 
     def step(params, tokens, caches, counts):
@@ -55,10 +55,18 @@ def operations_of(text: str) -> collections.Counter:
 
 # Of queries, keys, values and gates; the output; SwiGLU's two; with weights in phi, its own and the gates' second.
 @pytest.mark.parametrize(
-    ("rows", "compression", "share_kv", "products"), [(1, "mean", True, 4), (2, "mean", True, 4), (2, "mlp", False, 11)]
+    ("rows", "compression", "share_kv", "products", "kv_dtype"),
+    [
+        (1, "mean", True, 4, None),
+        (2, "mean", True, 4, None),
+        (2, "mean", True, 4, "int8"),
+        (2, "mlp", False, 11, None),
+    ],
 )
-def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(rows, compression, share_kv, products):
-    fields = {"compression": compression, "share_kv": share_kv}
+def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(
+    rows, compression, share_kv, products, kv_dtype
+):
+    fields = {"compression": compression, "share_kv": share_kv, "kv_dtype": kv_dtype}
     layer = operations(2, rows, **fields) - operations(1, rows, **fields)
     in_kernels = 4 if rows == 1 else 0  # products with parameters, of one row
     kernels = {"append_tokens": 1, **{f"decode_attention_{name}": 1 for name in ATTENTION}}
