@@ -14,6 +14,7 @@ from nsa_jax import NSAConfig, backends
 from nsa_jax.quantization import dequantize, quantize
 from nsa_jax.testing import tolerance_of
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.triton.tiles import AppendTile
 from tests.pallas_kernels import cases
 
 SMALL = NSAConfig(8, 4, 16, 4, 1, 2, 20)
@@ -241,6 +242,11 @@ def test_every_place_holds_what_the_contract_says(backend, name):
 def test_every_place_in_8_bits_holds_what_the_contract_says(backend, name):
     append = backends.get(backend).append_tokens if backend != "triton" else cases.function(backend, "append_tokens")
     check_in_8_bits(append, APPENDS[name], jnp.float32, 2e-6)
+
+
+def test_gates_may_be_opened_by_other_chunks():
+    append = functools.partial(cases.function("triton", "append_tokens"), tile=AppendTile(32, 8))
+    check(append, APPENDS["rotated drafts, odd heads"], jnp.float32, 2e-6)
 
 
 def programs() -> list[Any]:

@@ -146,8 +146,10 @@ def expected(step: Step, given: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(o), np.asarray(indices)
 
 
-def check(backend: str, step: Step, dtype: Any, tolerance: float, quantized: bool = False) -> tuple[Any, Any]:
-    decode = functools.partial(cases.function(backend, "decode_attention"), **step.options)
+def check(
+    backend: str, step: Step, dtype: Any, tolerance: float, quantized: bool = False, **tile: DecodeTile
+) -> tuple[Any, Any]:
+    decode = functools.partial(cases.function(backend, "decode_attention"), **step.options, **tile)
     given = in_8_bits(inputs(step, dtype)) if quantized else inputs(step, dtype)
     run = functools.partial(jax.jit(decode), *given.arguments(dtype))
     o, indices = run()
@@ -186,6 +188,10 @@ def test_equals_the_reference_on_whole_rows(backend, name):
 )
 def test_a_cache_in_8_bits_is_read_as_the_reference_reads_it(name):
     check("triton", STEPS[name], jnp.float32, 2e-6, quantized=True)
+
+
+def test_triton_decodes_with_a_tile_of_ones_own():
+    check("triton", STEPS["few blocks, group of 16"], jnp.float32, 2e-6, tile=DecodeTile(16, 2, chunk=32))
 
 
 def test_a_step_reads_the_keys_that_it_attends_to_and_a_dense_one_all():

@@ -17,7 +17,7 @@ from tests.pallas_kernels import cases
 from train.config import ModelConfig
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches
 
-ATTENTION = ("first", "importance", "choose", "selected", "join")
+ATTENTION = ("first", "importance", "selected", "join")
 
 
 def operations(layers: int, rows: int, kv_dtype=None, **fields) -> collections.Counter:
