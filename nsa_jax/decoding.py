@@ -12,26 +12,19 @@ Lengths are data. A row that outgrows its cache therefore raises an error only o
 do not fit are dropped without a message, so the caller has to count on the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
-from nsa_jax.attention import (
-    BranchKV,
-    compressed_attention,
-    decode_attention,
-    nsa_attention,
-    select_blocks,
-    selected_attention,
-    window_attention,
-)
-from nsa_jax.backends import choice
+from nsa_jax.attention import BranchKV, decode_attention, nsa_attention, score_scale, window_attention
+from nsa_jax.backends import choice, whole
 from nsa_jax.cache import (
     POOLS,
     DenseCache,
@@ -50,7 +43,7 @@ from nsa_jax.cache import (
     write_dense_tokens,
     write_nsa_tokens,
 )
-from nsa_jax.config import num_blocks
+from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.core import (
     Branches,
     CoreConfig,
@@ -63,7 +56,7 @@ from nsa_jax.core import (
     products,
     rotated_branches,
 )
-from nsa_jax.dense import causal_attention, dense_attention
+from nsa_jax.dense import causal_attention, dense_attention, on_gpu
 from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
 from nsa_jax.layer import (
     JoinedProducts,
@@ -77,8 +70,8 @@ from nsa_jax.layer import (
     project_dense,
 )
 from nsa_jax.sharding import devices_along, place
-from nsa_jax.visibility import gated_sum
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.differentiable import Positions
 from pallas_kernels.one_row_product.contract import Norm
 
 NumTokens = int | Int[Array, " B"] | None
@@ -129,8 +122,8 @@ def core_prefill(
         `nsa_jax.next_positions`. With a phi that has weights, they must go up by one from token to token of a row, in
         one call and from call to call, because the cache does not keep those of earlier tokens.
       num_tokens: int32 [B] (or one int), how many of the T tokens count. None: all of them.
-      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
-        processes one row after the other, each at its own position.
+      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Rows that all
+        stand at the same position are attended to together, and other rows one after the other.
 
     Returns:
       o [B, T, H, Dv], equal to the same rows of `core_attention` on the whole sequence, and the new cache.
@@ -235,7 +228,7 @@ def full_layer_prefill(
     q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
     cache = write_dense_tokens(before, k, v, counts)
     if continuing:
-        o = _attend_to_dense(q, before, cache, window, config)
+        o = _attend_densely_continuing(q, before, cache, window, config)
     else:
         o = causal_attention(q, k, v, window=window, scale=config.scale)
     return join_heads(o, weights, config), cache
@@ -354,7 +347,7 @@ def _prefill(
     _check_pages(before, config)
     q, new, cache = _take_in(weights, tokens, before, counts, config, continuing=continuing)
     if continuing:
-        o, _ = _attend_continuing(q, new, before, cache, tokens.gates, config)
+        o = _attend_continuing(q, new, before, cache, tokens.gates, config)
     else:
         o = nsa_attention(q, new, tokens.gates, **_op_options(config))
     return o, cache
@@ -455,42 +448,80 @@ def _attend_continuing(
     after: NSACache,
     gates: Float[Array, "B T H 3"],
     config: CoreConfig,
-) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B K T n"]]:
-    """NSA of a chunk that follows the tokens in `before`, and the blocks that it selects.
-
-    For each row, this lays out the row's pages in order and calls the ops for whole sequences with a `query_offset`.
-    """
-    T, w = q.shape[1], config.config.window
-    options = _op_options(config)
-
-    o_win = None
-    if w:
-        # The chunk may have overwritten ring entries that its first queries see. Read them from `before`. Positions
-        # below 0 become a segment of their own, which contains no query.
-        first = before.lengths - (w - 1)
-        keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
-        values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
-        exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
-        o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
-
+) -> Float[Array, "B T H Dv"]:
+    """NSA of a chunk that follows the tokens in `before`: that of whole sequences, over the rows' pages in order."""
+    T, sizes, w = q.shape[1], config.config, config.config.window
+    finished = next_compressed(after.lengths, sizes)
+    # The chunk may have overwritten entries of the ring that its first queries see. Read them from `before`. Nothing
+    # sees the place that is added in front, with which the chunk's queries begin at w.
+    first = before.lengths - (w - 1)
+    ring = ((before.win_k, new.win_k), (before.win_v, new.win_v)) if w else ()
+    near = tuple(
+        jnp.concatenate([jnp.pad(read_ring(old, first, w - 1), ((0, 0), (1, 0), (0, 0), (0, 0))), x], axis=1)
+        for old, x in ring
+    )
+    starts = jnp.broadcast_to(jnp.maximum(w - before.lengths, 0)[:, None], q.shape[:2])
     # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
-    tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
+    tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, sizes))))
 
-    compressed = next_compressed(after.lengths, config.config)
+    def attend(offset: Array, rows: Any) -> Array:
+        q, gates, near, starts, lengths, finished, tables = rows
+        cmp = tuple(read_pages(pool, tables, finished) for pool in (after.cmp_k, after.cmp_v))
+        slc = tuple(read_pages(pool, tables, lengths) for pool in (after.slc_k, after.slc_v) if sizes.num_selected)
+        kv = BranchKV(*cmp, *(slc or near or cmp), *(near or slc or cmp))
+        places = (Positions(None, offset), Positions(starts, w))
+        return whole.nsa_attention(
+            q, kv, gates, *places, config.implementation, config=sizes, scale=score_scale(q, config.scale)
+        )
 
-    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array | None, Array]:
-        q, offset, length, finished, table = row
-        k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
-        o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
-        if not config.config.num_selected:
-            return o_cmp[0], None, jnp.zeros((k.shape[2], T, 0), jnp.int32)
-        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
-        block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
-        o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
-        return o_cmp[0], o_slc[0], block_indices[0]
+    rows = (q, gates, near, starts, after.lengths, finished, tables)
+    return _by_position(attend, before.lengths, rows)
 
-    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, after.lengths, compressed, tables))
-    return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
+
+def _by_position(
+    attend: Callable[[Int[Array, ""], Tree], Array], lengths: Int[Array, " B"], rows: Tree
+) -> Float[Array, "B ..."]:
+    """attend(position, rows), where all rows stand at one position: all at once if they do, or one after the other."""
+
+    def together(lengths: Array, rows: Tree) -> Array:
+        return attend(lengths[0], rows)
+
+    def one_after_the_other(lengths: Array, rows: Tree) -> Array:
+        def one_row(row: tuple[Array, Tree]) -> Array:
+            return attend(row[0], jax.tree.map(lambda x: x[None], row[1]))[0]
+
+        return jax.lax.map(one_row, (lengths, rows))
+
+    if lengths.shape[0] == 1:
+        return together(lengths, rows)
+    if not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        return (together if (known == known[0]).all() else one_after_the_other)(lengths, rows)
+    return jax.lax.cond(jnp.all(lengths == lengths[0]), together, one_after_the_other, lengths, rows)
+
+
+def _attend_densely_continuing(
+    q: Float[Array, "B T H Dk"], before: DenseCache, after: DenseCache, window: int | None, config: LayerConfig
+) -> Float[Array, "B T H Dv"]:
+    """`_attend_to_dense` of a chunk of a prompt.
+
+    On a GPU, XLA would write the scores of all keys for every query. CuDNN's causal attention takes the first query and
+    the first key for the same position. So this is our own window attention there, with a window over all keys.
+    """
+    if window is None and not on_gpu():
+        return _attend_to_dense(q, before, after, window, config)
+    T, S = q.shape[1], after.k.shape[1]
+    sizes = NSAConfig(window=S + T if window is None else window)
+    # Padding of the chunk may lie beyond the cache, so add keys that no query sees.
+    exists = jnp.arange(S + T, dtype=jnp.int32)[None, :] < after.lengths[:, None]
+
+    def padded(x: Array) -> Array:
+        return jnp.where(exists[:, :, None, None], jnp.pad(x, ((0, 0), (0, T), (0, 0), (0, 0))), 0)
+
+    def attend(offset: Array, rows: tuple[Array, ...]) -> Array:
+        return window_attention(*rows, config=sizes, scale=config.scale, query_offset=offset)
+
+    return _by_position(attend, before.lengths, (q, padded(after.k), padded(after.v)))
 
 
 def _attend_to_dense(

@@ -278,6 +278,23 @@ def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, ch
     assert_trees_close(jnp.asarray(written(y, *steps)), y, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["nsa, the paper's layout", "nsa, no window", "nsa, no selection", "full", "window"])
+def test_chunks_of_equal_rows_equal_the_whole_forward_pass(name):
+    layer, variables, x, y = case(name)
+    chunks = jnp.moveaxis(x[:2].reshape(2, 5, 14, E), 1, 0)
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=T))
+
+    @jax.jit
+    def run(variables, chunks, cache):
+        def step(cache, chunk):
+            piece, cache = layer.apply(variables, chunk, cache, continuing=True, method="prefill")
+            return cache, piece
+
+        return jax.lax.scan(step, cache, chunks)[1]
+
+    assert_trees_close(jnp.moveaxis(run(variables, chunks, cache), 0, 1).reshape(2, T, E), y[:2], 1e-5)
+
+
 def filled(kv, raw, lengths, *, step_tokens=1, num_pages=None, tables=None):
     """A cache of which row b holds the first lengths[b] tokens of the one sequence in kv, and otherwise NaN."""
     B = len(lengths)

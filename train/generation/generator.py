@@ -30,6 +30,7 @@ from train.model.transformer import (
 )
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
+SHORTEST_CHUNK = 64  # of a prompt, for the same reason
 LONGEST_CHARACTER = 4  # bytes of UTF-8
 NOT_FORCED = -1  # in place of a token that is forced on a request
 
@@ -91,7 +92,8 @@ class Generator:
       tokenizer: whose tokens the model was trained on.
       slots: requests that run at a time.
       max_length: the most tokens of a request: beginning of text, prompt and continuation.
-      chunk: tokens of a prompt that are processed at a time.
+      chunk: the most tokens of a prompt that are processed at a time. What is left of a prompt is padded to a power of
+        two.
       stride: decoding steps of one call of `step`, in one program. Requests join between two calls.
       drafts: tokens that a decoding step verifies besides the one that it is given, and of which it keeps those that
         the model would have sampled. They are what followed the last tokens where these stood before in the request.
@@ -105,7 +107,7 @@ class Generator:
         *,
         slots: int,
         max_length: int,
-        chunk: int = 64,
+        chunk: int = 8192,
         stride: int = 8,
         drafts: int = 0,
     ):
@@ -234,11 +236,11 @@ class Generator:
         # Of a prompt of one token nothing is processed, but the slot is emptied.
         for begin in range(0, max(1, len(tokens) - 1), self._chunk):
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
-            padded = np.zeros((1, self._chunk), np.int32)
+            size = max(SHORTEST_CHUNK, 1 << max(0, len(part) - 1).bit_length())
+            padded = np.zeros((1, min(size, self._chunk)), np.int32)
             padded[0, : len(part)] = part
-            caches = _prefill_slot(
-                self._params, caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
-            )
+            counts, options = np.array([len(part)], np.int32), {"model": self._model, "begins": begin == 0}
+            caches = _prefill_slot(self._params, caches, slot, padded, counts, **options)
         self._rows = Rows(caches, *(old.at[slot].set(row) for old, row in zip(rows[1:], new, strict=True)))
 
     def _draw(self) -> Draw:
@@ -456,19 +458,18 @@ def _sample(scores: Float[Array, "B m V"], seen: Bool[Array, "B m V"], draw: Dra
     return sample(scores.reshape(B * m, V), seen.reshape(B * m, V), settings).reshape(B, m)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("model", "begins"), donate_argnames="caches")
 def _prefill_slot(
     params: Any,
     caches: Caches,
     slot: Int[Array, ""],
     tokens: Int[Array, "1 T"],
     count: Int[Array, " 1"],
-    begins: Bool[Array, ""],
     *,
     model: Transformer,
+    begins: bool,
 ) -> Caches:
-    """Adds a chunk of a prompt to one row of the caches."""
+    """Adds a chunk of a prompt to one row of the caches; one that begins the prompt replaces what the row held."""
     one = tuple(take_row(cache, slot) for cache in caches)
-    one = tuple(cache._replace(lengths=jnp.where(begins, 0, cache.lengths)) for cache in one)
-    _, one = extend(params, model.config, tokens, one, num_tokens=count)
+    _, one = extend(params, model.config, tokens, one, num_tokens=count, begins=begins)
     return tuple(put_row(cache, slot, row) for cache, row in zip(caches, one, strict=True))

@@ -100,6 +100,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     verifies: bool = False  # whether several new tokens over a cache are drafts, and not the next chunk of a prompt
+    begins: bool = False  # whether they begin their rows, and what the cache held is forgotten
 
     @nn.compact
     def __call__(
@@ -118,10 +119,10 @@ class Block(nn.Module):
         norm = RMSNorm(config.norm_eps, name="attention_norm").of(x)
         if cache is None:
             x = x + attention(rms_norm(x, norm), segment_ids=segment_ids)
-        elif x.shape[1] == 1 or self.verifies:
+        elif self.verifies or (x.shape[1] == 1 and not self.begins):
             x, cache = attention.decode_step(x, cache, num_tokens=num_tokens, norm=norm)
         else:
-            options = {"num_tokens": num_tokens, "continuing": True}
+            options = {"num_tokens": num_tokens, "continuing": not self.begins}
             attended, cache = attention.prefill(rms_norm(x, norm), cache, **options)
             x = x + attended
         norm = RMSNorm(config.norm_eps, name="mlp_norm").of(x)
@@ -329,6 +330,7 @@ def extend(
     *,
     num_tokens: Int[Array, " B"] | None = None,
     verifies: bool = False,
+    begins: bool = False,
 ) -> tuple[Float[Array, "B T E"], Caches]:
     """Final hidden states of T more tokens of each row, and the caches with them.
 
@@ -343,12 +345,14 @@ def extend(
       num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
         mean nothing. None: all.
       verifies: whether the tokens are one and its drafts, at most the caches' `step_tokens`.
+      begins: whether the tokens are the first of every row, and what the caches held is forgotten. Attention is then
+        that of training, of these tokens alone.
     """
     x = jnp.take(params["embedding"], tokens, axis=0)
     extended: list[Cache] = []
     layers = [layer for stack in layer_stacks(config).values() for layer in stack.layers * stack.groups]
     for layer, block, cache in zip(layers, params["layers"], caches, strict=True):
-        out: Any = Block(layer, verifies).apply({"params": block}, x, cache, None, num_tokens, None)
+        out: Any = Block(layer, verifies, begins).apply({"params": block}, x, cache, None, num_tokens, None)
         x = out[0]
         extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)

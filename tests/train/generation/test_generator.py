@@ -294,7 +294,7 @@ def test_requests_get_the_same_pieces_whatever_the_stride_and_the_drafts():
 
 def test_joining_and_leaving_compile_nothing():
     generator = make()
-    generator.submit("warm", GREEDY)
+    generator.submit("a first and a next chunk", GREEDY)
     finish(generator)
     programs = [generate_module.advance, generate_module._prefill_slot]
     before = [program._cache_size() for program in programs]
@@ -303,6 +303,19 @@ def test_joining_and_leaving_compile_nothing():
         generator.step()
     finish(generator)
     assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_a_prompt_in_chunks_gets_the_text_that_it_gets_whole(attention):
+    prompt = "a prompt of eleven chunks, of which the last one is padded, and as a whole it is padded too"
+    sizes = {"slots": 1, "max_length": 128}
+
+    def text(chunk):
+        generator = Generator(*trained(attention), TOKENIZER, **sizes, chunk=chunk)
+        generator.submit(prompt, Sampling(max_tokens=20, temperature=0))
+        return finish(generator)
+
+    assert text(8) == text(8192)
 
 
 class Scripted(Generator):

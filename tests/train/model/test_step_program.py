@@ -1,4 +1,4 @@
-"""What a decoding step is made of on a GPU that need not be there: few operations that XLA cannot fuse."""
+"""What a decoding step and a prefill are made of on a GPU that need not be there."""
 
 import collections
 import functools
@@ -10,19 +10,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nsa_jax import one_row
+from nsa_jax import BranchKV, NSAConfig, nsa_attention, num_compressed, one_row
 from nsa_jax.testing import normwise_error
 from pallas_kernels.one_row_product.triton import one_row_product
 from tests.pallas_kernels import cases
 from train.config import ModelConfig
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches
 
+NSA = NSAConfig()
 ATTENTION = ("first", "importance", "choose", "selected", "join")
 
 
-def operations(layers: int, rows: int, **fields) -> collections.Counter:
-    """Operations of a step, calls counted as often as they are made, and kernels by their names."""
-    config = ModelConfig(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", **fields)
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+
+
+def operations(layers: int, rows: int, tokens: int = 1, *, begins: bool = False, **fields) -> collections.Counter:
+    """Operations of a step or of a prefill, calls counted as often as they are made, and kernels by their names."""
+    config = ModelConfig(num_layers=layers, dtype="bfloat16", **HEADS | fields)
 
     def initial(key):
         tokens = jnp.zeros((1, 64), jnp.int32)
@@ -30,12 +34,12 @@ def operations(layers: int, rows: int, **fields) -> collections.Counter:
 
     params = jax.eval_shape(initial, jax.random.key(0))
     caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096))
-    tokens, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
+    given, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
 
-    def step(params, tokens, caches, counts):
-        return extend(params, config, tokens, caches, num_tokens=counts)
+    def step(params, given, caches, counts):
+        return extend(params, config, given, caches, num_tokens=counts, begins=begins)
 
-    return operations_of(cases.lower("NVIDIA H100", step, params, tokens, caches, counts))
+    return operations_of(cases.lower("NVIDIA H100", step, params, given, caches, counts))
 
 
 def operations_of(text: str) -> collections.Counter:
@@ -71,6 +75,64 @@ def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(rows
         assert layer["gather"] == 0
         assert layer["concatenate"] == 0
         assert layer["reduce"] == (0 if in_kernels else 2)  # the two norms
+
+
+def kernels_of(found: collections.Counter) -> collections.Counter:
+    begins = ("compressed_attention", "block_", "selected_attention", "window_attention")
+    return collections.Counter({name: count for name, count in found.items() if name.startswith(begins)})
+
+
+LONG = {"num_heads": 16, "num_kv_heads": 1, "head_dim": 128}
+
+
+def of_training(rows: int, queries: int, keys: int) -> collections.Counter:
+    """Kernels of the ops for whole sequences, whose queries begin at a position that is found when running."""
+
+    def attend(q, k, v, offset):
+        kv = BranchKV(k[:, : num_compressed(keys, NSA)], v[:, : num_compressed(keys, NSA)], k, v, k, v)
+        gates = jnp.ones((*q.shape[:3], 3))
+        return nsa_attention(q, kv, gates, config=NSA, query_offset=offset if queries < keys else 0)
+
+    shapes = ((rows, queries, 16, 128), *[(rows, keys, 1, 128)] * 2)
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    text = cases.lower("NVIDIA H100", attend, *arrays, jax.ShapeDtypeStruct((), jnp.int32))
+    return kernels_of(operations_of(text))
+
+
+def test_rows_at_one_position_are_prefilled_in_one_call_of_the_ops_for_whole_sequences():
+    alone, two = (operations(1, rows, 2048, **LONG) for rows in (1, 2))
+    assert kernels_of(alone) == of_training(1, 2048, 4096 + 2048)
+    assert alone["while"] == 0
+    # Of two rows a program has both ways, and takes one of them when it runs.
+    assert kernels_of(two) == kernels_of(alone) + of_training(2, 2048, 4096 + 2048)
+    assert two["while"] == 1  # over rows that stand at different positions
+
+
+def test_a_prompt_from_its_beginning_is_attended_to_as_in_training():
+    found = operations(1, 2, 2048, begins=True, **LONG)
+    assert kernels_of(found) == of_training(2, 2048, 2048)
+    assert found["while"] == 0
+
+
+@pytest.mark.parametrize("attention", ["full", "window"])
+def test_a_chunk_of_dense_attention_is_a_kernel_too(attention):
+    alone, two = (operations(1, rows, 2048, attention=attention, **LONG) for rows in (1, 2))
+    assert kernels_of(alone) == {"window_attention_forward": 1}
+    assert kernels_of(two) == {"window_attention_forward": 2}  # both ways
+    assert alone["while"] == alone["case"] == 0
+    assert two["while"] == two["case"] == 1
+
+
+def test_full_attention_takes_a_prompt_from_its_beginning_to_cudnn(monkeypatch):
+    taken = []
+
+    def recorded(q, k, v, **options):
+        taken.append((options["implementation"], options["is_causal"], options["mask"], q.shape[1], k.shape[1]))
+        return jnp.zeros_like(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    operations(1, 2, 2048, begins=True, attention="full", **LONG)
+    assert set(taken) == {("cudnn", True, None, 2048, 2048)}
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
