@@ -10,8 +10,16 @@ generation. If the cache is donated, XLA updates it in place.
 
 Lengths are data. A row that outgrows its cache therefore raises an error only outside `jit`. Inside `jit`, tokens that
 do not fit are dropped without a message, so the caller has to count on the host.
+
+On a mesh, each device works on its own rows and K/V heads, and nothing of a cache is communicated. Of n devices along
+`batch_axes`, device i then holds the i-th part of the rows and the i-th part of the pages. The block tables of a row
+must name pages of its part, as those of a contiguous cache do: the outputs of a row that holds tokens in other pages
+are NaN. If n does not divide the rows, or the pages, XLA splits the rows as it can. If the devices along `head_axes` do
+not divide the K/V heads, each of them works on all heads.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -57,7 +65,7 @@ from nsa_jax.core import (
     rotated_branches,
 )
 from nsa_jax.dense import causal_attention, dense_attention, on_gpu
-from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
+from nsa_jax.explicit import split_like, split_of
 from nsa_jax.layer import (
     JoinedProducts,
     LayerConfig,
@@ -69,20 +77,21 @@ from nsa_jax.layer import (
     project_branches,
     project_dense,
 )
-from nsa_jax.sharding import devices_along, place
+from nsa_jax.sharding import devices_along, free_axes, on_devices, place
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.differentiable import Positions
 from pallas_kernels.one_row_product.contract import Norm
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
+AnyCache = TypeVar("AnyCache", NSACache, DenseCache)
 
 
 def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
     """An empty cache for a core or a layer.
 
-    On a mesh with Explicit axes, rows are split over the layer's `batch_axes` and heads over its `head_axes`, where
-    these divide them. Every device then has all pages, of its heads. Prefill and steps keep the split of a cache.
+    On a mesh, rows and pages are split over the layer's `batch_axes` and heads over its `head_axes`, where these divide
+    them. Prefill and steps keep the split of a cache. See the module's docstring for what that asks of block tables.
 
     Args:
       config: of the layer.
@@ -225,12 +234,16 @@ def full_layer_prefill(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache if continuing else _emptied(cache), DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
-    cache = write_dense_tokens(before, k, v, counts)
-    if continuing:
-        o = _attend_densely_continuing(q, before, cache, window, config)
-    else:
-        o = causal_attention(q, k, v, window=window, scale=config.scale)
+    heads = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
+
+    def attend(_: Any, heads: Any, before: DenseCache, counts: Array, config: LayerConfig) -> tuple[Array, DenseCache]:
+        q, k, v = heads
+        cache = write_dense_tokens(before, k, v, counts)
+        if continuing:
+            return _attend_densely_continuing(q, before, cache, window, config), cache
+        return causal_attention(q, k, v, window=window, scale=config.scale), cache
+
+    o, cache = _on_devices(attend, {}, heads, before, counts, config)
     return join_heads(o, weights, config), cache
 
 
@@ -251,12 +264,16 @@ def full_layer_decode_step(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
-    q, k, v = project_dense(product, weights, _positions(before, x, positions), config)
-    cache = write_dense_tokens(before, k, v, counts)
-    if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
-    else:
-        o = _attend_to_dense(q, before, cache, window, config)
+    heads = project_dense(product, weights, _positions(before, x, positions), config)
+
+    def attend(_: Any, heads: Any, before: DenseCache, counts: Array, config: LayerConfig) -> tuple[Array, DenseCache]:
+        q, k, v = heads
+        cache = write_dense_tokens(before, k, v, counts)
+        if q.shape[1] == 1 and window is None:
+            return dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale), cache
+        return _attend_to_dense(q, before, cache, window, config), cache
+
+    o, cache = _on_devices(attend, {}, heads, before, counts, config)
     return join_heads(o, weights, config, None if norm is None else x), cache
 
 
@@ -318,9 +335,11 @@ def _projected(
     x, weights = layer_inputs(x, parameters, config)
     product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
     shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
-    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
+    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays, and so
+    # does a split over devices.
     alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)
-    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself:
+    on_one_device = devices_along(config.batch_axes) * devices_along(config.head_axes) == 1
+    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself and on_one_device:
         q, k, v = project_branches(cast(Any, product.heads), weights, config)
         g = _gates_to_open(product, weights, config) or gates(product, weights, shape, config)
     else:
@@ -342,15 +361,16 @@ def _prefill(
     weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig, continuing: bool
 ) -> tuple[Float[Array, "B T H Dv"], NSACache]:
     """See `core_prefill`."""
-    cache = cache if continuing else _emptied(cache)
-    before, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
-    _check_pages(before, config)
-    q, new, cache = _take_in(weights, tokens, before, counts, config, continuing=continuing)
-    if continuing:
-        o = _attend_continuing(q, new, before, cache, tokens.gates, config)
-    else:
-        o = nsa_attention(q, new, tokens.gates, **_op_options(config))
-    return o, cache
+    cache, counts = _checked(cache if continuing else _emptied(cache), NSACache, tokens.q, tokens.num_tokens, config)
+    _check_pages(cache, config)
+
+    def attend(phi: Any, tokens: Any, before: NSACache, counts: Array, config: CoreConfig) -> tuple[Array, NSACache]:
+        q, new, cache = _take_in(phi, tokens, before, counts, config, continuing=continuing)
+        if continuing:
+            return _attend_continuing(q, new, before, cache, tokens.gates, config), cache
+        return nsa_attention(q, new, tokens.gates, **_op_options(config)), cache
+
+    return _on_devices(attend, _of_phi(weights), tokens._replace(num_tokens=None), cache, counts, config)
 
 
 def _decode_step(
@@ -364,10 +384,17 @@ def _decode_step(
             f"q: {describe(tokens.array)}: expected at most {step_tokens(cache, config.config)} tokens a row, the "
             f"cache's step_tokens; prefill takes more"
         )
-    offsets = cache.lengths
-    q, opened, cache = _append(weights, tokens, cache, counts, config)
-    o, _ = decode_attention(q, cache, opened, offsets, **_op_options(config))
-    return o, cache
+
+    def attend(phi: Any, tokens: Any, before: NSACache, counts: Array, config: CoreConfig) -> tuple[Array, NSACache]:
+        q, gates, cache = _append(phi, tokens, before, counts, config)
+        o, _ = decode_attention(q, cache, gates, before.lengths, **_op_options(config))
+        return o, cache
+
+    return _on_devices(attend, _of_phi(weights), tokens._replace(num_tokens=None), cache, counts, config)
+
+
+def _of_phi(weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: value for name, value in weights.items() if name.startswith("phi_")}
 
 
 def _take_in(
@@ -545,17 +572,112 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
     }
 
 
-def _placed(cache: Any, config: HeadConfig) -> Any:
-    """The cache, split over the Explicit axes of the mesh in context."""
-    if not in_explicit_mesh():
+def _placed(cache: AnyCache, config: HeadConfig) -> AnyCache:
+    """The cache, split over the mesh in context."""
+    over_rows, over_heads = _axes_that_divide(cache, config)
+    splits = _splits_of_cache(cache, (over_rows, over_heads))
+    if not over_rows and cache.lengths.shape[0] % devices_along(config.batch_axes) == 0:  # every device has all pages
+        pools = {name: getattr(splits, name) for name in POOLS if isinstance(splits, NSACache)}
+        splits = _splits_of_cache(cache, (free_axes(config.batch_axes), over_heads))._replace(**pools)
+    return jax.tree.map(place, cache, splits)
+
+
+Axes = tuple[tuple[str, ...], tuple[str, ...]]  # mesh axes that split rows, and those that split heads
+
+
+def _axes_that_divide(cache: NSACache | DenseCache, config: HeadConfig) -> Axes:
+    """The mesh axes of a layer over which the rows (and pages) and the heads of a cache can be split."""
+    pages, heads = cache.cmp_k.shape[:2] if isinstance(cache, NSACache) else cache.k.shape[:3:2]
+    over_rows, over_heads = free_axes(config.batch_axes), free_axes(config.head_axes)
+    rows = devices_along(over_rows)
+    if rows > 1 and (cache.lengths.shape[0] % rows or pages % rows):
+        over_rows = ()
+    return over_rows, over_heads if heads % devices_along(over_heads) == 0 else ()
+
+
+def _splits_of_cache(cache: AnyCache, axes: Axes) -> AnyCache:
+    """How the arrays of a cache are split."""
+    rows, heads = (some or None for some in axes)
+    splits = {name: PartitionSpec(rows) for name in ("lengths", "block_tables")}
+    splits |= {name: PartitionSpec(rows, heads) for name in POOLS}
+    of_fields: Any = (splits.get(name, PartitionSpec(rows, None, heads)) for name in cache._fields)
+    return type(cache)(*of_fields)
+
+
+def _on_devices(
+    attend: Callable[[Any, Any, AnyCache, Int[Array, " B"], Any], tuple[Array, AnyCache]],
+    phi: Mapping[str, Array],
+    tokens: Any,
+    cache: AnyCache,
+    counts: Int[Array, " B"],
+    config: HeadConfig,
+) -> tuple[Float[Array, "B T H Dv"], AnyCache]:
+    """attend(phi, tokens, cache, counts, config), of which each device computes the part of its own rows and heads.
+
+    Args:
+      attend: returns the output and the cache with the new tokens.
+      phi: parameters that all heads share.
+      tokens: a tree of arrays [B, T, heads, ...] and [B, T], of the new tokens.
+      cache: before these tokens.
+      counts: how many of them count.
+      config: of the layer; `attend` gets that of a layer with a device's heads.
+    """
+    axes = rows, heads = _axes_that_divide(cache, config)
+    if not rows + heads:
+        return attend(phi, tokens, cache, counts, config)
+    devices = devices_along(heads)
+    own = dataclasses.replace(
+        config,
+        num_heads=config.num_heads // devices,
+        num_kv_heads=config.num_kv_heads // devices,
+        batch_axes=(),
+        head_axes=(),
+    )
+    # An array that branches share is one argument, so that it stays one.
+    arrays = {id(x): x for x in jax.tree.leaves(tokens)}
+    index = {key: i for i, key in enumerate(arrays)}
+
+    # XLA crashes on JAX 0.11 where one of several arrays has no elements, as those of a branch that is off.
+    empty = {name: x for name, x in cache._asdict().items() if x.size == 0}
+    none: Any = dict.fromkeys(empty)
+    splits = _splits_of_cache(cache, axes)
+    own_shapes = {
+        name: [size // devices_along(over) for size, over in itertools.zip_longest(x.shape, getattr(splits, name))]
+        for name, x in empty.items()
+    }
+
+    def run(phi: Any, arrays: list[Array], cache: Any, counts: Array) -> tuple[Array, Any]:
+        given = jax.tree.map(lambda x: arrays[index[id(x)]], tokens)
+        cache = cache._replace(**{name: jnp.zeros(own_shapes[name], x.dtype) for name, x in empty.items()})
+        after: Any
+        o, after = attend(phi, given, cache if not rows else _with_own_pages(cache, rows), counts, own)
+        if rows and isinstance(cache, NSACache):
+            first = jnp.arange(cache.block_tables.shape[1], dtype=jnp.int32)[None, :] * cache.slc_k.shape[2]
+            elsewhere = (cache.block_tables >= 0) & (after.block_tables < 0) & (first < after.lengths[:, None])
+            o = jnp.where(jnp.any(elsewhere, axis=1)[:, None, None, None], jnp.nan, o)
+            after = after._replace(block_tables=cache.block_tables)
+        return o, after._replace(**none)
+
+    of_rows, of_heads = PartitionSpec(rows or None), PartitionSpec(rows or None, None, heads or None)
+    of_cache = splits._replace(**none)
+    of_arrays = [of_heads if x.ndim == 4 else of_rows for x in arrays.values()]
+    o, after = on_devices(
+        run,
+        (dict(phi), list(arrays.values()), cache._replace(**none), counts),
+        splits=(PartitionSpec(), of_arrays, of_cache, of_rows),
+        results=(of_heads, of_cache),
+        axes=rows + heads,
+    )
+    return o, after._replace(**empty)
+
+
+def _with_own_pages(cache: Any, axes: tuple[str, ...]) -> Any:
+    """A device's part of a cache whose pages are split over mesh axes, with block tables that count its own pages."""
+    if not isinstance(cache, NSACache):
         return cache
-
-    def put(name: str, x: Array) -> Array:
-        over = (None, config.head_axes) if name in POOLS else (config.batch_axes, None, config.head_axes)
-        fitting = (axes if size % devices_along(axes) == 0 else None for axes, size in zip(over, x.shape, strict=False))
-        return place(x, PartitionSpec(*fitting))
-
-    return cache._replace(**{name: put(name, x) for name, x in cache._asdict().items()})
+    pages = cache.cmp_k.shape[0]
+    tables = cache.block_tables - jax.lax.axis_index(axes) * pages
+    return cache._replace(block_tables=jnp.where((tables >= 0) & (tables < pages), tables, -1))
 
 
 def _emptied(cache: Any) -> Any:
