@@ -278,7 +278,14 @@ def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, ch
     assert_trees_close(jnp.asarray(written(y, *steps)), y, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["nsa, the paper's layout", "nsa, no window", "nsa, no selection", "full", "window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nsa, the paper's layout",
+        "window",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("nsa, no window", "nsa, no selection", "full")),
+    ],
+)
 def test_chunks_of_equal_rows_equal_the_whole_forward_pass(name):
     layer, variables, x, y = case(name)
     chunks = jnp.moveaxis(x[:2].reshape(2, 5, 14, E), 1, 0)

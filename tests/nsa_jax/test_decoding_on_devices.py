@@ -100,10 +100,8 @@ def communicated(program):
 
 
 SHOWN = {
-    ("nsa, kernels", (1, 4), AxisType.Auto),
     ("nsa", (2, 2), AxisType.Explicit),
     ("full", (2, 2), AxisType.Auto),
-    ("full", (2, 2), AxisType.Explicit),
 }
 KINDS = (AxisType.Auto, AxisType.Explicit)
 SIZES = ((2, 2), (1, 4), (4, 1), (2, 4))
@@ -131,10 +129,16 @@ def test_only_the_sum_over_heads_is_communicated_and_the_numbers_are_those_of_on
         assert max((count for _, count in found), default=0) <= B // sizes[0] * tokens * E, what
 
 
-def test_without_axes_a_step_of_kernels_gathers_its_cache_so_that_the_test_above_can_fail(monkeypatch):
-    monkeypatch.setitem(AXES, "head_axes", ())
-    _, _, programs = on_mesh("nsa, kernels", AxisType.Auto, (1, 4))
-    assert "all-gather" in {operation for operation, _ in communicated(programs["step"])}
+@pytest.mark.parametrize(("axes", "gathers"), [(AXES, False), ({}, True)])
+def test_a_step_of_kernels_gathers_its_cache_unless_it_is_told_the_axes(axes, gathers):
+    boxed, x, _ = problem("nsa")
+    layer = LAYERS["nsa, kernels"].clone(**axes)
+    mesh = jax.make_mesh((1, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    variables = jax.device_put(nn.unbox(boxed), nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES))
+    with jax.set_mesh(mesh):
+        cache = LAYERS["nsa"].clone(**AXES).init_cache(batch_size=B, max_length=MAX_LENGTH)
+        program = calls(layer)["step"].lower(variables, jnp.asarray(x[:, :1]), cache).compile()
+    assert ("all-gather" in {operation for operation, _ in communicated(program)}) == gathers
 
 
 def test_a_row_whose_pages_another_device_holds_is_nan_and_others_are_unharmed():

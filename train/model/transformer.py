@@ -15,6 +15,7 @@ from nsa_jax import save_attention
 from nsa_jax.cache import Cache
 from nsa_jax.layer import JOINED
 from nsa_jax.one_row import multiply_rows, rms_norm
+from nsa_jax.sharding import devices_along
 from pallas_kernels.one_row_product.contract import Norm
 from train.config import ModelConfig, MoEConfig
 from train.model.attention import attention_kind
@@ -22,7 +23,7 @@ from train.model.attention.kind import make_attention
 from train.model.auxiliary import DRAWS, LOSSES
 from train.model.embedding import embed
 from train.model.moe import COLLECTION, MoE
-from train.parallel.sharding import activation, weight
+from train.parallel.sharding import activation, logical, weight
 
 # The embedding has a multiple of this many rows, which suits matrix units and a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -289,7 +290,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
     """A model's parameters as `extend` reads them, made once for all of its steps.
 
     They are in the compute dtype, except norms and routers, which keep float32. Those of each layer are arrays of their
-    own, so that a step does not copy them out of a stack. What is multiplied with the same input is one array.
+    own, so that a step does not copy them out of a stack. What is multiplied with the same input is one array, unless
+    the mesh in context splits heads, which lie apart in it.
 
     Args:
       params: of the `Transformer`.
@@ -306,6 +308,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
         )
 
     def joined(layer: ModelConfig, block: Any) -> Any:
+        if devices_along(logical("heads")[0]) > 1:
+            return block
         block = block | {"attention": make_attention(layer).join_projections(block["attention"])}
         if layer.moe.num_routed:
             return block

@@ -39,6 +39,7 @@ def test_prefill_writes_a_row_for_each_attention_batch_and_chunk(tmp_path, monke
     assert main(["benchmark", "prefill", "--preset", "small", "--chunks", "-1"]) == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 def test_chunks_of_any_length_find_the_token_that_the_whole_prompt_finds(attention):
     config, vocabulary = dataclasses.replace(CONFIG, attention=attention), 50
