@@ -164,7 +164,6 @@ def test_gpus_have_the_numbers_of_one(name, sizes, kind):
     if count > jax.device_count():
         pytest.skip(f"needs {count} GPUs")
     with jax.default_matmul_precision("highest"):  # else float32 is multiplied in TF32
-        alone.cache_clear()
         outputs, cache, programs = on_mesh(name, kind, sizes, jax.devices()[:count])
         assert_trees_close((outputs, jax.device_get(cache)), alone(name), 1e-5)
     for program in programs.values():

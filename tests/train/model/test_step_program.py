@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from nsa_jax import BranchKV, NSAConfig, nsa_attention, num_compressed, one_row
 from nsa_jax.testing import normwise_error
@@ -16,6 +17,7 @@ from pallas_kernels.one_row_product.triton import one_row_product
 from tests.pallas_kernels import cases
 from train.config import ModelConfig
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches
+from train.parallel.sharding import MESH_AXES
 
 NSA = NSAConfig()
 ATTENTION = ("first", "importance", "choose", "selected", "join")
@@ -24,22 +26,35 @@ ATTENTION = ("first", "importance", "choose", "selected", "join")
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
 
-def operations(layers: int, rows: int, tokens: int = 1, *, begins: bool = False, **fields) -> collections.Counter:
-    """Operations of a step or of a prefill, calls counted as often as they are made, and kernels by their names."""
+def operations(
+    layers: int, rows: int, tokens: int = 1, *, begins: bool = False, tensor: int = 1, **fields
+) -> collections.Counter:
+    """Operations of a step or of a prefill, calls counted as often as they are made, and kernels by their names.
+
+    With `tensor`, of what each of so many devices does, which split the heads.
+    """
     config = ModelConfig(num_layers=layers, dtype="bfloat16", **HEADS | fields)
 
     def initial(key):
         tokens = jnp.zeros((1, 64), jnp.int32)
         return decoding_parameters(nn.meta.unbox(Transformer(config, 258).init(key, tokens)["params"]), config)
 
-    params = jax.eval_shape(initial, jax.random.key(0))
-    caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096))
+    def mesh(device=None):
+        sizes, kinds = (1, 1, 1, 1, tensor), (AxisType.Auto,) * 5
+        shape = jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=kinds, abstract_device=device)
+        return jax.sharding.use_abstract_mesh(shape)
+
+    with mesh():
+        params = jax.eval_shape(initial, jax.random.key(0))
+        caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096))
     given, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
 
     def step(params, given, caches, counts):
         return extend(params, config, given, caches, num_tokens=counts, begins=begins)
 
-    return operations_of(cases.lower("NVIDIA H100", step, params, given, caches, counts))
+    with mesh(jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")):
+        lowered = jax.jit(step).trace(params, given, caches, counts).lower(lowering_platforms=("cuda",))
+    return operations_of(lowered.as_text())
 
 
 def operations_of(text: str) -> collections.Counter:
@@ -77,8 +92,8 @@ def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(rows
         assert layer["reduce"] == (0 if in_kernels else 2)  # the two norms
 
 
-def kernels_of(found: collections.Counter) -> collections.Counter:
-    begins = ("compressed_attention", "block_", "selected_attention", "window_attention")
+def kernels_of(found: collections.Counter, *more: str) -> collections.Counter:
+    begins = ("compressed_attention", "block_", "selected_attention", "window_attention", *more)
     return collections.Counter({name: count for name, count in found.items() if name.startswith(begins)})
 
 
@@ -133,6 +148,18 @@ def test_full_attention_takes_a_prompt_from_its_beginning_to_cudnn(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     operations(1, 2, 2048, begins=True, attention="full", **LONG)
     assert set(taken) == {("cudnn", True, None, 2048, 2048)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begins"), [(1, False), (512, False), pytest.param(512, True, marks=pytest.mark.exhaustive)]
+)
+def test_devices_that_split_heads_run_the_kernels_of_one(tokens, begins):
+    """XLA does not know how to split a kernel: what it splits lies within a manual computation, of a device's heads."""
+    one, two = (operations(1, 1, tokens, begins=begins, tensor=tensor, share_kv=False) for tensor in (1, 2))
+    kernels = kernels_of(one, "append_tokens", "decode_attention")
+    assert kernels
+    assert kernels_of(two, "append_tokens", "decode_attention") == kernels
+    assert two["while"] == one["while"] == 0
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
