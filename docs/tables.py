@@ -440,6 +440,22 @@ def tokens_100m(record: Any) -> list[Row]:
     return table
 
 
+def tokens_100m_means(record: Any) -> list[Row]:
+    """Held-out loss of kinds of attention, as means over seeds, beside full attention of the same seeds."""
+    losses = {(run["name"], run["seed"]): run["final"] for run in record["runs"]}
+    table: list[Row] = [("attention", "seeds", "loss, nats per token", "beside full attention", "last half of the row")]
+    for name, shown in TOKENS_100M.items():
+        pairs = [(losses[each], losses["full", each[1]]) for each in losses if each[0] == name]
+        late = [[statistics.mean(one["bits_per_byte_by_sixteenth"][8:]) for one in pair] for pair in pairs]
+        ratios = (
+            statistics.mean(own / full for own, full in both)
+            for both in ([[one["loss"] for one in pair] for pair in pairs], late)
+        )
+        shares = ("" if name == "full" else f"{100 * (ratio - 1):+.1f}%" for ratio in ratios)
+        table.append((shown, len(pairs), f"{statistics.mean(own['loss'] for own, _ in pairs):.3f}", *shares))
+    return table
+
+
 def conversion(record: Any) -> list[Row]:
     """Held-out loss of a dense checkpoint that goes over to NSA, and of the same one trained further as it is."""
     runs = {run["name"]: {each["tokens"]: each for each in run["evals"]} for run in record["runs"]}
@@ -463,6 +479,20 @@ def _skill_by_layer(shares: dict[str, list[list[float]]]) -> str:
     """(chosen - random) / (best - random) of each layer, from the shares of its heads."""
     means = ([statistics.mean(layer) for layer in shares[what]] for what in ("random", "chosen", "best"))
     return " ".join(f"{(chosen - random) / (best - random):.2f}" for random, chosen, best in zip(*means, strict=True))
+
+
+def needle(*records: Any) -> list[Row]:
+    """Needles that a pretrained model finds, of all and by length."""
+    table: list[Row] = []
+    for name, record in zip(NEEDLES, records, strict=True):
+        lengths = sorted({cell["length"] for cell in record["cells"]})
+        table = table or [("model", "all", *(f"{_length(length)} tokens" for length in lengths))]
+        found = []
+        for chosen in (lengths, *([length] for length in lengths)):
+            cells = [cell for cell in record["cells"] if cell["length"] in chosen]
+            found.append(f"{sum(cell['solved'] for cell in cells)} of {sum(cell['problems'] for cell in cells)}")
+        table.append((name, *found))
+    return table
 
 
 def plan(record: Any) -> list[Row]:
@@ -515,14 +545,27 @@ POOLING = {
     "nsa_residual_fine": "NSA: means of rotated keys and an MLP added, fine blocks",
     "nsa_mean_of_rotated": "NSA: means of rotated keys",
 }
-TOKENS_100M = {"full": "full attention", "nsa": "NSA", "nsa_beyond": "NSA, blocks before the window"}
+TOKENS_100M = {
+    "full": "full attention",
+    "nsa": "NSA",
+    "nsa_beyond": "NSA, blocks before the window",
+    "nsa_fine": "NSA, compressed 16/8, 32 blocks of 32",
+    "nsa_more": "NSA, 32 blocks of 64",
+    "nsa_fine_more": "NSA, compressed 16/8, 64 blocks of 32",
+}
 BACKENDS = {"triton": "Triton", "mosaic": "Mosaic"}
 RECIPE_ARMS = TRAINING / "h100_60m_recipe_arms.jsonl"
 POOLING_RUNS = TRAINING / "h100_60m_pooling.jsonl"
 LONGER_RUNS = TRAINING / "h100_60m_100m.jsonl"
 CONVERSION = TRAINING / "smollm2_conversion.jsonl"
+NEEDLES = {
+    "dense, as it is": TRAINING / "smollm2_needle.json",
+    "full attention, trained further": TRAINING / "smollm2_needle_full.json",
+    "NSA": TRAINING / "smollm2_needle_nsa.json",
+}
 EXPERIMENTS = (RECIPE_ARMS, POOLING_RUNS, LONGER_RUNS, CONVERSION)  # files with a line for each run
-SPEED = tuple(KERNELS / f"nsa{name}_h100.json" for name in ("", "_128k", "_256k"))
+SPEED = (KERNELS / "nsa_h100.json",)
+TRITON_SPEED = KERNELS / "nsa_triton_h100.json"
 H100_60M = tuple(TRAINING / f"h100_60m_{attention}.jsonl" for attention in ("nsa", "full"))
 TINY = tuple(TRAINING / f"tiny_{attention}.jsonl" for attention in ("nsa", "full", "nsa_paper"))
 MOE = tuple(TRAINING / f"tiny_moe_{name}.jsonl" for name in ("balanced", "unbalanced"))
@@ -536,12 +579,12 @@ LONG_CONTEXT = {
 TABLES = {
     "speed": Table(SPEED, speed),
     "speed_backends": Table((KERNELS / "backends_h100.json",), backends),
-    "speed_parts": Table(SPEED[:1], parts),
+    "speed_parts": Table((TRITON_SPEED,), parts),
     "speed_parts_backends": Table((KERNELS / "backends_h100.json",), parts_by_backend),
     "memory": Table(SPEED, memory),
     "speed_paper_heads": Table((KERNELS / "paper_shape_h100.json",), paper_heads),
     "speed_small_groups": Table((KERNELS / "selected_attention_small_groups_h100.json",), small_groups),
-    "window": Table((SPEED[0], KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"), window),
+    "window": Table((TRITON_SPEED, KERNELS / "window_g1_h100.json", KERNELS / "window_h64_h100.json"), window),
     "decoding_layer": Table((KERNELS / "decode_attention_h100.json",), decoding),
     "decoding_model": Table((TRAINING / "h100_350m_decoding.json",), model_decoding),
     "decoding_kernels": Table((TRAINING / "h100_350m_decoding.json",), decoding_kernels),
@@ -561,7 +604,9 @@ TABLES = {
     "selection": Table((RECIPE_ARMS,), selection),
     "pooling": Table((POOLING_RUNS,), pooling),
     "quality_100m": Table((LONGER_RUNS,), tokens_100m),
+    "quality_100m_means": Table((LONGER_RUNS,), tokens_100m_means),
     "pretrained": Table((TRAINING / "smollm2_135m_transformers.json",), pretrained),
     "conversion": Table((CONVERSION,), conversion),
+    "needle": Table(tuple(NEEDLES.values()), needle),
     "plan": Table((TRAINING / "plan_paper_27b.json",), plan),
 }

@@ -51,7 +51,8 @@ from pallas_kernels.append_tokens.contract import Heads
 from pallas_kernels.one_row_product.contract import Norm
 
 NORM_EPSILON = 1e-6  # added to the mean square in the norm of queries and keys
-JOINED = "joined_kernel"  # the parameter that stands for all that take x; see `join_projections`
+# Of `join_projections`: the parameter that stands for all that take x, and the output projection.
+JOINED, OUTPUT = "joined_weight", "o_weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +171,14 @@ def declared_in(parameters: Collection[str], config: LayerConfig, embed_dim: int
     declared = layer_parameters(config, embed_dim)
     if JOINED not in parameters:
         return declared
-    parts = _taking_x(declared)
+    parts, output = _taking_x(declared), declared["o_kernel"]
     width = sum(math.prod(part.shape[1:]) for part in parts.values())
-    joined = Parameter((embed_dim, width), _flat_init(config, num_inputs=1), ("embed", "joined"))
-    return {JOINED: joined} | {name: declared[name] for name in declared if name not in parts}
+    init = initializers.zeros_init()  # nobody begins with joined parameters
+    joined = {
+        JOINED: Parameter((width, embed_dim), init, ("joined", "embed")),
+        OUTPUT: Parameter((embed_dim, *output.shape[:2]), init, ("embed", *output.axes[:2])),
+    }
+    return joined | {name: declared[name] for name in declared if name not in parts and name != "o_kernel"}
 
 
 def _taking_x(declared: Mapping[str, Parameter]) -> dict[str, Parameter]:
@@ -185,23 +190,24 @@ def join_projections(parameters: Mapping[str, Array], config: LayerConfig) -> di
     """Parameters with which a layer multiplies its input once, for decoding.
 
     A decoding step multiplies a few rows of x with every parameter, and is bound by reading these. One product reads
-    them faster than one product each for queries, keys, values and gates.
+    them faster than one product each for queries, keys, values and gates. Both arrays are transposed: what makes one
+    number of a result lies together.
 
     Example:
       >>> config = LayerConfig(num_heads=8, num_kv_heads=2, head_dim=16)
       >>> shapes = {name: p.shape for name, p in layer_parameters(config, 64).items()}
       >>> joined = join_projections({name: jnp.zeros(shape) for name, shape in shapes.items()}, config)
       >>> {name: x.shape for name, x in joined.items()}
-      {'joined_kernel': (64, 192), 'o_kernel': (8, 16, 64)}
+      {'joined_weight': (192, 64), 'o_weight': (64, 8, 16)}
 
     Args:
       parameters: of a layer, by name, of one dtype.
       config: of the layer.
 
     Returns:
-      The same parameters, with "joined_kernel" [E, F] in place of those that take x. Prefill and decoding steps of the
-      layer, and of its Linen module, take both, with the same results up to rounding. On a mesh, every device has all
-      heads of this parameter.
+      The same parameters, with "joined_weight" [F, E] in place of those that take x, and "o_weight" [E, H, Dv] in place
+      of "o_kernel". Prefill and decoding steps of the layer, and of its Linen module, take these as well, with the same
+      results up to rounding. On a mesh, every device has all heads of "joined_weight".
 
     Raises:
       ValueError: a parameter is missing or has another shape.
@@ -209,9 +215,9 @@ def join_projections(parameters: Mapping[str, Array], config: LayerConfig) -> di
     embed_dim = jnp.shape(parameters["o_kernel"])[-1] if "o_kernel" in parameters else 1  # its absence is said below
     declared = layer_parameters(config, embed_dim)
     check_parameters(parameters, declared, f"{config}")
-    parts = [parameters[name].reshape(embed_dim, -1) for name in _taking_x(declared)]
-    return {JOINED: jnp.concatenate(parts, axis=1)} | {
-        name: parameters[name] for name in declared if name not in _taking_x(declared)
+    parts = {name: parameters[name].reshape(embed_dim, -1).T for name in _taking_x(declared)}
+    return {JOINED: jnp.concatenate(list(parts.values())), OUTPUT: jnp.moveaxis(parameters["o_kernel"], -1, 0)} | {
+        name: parameters[name] for name in declared if name not in parts and name != "o_kernel"
     }
 
 
@@ -392,8 +398,9 @@ def join_heads(
     residual: Float[Array, "B T E"] | None = None,
 ) -> Float[Array, "B T E"]:
     """The output projection of a layer, added to a residual stream if there is one."""
-    if JOINED in weights and not config.use_bias:
-        return multiply_rows(o, weights["o_kernel"], residual=residual, precision=config.precision)
-    y = multiply(o, weights["o_kernel"], config, over=2)
+    if OUTPUT in weights and not config.use_bias:
+        return multiply_rows(o, weights[OUTPUT], residual=residual, precision=config.precision)
+    kernel = jnp.moveaxis(weights[OUTPUT], 0, -1) if OUTPUT in weights else weights["o_kernel"]
+    y = multiply(o, kernel, config, over=2)
     y = add_bias(y, weights["o_bias"]) if config.use_bias else y
     return y if residual is None else residual + y

@@ -22,7 +22,7 @@ from pallas_kernels.one_row_product.contract import Norm
 
 def multiply_rows(
     x: Float[Array, "*B D"],
-    kernel: Float[Array, "*D F"],
+    weight: Float[Array, " F *D"],
     *,
     norm: Norm | None = None,
     counted: Bool[Array, "*B"] | None = None,
@@ -33,23 +33,23 @@ def multiply_rows(
     """The product of x with a parameter that nothing else adapts, and what a decoder does before and after it.
 
     Args:
-      x: [..., D], or as many dimensions in place of D as the parameter has before F.
-      kernel: the parameter, in the dtype of x.
+      x: [..., D], or as many dimensions in place of D as the parameter has after F.
+      weight: the parameter, in the dtype of x. What makes one number of the result lies together, as one row wants it.
       norm: RMSNorm of x before the product; None: there is none.
       counted: which rows count; the others are taken for zeros. None: all.
-      gated: whether the result is silu(x W_1) * x W_2 with the two halves of the parameter's columns.
+      gated: whether the result is silu(x W_1) * x W_2 with the two halves of the parameter's rows.
       residual: what is added to the result. The result is split over a mesh as this is.
       precision: of the product.
 
     Returns:
       [..., F], or [..., F/2] if it is `gated`, in the dtype of x.
     """
-    given = x.shape[: x.ndim - kernel.ndim + 1]
-    if precision is None and is_one_row_on_a_gpu(x, kernel):
+    given = x.shape[: x.ndim - weight.ndim + 1]
+    if precision is None and is_one_row_on_a_gpu(x, weight):
         with contextlib.suppress(NotImplementedError):
             y = TRITON.function("one_row_product")(
                 x.reshape(-1),
-                kernel.reshape(-1, kernel.shape[-1]),
+                weight.reshape(weight.shape[0], -1),
                 norm=norm,
                 counted=None if counted is None else counted.reshape(()),
                 gated=gated,
@@ -60,9 +60,9 @@ def multiply_rows(
         x = rms_norm(x, norm)
     if counted is not None:
         x = jnp.where(jax.lax.broadcast_in_dim(counted, x.shape, range(counted.ndim)), x, 0)
-    dimensions = (tuple(range(len(given), x.ndim)), tuple(range(kernel.ndim - 1)))
+    dimensions = (tuple(range(len(given), x.ndim)), tuple(range(1, weight.ndim)))
     sharding = None if residual is None else jax.typeof(residual).sharding
-    y = jax.lax.dot_general(x, kernel, (dimensions, ((), ())), precision=precision, out_sharding=sharding)
+    y = jax.lax.dot_general(x, weight, (dimensions, ((), ())), precision=precision, out_sharding=sharding)
     y = y.astype(x.dtype)
     if gated:
         gate, up = jnp.split(y, 2, axis=-1)
@@ -70,12 +70,12 @@ def multiply_rows(
     return y if residual is None else residual + y
 
 
-def is_one_row_on_a_gpu(x: Float[Array, "*B D"], kernel: Float[Array, "*D F"]) -> bool:
+def is_one_row_on_a_gpu(x: Float[Array, "*B D"], weight: Float[Array, " F *D"]) -> bool:
     """Whether a product is one of a single row of 16-bit numbers on a single GPU that runs Triton kernels."""
-    given = x.shape[: x.ndim - kernel.ndim + 1]
+    given = x.shape[: x.ndim - weight.ndim + 1]
     if any(map(is_symbolic_dim, given)) or math.prod(given) != 1:
         return False
-    if x.dtype != kernel.dtype or x.dtype.itemsize != 2:
+    if x.dtype != weight.dtype or x.dtype.itemsize != 2:
         return False
     if jax.sharding.get_abstract_mesh().size > 1 or in_explicit_mesh():  # a kernel takes arrays that nothing splits
         return False

@@ -16,9 +16,9 @@ RESULTS = sorted(
 )
 # Recorded before results said where they come from. Some of it was found in the history, README.md and the files.
 OLD = {
-    *("block_selection_h100", "compressed_attention_h100", "decode_attention_h100", "nsa_128k_h100", "nsa_256k_h100"),
-    *("nsa_h100", "paper_shape_h100", "selected_attention_small_groups_h100", "window_g1_h100", "window_h64_h100"),
-    *("h100_350m_speed", "h100_350m_speed_full_remat", "h100x2_350m_speed", "h100x2_context"),
+    *("block_selection_h100", "compressed_attention_h100", "decode_attention_h100", "nsa_triton_h100"),
+    *("paper_shape_h100", "selected_attention_small_groups_h100", "window_g1_h100", "window_h64_h100"),
+    *("h100_350m_speed", "h100x2_350m_speed", "h100x2_context"),
     *("h200x2_context", "h200x2_context_1m", "long_context_1k_plain", "long_context_1k_yarn", "long_context_4k_plain"),
     *("long_context_4k_yarn", "plan_paper_27b", "h100_60m_full", "h100_60m_nsa", "tiny_full", "tiny_nsa_paper"),
     *("tiny_moe_balanced", "tiny_moe_unbalanced"),

@@ -15,15 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.append_tokens import tiles
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.contract import Sizes
+from pallas_kernels.tiles import Key, find_tile
 from pallas_kernels.triton.heads import Piece, head_pieces
 from pallas_kernels.triton.integers import div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import LARGEST_GROUP, check_supported
 from pallas_kernels.triton.rows import load_rows, program_pair, store_rows
+from pallas_kernels.triton.tiles import AppendTile
 
-GATE_CHUNK = 128  # hidden entries of the gates that are multiplied at a time
 TOKENS = 6  # arrays of new keys and values: of the compressed, selected and window branch
 
 
@@ -39,6 +41,7 @@ class Append:
     compress_stride: int  # d
     select_block: int  # s
     columns: tuple[int, ...]  # where queries, the arrays of new keys and values, and the gates' hidden entries begin
+    hidden: int  # entries of the gates that are multiplied at a time
 
 
 def append_tokens(
@@ -61,8 +64,11 @@ def append_tokens(
     config: Sizes,
     num_heads: int,
     interpret: bool = False,
+    tile: AppendTile | None = None,
 ) -> tuple[Float[Array, "B m H Dk"] | None, Float[Array, "B m H 3"] | None, Places]:
     """Rotated queries, gates, and the cache with the new tokens; see the contract.
+
+    `tile` overrides the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a dtype, head size or group size that the kernel does not take, or a branch that is off.
@@ -79,6 +85,9 @@ def append_tokens(
     for array in (*places, *(each.array for each in columns if each is not None)):
         if array.dtype != places.tail_k.dtype:
             raise NotImplementedError(f"{array.dtype} beside {places.tail_k.dtype}: expected one dtype")
+    Dv = places.tail_v.shape[3]
+    key = Key(places.tail_k.dtype.itemsize, max(Dk, Dv), num_heads // K, Dk + Dv)
+    tile = tile or find_tile(tiles.APPEND, key)
     step = Append(
         num_tokens=m,
         num_heads=num_heads,
@@ -88,6 +97,7 @@ def append_tokens(
         compress_stride=config.compress_stride,
         select_block=config.select_block,
         columns=tuple(0 if each is None else each.column for each in columns),
+        hidden=tile.hidden,
     )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in places]
     if q is not None:
@@ -99,7 +109,7 @@ def append_tokens(
         out_shape=tuple(shapes),
         in_place=len(places),
         grid=(len(shapes) - len(places) + 2, B * K),
-        num_warps=4,
+        num_warps=tile.num_warps,
         num_stages=1,
         interpret=interpret,
         name="append_tokens",
@@ -174,14 +184,14 @@ def _open_gates(
 
     def of_token(token: Any, done: Any) -> Any:
         def add(chunk: Any, logits: Any) -> Any:
-            f = chunk * GATE_CHUNK + iota(GATE_CHUNK)
+            f = chunk * step.hidden + iota(step.hidden)
             x = load(hidden, (row.batch, token, step.columns[-1] + f), f < F) + load(in_bias, (f,), f < F)
             x = x / (1 + jnp.exp(-x))
             there = (f < F)[:, None] & has_head[None, :]
             kernels = (load(out_kernel, (f[:, None], head[None, :], gate), there) for gate in range(3))
             return tuple(y + jnp.sum(x[:, None] * w, axis=0) for y, w in zip(logits, kernels, strict=True))
 
-        logits = loop(0, pl.cdiv(F, GATE_CHUNK), add, (jnp.zeros(head.shape, jnp.float32),) * 3)
+        logits = loop(0, pl.cdiv(F, step.hidden), add, (jnp.zeros(head.shape, jnp.float32),) * 3)
         for gate, logit in enumerate(logits):
             opening = 1 / (1 + jnp.exp(-logit - load(out_bias, (head, gate), has_head)))
             plgpu.store(opened.at[row.batch, token, head, gate], opening, mask=has_head)

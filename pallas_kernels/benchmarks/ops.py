@@ -8,7 +8,7 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.kernels import MOSAIC, TRITON
 from pallas_kernels.nsa_attention.contract import Parts
 
-__all__ = ["BACKENDS", "DEFAULT", "PARTS", "decode_attention", "parts_of"]
+__all__ = ["BACKENDS", "DEFAULT", "decode_attention", "parts_of"]
 
 DEFAULT = "default"  # what `implementation=None` takes: Mosaic where its tables say so, otherwise Triton
 BACKENDS = (DEFAULT, "triton", "mosaic")
@@ -39,6 +39,3 @@ def parts_of(backend: str) -> Parts:
     kernels = {each.name: each for each in (TRITON, MOSAIC)}
     names = [field.name for field in dataclasses.fields(Parts)]
     return Parts(**{name: kernels[backend].function(name) if backend in kernels else Default(name) for name in names})
-
-
-PARTS = parts_of("triton")

@@ -17,8 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_selection import tiles
 from pallas_kernels.compressed_attention.mosaic import visible
 from pallas_kernels.contract import Sizes
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import positions
 from pallas_kernels.mosaic.launch import (
     COPIED_TO,
@@ -26,11 +28,13 @@ from pallas_kernels.mosaic.launch import (
     WARPS,
     Barriers,
     Matrix,
+    Scratch,
     Vectors,
     check_version,
     each_warp,
     launch,
     num_programs,
+    shared_memory,
 )
 from pallas_kernels.mosaic.packing import ALIGNMENT, pad_rows
 from pallas_kernels.mosaic.problem import check_supported
@@ -49,6 +53,8 @@ from pallas_kernels.mosaic.products import (
 )
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER
+from pallas_kernels.mosaic.tiles import ScoreTile
+from pallas_kernels.tiles import key_of
 
 QUERIES = 8  # of a scoring warpgroup
 SCORING = 2  # warpgroups
@@ -58,7 +64,6 @@ MOST_SELECTED = 32  # that one lane each of a warp holds
 LARGEST_GROUP = 32
 MOST_COLUMNS = 128  # of a product, whose numbers are in registers
 _MOST_SLOTS = 5
-_SMALL = 8192  # bytes of shared memory for what is no matrix and no score
 _REGISTERS = (152, 176, 32)  # of the scoring, the picking and the copying warpgroups
 _NONE = 1 << 30  # above every index
 # A matrix [blocks, queries] whose columns are in one warp each: 32 blocks by lanes, two queries a warp.
@@ -75,21 +80,26 @@ def select_blocks(
     config: Sizes,
     scale: float,
     interpret: bool = False,
+    tile: ScoreTile | None = None,
 ) -> Int[Array, "B K Tq n"]:
-    """Indices of the blocks that each query reads; see the contract.
+    """Indices of the blocks that each query reads; see the contract. `tile` overrides the table.
 
     Raises:
       NotImplementedError: a version of JAX, dtype, head size, group size, scale, or sizes of blocks or number of blocks
         that the kernel does not support.
+      ValueError: a `tile` that the kernel does not take.
     """
     check_version(interpret)
     check_supported(q, k, None, scale=scale)
     num_blocks = _check_sizes(q, k, query_offset, config)
+    slots = _choose_slots(tile, q, k, num_blocks)
     (B, Tq, _, _), (_, Nc, K, _) = q.shape, k.shape
     if 0 in (Tq, Nc):
         first = jnp.zeros((B, K, Tq, 1), jnp.int32)
         return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, config.num_selected - 1)), constant_values=-1)
-    run = functools.partial(_select, num_blocks=num_blocks, config=config, scale=scale, interpret=interpret)
+    run = functools.partial(
+        _select, num_blocks=num_blocks, slots=slots, config=config, scale=scale, interpret=interpret
+    )
     return run(*lax.stop_gradient((q, k, lse)), segment_starts, query_offset)
 
 
@@ -116,10 +126,6 @@ def _check_sizes(q: jax.Array, k: jax.Array, query_offset: int | jax.Array, conf
     num_blocks: int = pl.cdiv(length, config.select_block)
     if num_blocks > MOST_BLOCKS:
         raise NotImplementedError(f"num_blocks = {num_blocks}: expected at most {MOST_BLOCKS}")
-    if _slots(_padded(num_blocks), group, q.shape[3]) < 2:
-        raise NotImplementedError(
-            f"head_dim = {q.shape[3]} with {group} query heads per K/V head and {num_blocks} blocks: expected less"
-        )
     return num_blocks
 
 
@@ -127,10 +133,41 @@ def _padded(num_blocks: int) -> int:
     return -(-num_blocks // ROWS) * ROWS
 
 
-def _slots(blocks: int, group: int, head_dim: int) -> int:
-    """Slots of the ring of keys for which there is shared memory."""
-    used = SCORING * (QUERIES * group * head_dim * 2 + (blocks + 1) * QUERIES * 4) + _SMALL
-    return min(_MOST_SLOTS, (SHARED_MEMORY - used) // (ROWS * head_dim * 2))
+def _choose_slots(tile: ScoreTile | None, q: jax.Array, k: jax.Array, num_blocks: int) -> int:
+    """Slots of the ring of keys: the tile's, or as many as there is shared memory for."""
+    group, head_dim = q.shape[2] // k.shape[2], q.shape[3]
+    scratch_of = functools.partial(_scratch, blocks=_padded(num_blocks), group=group, head_dim=head_dim, dtype=q.dtype)
+    key = key_of(q, k)
+    chosen = choose_tile(
+        "tile", tile, tiles.MOSAIC_SELECTION, key, lambda tile: () if tile.slots is None else scratch_of(tile.slots)
+    )
+    if chosen.slots is not None:
+        return chosen.slots
+    fitting = [n for n in range(2, _MOST_SLOTS + 1) if shared_memory(scratch_of(n)) <= SHARED_MEMORY]
+    if not fitting:
+        raise NotImplementedError(
+            f"head_dim = {head_dim} with {group} query heads per K/V head and {num_blocks} blocks: expected less"
+        )
+    return max(fitting)
+
+
+def _scratch(slots: int, blocks: int, group: int, head_dim: int, dtype: Any) -> tuple[Scratch, ...]:
+    return (
+        Matrix((SCORING, group * QUERIES, head_dim), dtype),
+        Matrix((slots, ROWS, head_dim), dtype),
+        Vectors((SCORING, max(COPIED_TO // 4, group * QUERIES)), jnp.float32),
+        Vectors((SCORING, BOUNDS, QUERIES), jnp.int32),
+        Vectors((SCORING, blocks + 1, QUERIES), jnp.float32),
+        Vectors((2, SCORING, BOUNDS, QUERIES), jnp.int32),
+        Vectors((SCORING, MOST_SELECTED, QUERIES), jnp.int32),
+        Barriers(1, SCORING * (group + 2)),
+        Barriers(1, SCORING),
+        Barriers(slots, WARPS),
+        Barriers(slots, SCORING),
+        Barriers(SCORING),
+        Barriers(SCORING),
+        Barriers(2, SCORING),
+    )
 
 
 def _select(
@@ -141,6 +178,7 @@ def _select(
     query_offset: int | jax.Array,
     *,
     num_blocks: int,
+    slots: int,
     config: Sizes,
     scale: float,
     interpret: bool,
@@ -166,7 +204,7 @@ def _select(
     strided = strided.reshape(B, -1, per_block, K, Dk)
     columns = jnp.pad(lse, ((0, 0), (0, 0), (0, padded - Tq))).reshape(B, K, group, padded // QUERIES, QUERIES)
     columns = columns.swapaxes(2, 3).reshape(B * K, padded * group)
-    blocks, slots = _padded(num_blocks), _slots(_padded(num_blocks), group, Dk)
+    blocks = _padded(num_blocks)
     n = config.num_selected
     chosen = launch(
         functools.partial(
@@ -180,22 +218,7 @@ def _select(
         ),
         name="block_selection",
         out_shape=(jax.ShapeDtypeStruct((B * K, padded // QUERIES, MOST_SELECTED, QUERIES), jnp.int32),),
-        scratch=(
-            Matrix((SCORING, group * QUERIES, Dk), q.dtype),
-            Matrix((slots, ROWS, Dk), q.dtype),
-            Vectors((SCORING, max(COPIED_TO // 4, group * QUERIES)), jnp.float32),
-            Vectors((SCORING, BOUNDS, QUERIES), jnp.int32),
-            Vectors((SCORING, blocks + 1, QUERIES), jnp.float32),
-            Vectors((2, SCORING, BOUNDS, QUERIES), jnp.int32),
-            Vectors((SCORING, MOST_SELECTED, QUERIES), jnp.int32),
-            Barriers(1, SCORING * (group + 2)),
-            Barriers(1, SCORING),
-            Barriers(slots, WARPS),
-            Barriers(slots, SCORING),
-            Barriers(SCORING),
-            Barriers(SCORING),
-            Barriers(2, SCORING),
-        ),
+        scratch=_scratch(slots, blocks, group, Dk, q.dtype),
         warpgroups=SCORING + 2,
         interpret=interpret,
     )(grouped, strided, columns, bounds, chunks)[0]

@@ -22,13 +22,14 @@ from pallas_kernels.block_selection import tiles
 from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.compressed_attention.visibility import Visibility, first_visible, visible_end, walk
 from pallas_kernels.contract import Sizes
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import dot_pieces, head_pieces
 from pallas_kernels.triton.integers import div, iota, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_num_blocks, check_supported, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, load_starts, packed_rows, program_pair
 from pallas_kernels.triton.softmax import exp2, load_lse_log2
-from pallas_kernels.triton.tiles import Tile, find_tile, key_of
+from pallas_kernels.triton.tiles import Tile
 
 _SCRATCH_BYTES = 128 * 2**20  # of float32 scores; half of it costs 5% more at T 65536
 _TOP_N_ELEMENTS = 8192  # of importance that a program of the top-n kernel holds

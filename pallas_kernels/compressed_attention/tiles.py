@@ -1,4 +1,4 @@
-"""Tiles of compressed attention, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of compressed attention, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
@@ -7,7 +7,9 @@ Milliseconds are of one H100, H 64, K 4, bfloat16: T 65536 for head size 128, an
 with less shared memory than Hopper take shallower pipelines, which are not measured.
 """
 
-from pallas_kernels.triton.tiles import Row, Table, Tile
+from pallas_kernels.mosaic.tiles import IntervalTile, PartialTile, RingTile
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import Tile
 
 FORWARD: Table = (
     Row((8, 0), 4, 256, 64, Tile(32, 32, 4, 1, widest=64)),
@@ -40,4 +42,19 @@ KEY_GRADIENT: Table = (
     Row((9, 0), 2, 128, 64, Tile(64, 128, 8, 3), "16.7 ms; 2 stages 19.8; 64 x 64, 4 warps, 2 stages 22.1"),
     Row((9, 0), 2, 192, 64, Tile(32, 64, 4, 3), "5.75 ms; 2 stages 6.14"),
     Row((9, 0), 2, 256, 64, Tile(64, 64, 8, 2), "18.7 ms; 32 rows 29.7"),
+)
+
+# Of Mosaic's kernels; see `pallas_kernels.mosaic.tiles`. They were chosen on an H100.
+MOSAIC_FORWARD: Table = (
+    Row((9, 0), 2, 128, 64, IntervalTile(3, 64, 4, 2)),
+    Row((9, 0), 2, 192, 64, IntervalTile(2, 64, 2, 2)),
+    Row((9, 0), 2, 256, 64, IntervalTile(2, 64, 2, 1)),
+)
+
+MOSAIC_QUERY_GRADIENT: Table = (Row((9, 0), 2, 256, 64, RingTile(4)),)
+
+# A program holds the keys and walks along the rows.
+MOSAIC_KEY_GRADIENT: Table = (
+    Row((9, 0), 2, 256, 64, PartialTile(4, 512), together=192),
+    Row((9, 0), 2, 256, 64, PartialTile(2, 512)),
 )

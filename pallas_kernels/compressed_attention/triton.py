@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.compressed_attention import tiles
 from pallas_kernels.compressed_attention.visibility import Visibility, walk
 from pallas_kernels.contract import Sizes, sees_nothing
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import div, iota
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton.rows import Pair, Rows, load_rows, packed_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import softmax_finish, softmax_start, softmax_step
-from pallas_kernels.triton.tiles import Tile, find_tile, key_of
+from pallas_kernels.triton.tiles import Tile
 
 
 def forward(

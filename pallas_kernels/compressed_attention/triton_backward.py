@@ -19,13 +19,14 @@ from pallas_kernels.compressed_attention import tiles
 from pallas_kernels.compressed_attention.triton import query_major_rows
 from pallas_kernels.compressed_attention.visibility import Visibility, walk
 from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, packed_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_delta, load_lse_log2
-from pallas_kernels.triton.tiles import Tile, find_tile, key_of
+from pallas_kernels.triton.tiles import Tile
 
 # A key tile's queries are cut into chunks until there is about this much work to spread: enough programs to fill any
 # GPU several times over, few enough that the float32 partial sums stay far below the size of q.

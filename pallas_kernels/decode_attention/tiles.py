@@ -1,11 +1,12 @@
-"""Tiles of decoding, by kernel; see `pallas_kernels.triton.tiles`.
+"""Tiles of decoding, by kernel; see `pallas_kernels.tiles`.
 
 A row is for: compute capability, bytes of an element, head size up to, query heads per K/V head up to.
 
 Not measured one by one: see `pallas_kernels/benchmarks/results/decode_attention_h100.json` for the whole.
 """
 
-from pallas_kernels.triton.tiles import DecodeTile, Row, Table
+from pallas_kernels.tiles import Row, Table
+from pallas_kernels.triton.tiles import DecodeTile
 
 STEP: Table = (
     Row((8, 0), 4, 128, 64, DecodeTile(32, 4)),

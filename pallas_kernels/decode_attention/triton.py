@@ -1,10 +1,9 @@
-"""One decoding step through Pallas Triton, in five kernels that are split along the keys, so that few rows fill a GPU.
+"""One decoding step through Pallas Triton, in four kernels that are split along the keys, so that few rows fill a GPU.
 
 1. Scores and partial sums of the compressed tokens and of the window, a chunk of keys per program.
 2. Importance from these scores, a few blocks per program.
-3. The best blocks, a query and K/V head per program.
-4. Partial sums of the selected blocks, a tile of keys per program.
-5. The partial sums of each branch joined, and the branches added with their gates.
+3. The best blocks, and partial sums of them, a tile of keys per program.
+4. The partial sums of each branch joined, and the branches added with their gates.
 
 A partial sum is (m, total, acc): the largest score of a query head over some keys, the sum of its weights relative to
 that, and the weighted values.
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
@@ -24,13 +22,14 @@ from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
 from pallas_kernels.decode_attention.step import Step
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import SMALLEST_SIDE, accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import LOG2_E, check_num_blocks, check_supported, problem_of
 from pallas_kernels.triton.rows import Pair, load_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import LEAST, NEVER, exp2, softmax_start, softmax_step
-from pallas_kernels.triton.tiles import DecodeTile, find_tile, key_of
+from pallas_kernels.triton.tiles import DecodeTile
 
 IMPORTANCE_BLOCKS = 64  # whose importance a program sums
 
@@ -86,8 +85,8 @@ def decode_attention(
     cmp_k, cmp_v, slc_k, slc_v = (x.reshape(-1, x.shape[3]) for x in (cmp_k, cmp_v, slc_k, slc_v))
     places = (query_offsets, lengths)
     first, scores = _first_partials(q, cmp_k, cmp_v, win_k, win_v, places, block_tables, step)
-    indices = _choose(first, scores, places, step)
-    second = _selected_partials(q, slc_k, slc_v, indices, places, block_tables, step)
+    importance = _importance(first, scores, places, step)
+    second, indices = _selected_partials(q, slc_k, slc_v, importance, places, block_tables, step)
     o = _join(first, second, gates.reshape(B * m * H, 3), places, q.dtype, step)
     return o.reshape(B, m, H, Dv), indices.reshape(B, K, m, config.num_selected)
 
@@ -264,27 +263,12 @@ def _importance_kernel(
         plgpu.store(importance_ref.at[at, block], importance)
 
 
-def _choose_kernel(importance_ref: Any, offset_ref: Any, length_ref: Any, indices_ref: Any, *, step: Step) -> None:
-    problem = step.problem
-    pair, query = program_pair(step.num_kv_heads), pl.program_id(0)
-    row = pair.index * step.num_queries + query
-    block = iota(importance_ref.shape[1])
-    position = _position(offset_ref, length_ref, pair.batch, query)
-    at = importance_ref.at[jnp.full(block.shape, row), block]
-    importance = plgpu.load(at, mask=block <= div(position, problem.select_block), other=-jnp.inf)
-    first, positions = jnp.zeros((1,), jnp.int32), jnp.full((1,), position)
-    chosen = best_blocks(importance[:, None], first, positions, step.num_blocks, problem)
-    slot = lax.broadcasted_iota(jnp.int32, chosen.shape, 0)
-    at = indices_ref.at[jnp.full(chosen.shape, row), slot]
-    plgpu.store(at, chosen, mask=slot < problem.num_selected)
-
-
-def _choose(partials: Any, scores: jax.Array, places: tuple[jax.Array, jax.Array], step: Step) -> jax.Array:
-    """The selected blocks, int32 [B K m, n]."""
+def _importance(partials: Any, scores: jax.Array, places: tuple[jax.Array, jax.Array], step: Step) -> jax.Array:
+    """The importance of the blocks up to each query's, [B K m, blocks]; others are not written."""
     m, total, _ = partials
     pairs = step.batch * step.num_kv_heads
     width = max(IMPORTANCE_BLOCKS, next_power_of_two(step.num_blocks))
-    importance = launch(
+    return launch(
         functools.partial(_importance_kernel, step=step),
         out_shape=jax.ShapeDtypeStruct((pairs * step.num_queries, width), jnp.float32),
         grid=(pl.cdiv(step.num_blocks, IMPORTANCE_BLOCKS), pairs, step.num_queries),
@@ -293,28 +277,30 @@ def _choose(partials: Any, scores: jax.Array, places: tuple[jax.Array, jax.Array
         interpret=step.problem.interpret,
         name="decode_attention_importance",
     )(m, total, scores, *places)
-    return launch(
-        functools.partial(_choose_kernel, step=step),
-        out_shape=jax.ShapeDtypeStruct((pairs * step.num_queries, step.problem.num_selected), jnp.int32),
-        grid=(step.num_queries, pairs),
-        num_warps=min(8, max(1, width // 1024)),  # in one warp the maximum needs no barrier
-        num_stages=1,
-        interpret=step.problem.interpret,
-        name="decode_attention_choose",
-    )(importance, *places)
+
+
+def _chosen(importance_ref: Any, row: Any, position: Any, step: Step) -> jax.Array:
+    """The blocks of a query, int32 [slots]: ascending, then -1."""
+    block = iota(importance_ref.shape[1])
+    at = importance_ref.at[jnp.full(block.shape, row), block]
+    importance = plgpu.load(at, mask=block <= div(position, step.problem.select_block), other=-jnp.inf)
+    first, positions = jnp.zeros((1,), jnp.int32), jnp.full((1,), position)
+    chosen = best_blocks(importance[:, None], first, positions, step.num_blocks, step.problem)
+    return jnp.sum(chosen, axis=1, dtype=jnp.int32)  # of its one query
 
 
 def _selected_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    indices_ref: Any,
+    importance_ref: Any,
     offset_ref: Any,
     length_ref: Any,
     table_ref: Any,
     m_ref: Any,
     total_ref: Any,
     acc_ref: Any,
+    indices_ref: Any,
     *,
     step: Step,
 ) -> None:
@@ -325,11 +311,21 @@ def _selected_kernel(
     group_head = iota(max(SMALLEST_SIDE, step.padded_group))
     row, valid = _rows(pair, query, group_head, step)
     position = _position(offset_ref, length_ref, pair.batch, query)
+    # Every split chooses for itself, instead of waiting for a kernel in which a single program does.
+    query_row = pair.index * step.num_queries + query
+    chosen = _chosen(importance_ref, query_row, position, step)
+    slot = iota(chosen.shape[0])
+
+    @pl.when(split == 0)
+    def _store_indices() -> None:
+        at = indices_ref.at[jnp.full(slot.shape, query_row), slot]
+        plgpu.store(at, chosen, mask=slot < step.problem.num_selected)
+
     padded_block = next_power_of_two(s)
     key = split * num_keys + iota(num_keys)
-    slot, inner = div(key, padded_block), rem(key, padded_block)
-    at = indices_ref.at[pair.index * step.num_queries + query, slot]
-    block = plgpu.load(at, mask=slot < step.problem.num_selected, other=-1)
+    key_slot, inner = div(key, padded_block), rem(key, padded_block)
+    of_key = (slot[:, None] == key_slot[None, :]) & (slot < step.problem.num_selected)[:, None]
+    block = jnp.sum(jnp.where(of_key, chosen[:, None] + 1, 0), axis=0, dtype=jnp.int32) - 1
     visible = (block >= 0) & (inner < s) & (block * s + inner <= position)
     page = plgpu.load(table_ref.at[pair.batch, jnp.maximum(block, 0)], mask=visible, other=0)
     at = (jnp.maximum(page, 0) * step.num_kv_heads + pair.kv_head) * s + inner
@@ -345,21 +341,26 @@ def _selected_partials(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    indices: jax.Array,
+    importance: jax.Array,
     places: tuple[jax.Array, jax.Array],
     tables: jax.Array,
     step: Step,
-) -> Any:
-    """Partial sums of the selected blocks."""
-    return launch(
+) -> tuple[Any, jax.Array]:
+    """Partial sums of the selected blocks, and which they are, int32 [B K m, n]."""
+    indices_shape = (importance.shape[0], step.problem.num_selected)
+    *partials, indices = launch(
         functools.partial(_selected_kernel, step=step),
-        out_shape=_partials_shape(step.selected_splits, v.shape[-1], step),
+        out_shape=(
+            *_partials_shape(step.selected_splits, v.shape[-1], step),
+            jax.ShapeDtypeStruct(indices_shape, jnp.int32),
+        ),
         grid=(step.selected_splits, step.batch * step.num_kv_heads, step.num_queries),
         num_warps=step.tile.num_warps,
         num_stages=1,
         interpret=step.problem.interpret,
         name="decode_attention_selected",
-    )(q, k, v, indices, *places, tables)
+    )(q, k, v, importance, *places, tables)
+    return tuple(partials), indices
 
 
 def _join_kernel(

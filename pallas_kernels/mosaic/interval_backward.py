@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contract import Gradients
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import Intervals, by_length, cut_into_runs, queries_of_keys, row_bounds, steps
-from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, launch, num_programs
+from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
 from pallas_kernels.mosaic.products import (
     OF_COLUMNS,
@@ -31,14 +31,21 @@ from pallas_kernels.mosaic.products import (
     load_numbers,
     two_products,
 )
-from pallas_kernels.mosaic.query_gradient import CONSUMERS, SMALL, Path, Statistics, query_gradient, statistics_of
+from pallas_kernels.mosaic.query_gradient import (
+    CONSUMERS,
+    Path,
+    Statistics,
+    choose_query_tile,
+    query_gradient,
+    statistics_of,
+)
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E
+from pallas_kernels.mosaic.tiles import REGISTERS, PartialTile, RingTile
+from pallas_kernels.tiles import Table, key_of
 
 LARGEST_HEADS = 256  # of keys and values together: both gradients are in registers
-_MOST_SLOTS = 4
 _CUTS = 2048  # work items, at which every multiprocessor has enough of them to be as busy as the others
-_SHORTEST_RUN = 512  # queries
 
 
 def check_heads(q: jax.Array, v: jax.Array) -> None:
@@ -70,16 +77,21 @@ def gradients(
     dlse: jax.Array | None,
     gate: jax.Array | None,
     dq: jax.Array | None,
-    cut: bool,
+    query_tile: RingTile | None,
+    key_tile: PartialTile | None,
+    tables: tuple[Table, Table],
     name: str,
     interpret: bool,
 ) -> Gradients:
     """Gradients of gate * o and of lse, for queries that see an interval of the keys each.
 
-    With `cut`, the queries that see a key are cut into runs, of which the gradients of keys are partial sums.
+    `tables` have the tiles of the gradients of queries and of keys. The queries that see a key are cut into runs, each
+    at least as long as a partial sum of the tile's.
     """
     (B, Tq, H, _), K = q.shape, k.shape[2]
-    packing = Packing(H // K)
+    packing, gated = Packing(H // K), gate is not None
+    query_tile = choose_query_tile(query_tile, tables[0], q, k, v, gated)
+    key_tile = choose_key_tile(key_tile, tables[1], q, k, v, gated)
     statistics, delta = statistics_of(o, lse, do, dlse, gate, K, packing)
 
     def grouped(x: jax.Array) -> jax.Array:
@@ -95,10 +107,12 @@ def gradients(
         None if dq is None else grouped(dq),
         path_of=_path,
         pair_by_pair=False,
+        tile=query_tile,
         name=name + "_query_gradient",
         **options,
     )
-    dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], cut, name=name + "_key_gradient", **options)
+    options.update(tile=key_tile, name=name + "_key_gradient")
+    dk, dv = _key_gradients(*arrays, statistics, keys, k.shape[1], **options)
     return Gradients(dq[:, :Tq].reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), delta)
 
 
@@ -110,9 +124,9 @@ def _key_gradients(
     statistics: Statistics,
     keys: Intervals,
     num_keys: int,
-    cut: bool,
     *,
     packing: Packing,
+    tile: PartialTile,
     scale: float,
     name: str,
     interpret: bool,
@@ -122,12 +136,10 @@ def _key_gradients(
     num_queries, held = keys.begin.shape[1], CONSUMERS * ROWS
     num_tiles = pl.cdiv(num_keys, held)
     queries = queries_of_keys(keys, num_tiles * held)  # none of those past the last key
-    runs = max(1, min(_CUTS // (B * K * num_tiles), num_queries // _SHORTEST_RUN)) if cut else 1
+    runs = max(1, min(_CUTS // (B * K * num_tiles), num_queries // tile.queries)) if tile.queries else 1
     run = pl.cdiv(num_queries, runs * packing.queries) * packing.queries
     runs = pl.cdiv(num_queries, run)
     walk = cut_into_runs(steps(queries, held, packing.queries, packing.queries), packing.queries, run, runs)
-    room = SHARED_MEMORY - SMALL - 2 * 2 * held * (Dk + Dv)
-    slots = min(_MOST_SLOTS, room // (2 * ROWS * (Dk + Dv)))
     known = statistics.arrays()
     partials = launch(
         functools.partial(
@@ -135,24 +147,14 @@ def _key_gradients(
             packing=packing,
             schedule=Schedule(B * runs * num_tiles, 1, K, num_programs(interpret)),
             scale=scale,
-            slots=slots,
+            slots=tile.slots,
             gated=statistics.gate is not None,
         ),
         name=name,
         out_shape=tuple(
             jax.ShapeDtypeStruct((B * K, runs, num_tiles, CONSUMERS, ROWS, size), jnp.float32) for size in (Dk, Dv)
         ),
-        scratch=(
-            Matrix((2, held, Dk), q.dtype),
-            Matrix((2, held, Dv), q.dtype),
-            Matrix((slots, ROWS, Dk), q.dtype),
-            Matrix((slots, ROWS, Dv), q.dtype),
-            Vectors((slots, len(known), ROWS), jnp.float32),
-            Barriers(2, 2),
-            Barriers(2, CONSUMERS),
-            Barriers(slots, 2 * packing.copies + len(known)),
-            Barriers(slots, CONSUMERS),
-        ),
+        scratch=_scratch(tile, packing, q.dtype, Dk, Dv, len(known)),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
     )(q, do, k, v, walk, by_length(walk), row_bounds(queries, num_tiles * held, None), *known)
@@ -164,6 +166,35 @@ def _key_gradients(
         return jnp.swapaxes(x, 1, 2)[:, :num_keys]
 
     return total(partials[0]), total(partials[1])
+
+
+def choose_key_tile(
+    tile: PartialTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
+) -> PartialTile:
+    """`key_tile`, or the table's, for arrays as the contracts have them; see `choose_tile`."""
+    packing = Packing(q.shape[2] // k.shape[2])
+
+    def scratch_of(tile: PartialTile) -> tuple[Scratch, ...]:
+        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
+
+    return choose_tile("key_tile", tile, table, key_of(q, k, v), scratch_of)
+
+
+def _scratch(
+    tile: PartialTile, packing: Packing, dtype: Any, key_dim: int, value_dim: int, num_known: int
+) -> tuple[Scratch, ...]:
+    held = CONSUMERS * ROWS
+    return (
+        Matrix((2, held, key_dim), dtype),
+        Matrix((2, held, value_dim), dtype),
+        Matrix((tile.slots, ROWS, key_dim), dtype),
+        Matrix((tile.slots, ROWS, value_dim), dtype),
+        Vectors((tile.slots, num_known, ROWS), jnp.float32),
+        Barriers(2, 2),
+        Barriers(2, CONSUMERS),
+        Barriers(tile.slots, 2 * packing.copies + num_known),
+        Barriers(tile.slots, CONSUMERS),
+    )
 
 
 def _key_gradient_kernel(
@@ -206,7 +237,7 @@ def _key_gradient_kernel(
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][0], action="increase")
 
         def work(i: Any, done: Any) -> Any:
             batch, head, run, tile = place(i)
@@ -273,7 +304,7 @@ def _key_gradient_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][1], action="decrease")
 
         def work(i: Any, done: Any) -> Any:
             batch, head, _, tile = place(i)

@@ -15,13 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds, steps
-from pallas_kernels.mosaic.launch import Barriers, Matrix, launch, num_programs
+from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
 from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers, product
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E, softmax_finish, softmax_start, softmax_step
+from pallas_kernels.mosaic.tiles import REGISTERS, IntervalTile
+from pallas_kernels.tiles import Table, key_of
 
 KEYS = 2  # the bounds of a row: first key and one past the last
 
@@ -32,15 +34,16 @@ def attend(
     v: Float[Array, "B N K Dv"],
     keys: Intervals,
     *,
+    tile: IntervalTile | None,
+    table: Table,
     scale: float,
     name: str,
     interpret: bool,
-    tile: tiles.Tile | None = None,
 ) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
-    """(o, lse) of queries that see an interval of the keys each."""
+    """(o, lse) of queries that see an interval of the keys each, by `tile` or by the table's."""
     (B, Tq, H, Dk), (_, _, K, Dv) = q.shape, v.shape
-    tile = tile or tiles.find_tile(tiles.FORWARD, Dk, Dv)
     packing = Packing(H // K)
+    tile = choose_forward_tile(tile, table, q, k, v)
     queries = tile.warpgroups * packing.queries
     num_tiles = pl.cdiv(Tq, queries)
     walk = steps(keys, queries, tile.keys)
@@ -60,21 +63,49 @@ def attend(
             jax.ShapeDtypeStruct((B, packing.padded(Tq), K, H // K, Dv), dtype),
             jax.ShapeDtypeStruct((B * K, num_tiles * consumers * ROWS), jnp.float32),
         ),
-        scratch=(
-            Matrix((consumers, tile.buffers, ROWS, Dk), dtype),
-            Matrix((tile.slots, tile.keys, Dk), dtype),
-            Matrix((tile.slots, tile.keys, Dv), dtype),
-            Matrix((consumers, ROWS, Dv) if Dv != Dk else (1, 8, 64), dtype),
-            Barriers(consumers * tile.buffers, packing.copies),
-            Barriers(tile.slots),
-            Barriers(tile.slots),
-            Barriers(tile.slots, consumers),
-            Barriers(tile.slots, consumers),
-        ),
+        scratch=_scratch(tile, packing, dtype, Dk, Dv),
         warpgroups=consumers + 1,
         interpret=interpret,
     )(grouped, pad_keys(k), pad_keys(v), walk, bounds)
     return o[:, :Tq].reshape(B, Tq, H, Dv), packing.unpack(lse, K, Tq)
+
+
+def choose_forward_tile(
+    tile: IntervalTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array
+) -> IntervalTile:
+    """`tile`, or the table's, for arrays as the contracts have them; see `choose_tile`.
+
+    Raises:
+      ValueError: values, scores and weights of the tile do not fit in registers either.
+    """
+    packing, value_dim = Packing(q.shape[2] // k.shape[2]), v.shape[3]
+
+    def scratch_of(tile: IntervalTile) -> tuple[Scratch, ...]:
+        return _scratch(tile, packing, q.dtype, q.shape[3], value_dim)
+
+    tile = choose_tile("tile", tile, table, key_of(q, k, v), scratch_of)
+    # Of the 32 bits of a register, a weight takes 16. A warpgroup's 128 threads share 64 rows.
+    held, there = (value_dim + tile.keys) // 2 + tile.keys // 4, REGISTERS[tile.warpgroups][0]
+    if held >= there:
+        raise ValueError(
+            f"tile = {tile}: {held} registers of a thread, with values of {value_dim}; expected fewer than {there}"
+        )
+    return tile
+
+
+def _scratch(tile: IntervalTile, packing: Packing, dtype: Any, key_dim: int, value_dim: int) -> tuple[Scratch, ...]:
+    consumers = tile.warpgroups
+    return (
+        Matrix((consumers, tile.buffers, ROWS, key_dim), dtype),
+        Matrix((tile.slots, tile.keys, key_dim), dtype),
+        Matrix((tile.slots, tile.keys, value_dim), dtype),
+        Matrix((consumers, ROWS, value_dim) if value_dim != key_dim else (1, 8, 64), dtype),
+        Barriers(consumers * tile.buffers, packing.copies),
+        Barriers(tile.slots),
+        Barriers(tile.slots),
+        Barriers(tile.slots, consumers),
+        Barriers(tile.slots, consumers),
+    )
 
 
 def _kernel(
@@ -97,13 +128,13 @@ def _kernel(
     v_free: Any,
     *,
     packing: Packing,
-    tile: tiles.Tile,
+    tile: IntervalTile,
     schedule: Schedule,
     scale: float,
 ) -> None:
     Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
     consumers, queries = tile.warpgroups, tile.warpgroups * packing.queries
-    consumer_registers, producer_registers = tiles.REGISTERS[consumers]
+    consumer_registers, producer_registers = REGISTERS[consumers]
     warpgroup = lax.axis_index("warpgroup")
     keys_ring, values_ring = Ring(k_full, k_free, tile.slots), Ring(v_full, v_free, tile.slots)
     scale_log2 = scale * LOG2_E

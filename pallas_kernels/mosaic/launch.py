@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ INTERPRETED_PROGRAMS = 2  # more show nothing new, and every program of the inte
 _versioned: Any = plgpu  # what other versions of JAX declare otherwise
 _PROGRAMS = 132  # multiprocessors of an H100 or H200 that is not there
 _REDUCTION_BYTES = 256  # of shared memory for sums over columns; JAX's own choice of 2048 costs a stage of a ring
+_ALIGNMENT = 1024  # bytes: what lies in shared memory starts at multiples of it
+_BARRIER_BYTES = 8
 
 
 def check_version(interpret: bool, warpgroups: int = 4) -> None:
@@ -79,12 +82,27 @@ class Barriers:
         return plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.number)
 
 
+Scratch = Matrix | Vectors | Barriers
+
+
+def shared_memory(scratch: Sequence[Scratch]) -> int:
+    """Bytes of shared memory that a program takes."""
+
+    def aligned(size: int) -> int:
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    barriers = sum(x.number for x in scratch if isinstance(x, Barriers))
+    arrays = [x for x in scratch if not isinstance(x, Barriers)]
+    used = sum(aligned(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize) for x in arrays)
+    return used + aligned(_REDUCTION_BYTES) + _BARRIER_BYTES * barriers
+
+
 def launch(
     kernel: Callable[..., None],
     *,
     name: str,
     out_shape: Sequence[jax.ShapeDtypeStruct],
-    scratch: Sequence[Matrix | Vectors | Barriers],
+    scratch: Sequence[Scratch],
     warpgroups: int,
     interpret: bool,
 ) -> Callable[..., Any]:
@@ -122,7 +140,7 @@ def _launched(
     kernel: Callable[..., None],
     name: str,
     out_shape: tuple[jax.ShapeDtypeStruct, ...],
-    scratch: tuple[Matrix | Vectors | Barriers, ...],
+    scratch: tuple[Scratch, ...],
     programs: int,
     warpgroups: int,
     interpret: bool,

@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds
-from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, launch, num_programs
+from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import Packing
 from pallas_kernels.mosaic.products import (
     ROWS,
@@ -32,10 +32,10 @@ from pallas_kernels.mosaic.products import (
 )
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E, NEVER
+from pallas_kernels.mosaic.tiles import REGISTERS, RingTile
+from pallas_kernels.tiles import Table, key_of
 
 CONSUMERS = 2
-SMALL = 8192  # bytes of shared memory for what is no matrix
-_MOST_SLOTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,36 @@ def statistics_of(
     return statistics, delta
 
 
+def choose_query_tile(
+    tile: RingTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
+) -> RingTile:
+    """`query_tile`, or the table's, for arrays as the contracts have them; see `choose_tile`."""
+    packing = Packing(q.shape[2] // k.shape[2])
+
+    def scratch_of(tile: RingTile) -> tuple[Scratch, ...]:
+        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
+
+    return choose_tile("query_tile", tile, table, key_of(q, k, v), scratch_of)
+
+
+def _scratch(
+    tile: RingTile, packing: Packing, dtype: Any, key_dim: int, value_dim: int, num_known: int
+) -> tuple[Scratch, ...]:
+    return (
+        Matrix((CONSUMERS, ROWS, key_dim), dtype),
+        Matrix((CONSUMERS, ROWS, value_dim), dtype),
+        Matrix((tile.slots, ROWS, key_dim), dtype),
+        Matrix((tile.slots, ROWS, value_dim), dtype),
+        Vectors((CONSUMERS, num_known, ROWS), jnp.float32),
+        Barriers(CONSUMERS, 2 * packing.copies + num_known),
+        Barriers(CONSUMERS, packing.copies),
+        Barriers(tile.slots),
+        Barriers(tile.slots),
+        Barriers(tile.slots, CONSUMERS),
+        Barriers(tile.slots, CONSUMERS),
+    )
+
+
 class Path(NamedTuple):
     """The steps of one tile of queries, 64 keys each."""
 
@@ -101,6 +131,7 @@ def query_gradient(
     packing: Packing,
     scale: float,
     pair_by_pair: bool,
+    tile: RingTile,
     name: str,
     interpret: bool,
 ) -> jax.Array:
@@ -111,7 +142,6 @@ def query_gradient(
     (B, _, K, _, Dk), Dv = q.shape, v.shape[3]
     queries = CONSUMERS * packing.queries
     num_tiles = pl.cdiv(keys.begin.shape[1], queries)
-    slots = min(_MOST_SLOTS, (SHARED_MEMORY - SMALL - 2 * CONSUMERS * ROWS * (Dk + Dv)) // (2 * ROWS * (Dk + Dv)))
     known = statistics.arrays()
     dq: jax.Array = launch(
         functools.partial(
@@ -121,25 +151,13 @@ def query_gradient(
             path_of=path_of,
             num_walk=len(walk),
             scale=scale,
-            slots=slots,
+            slots=tile.slots,
             gated=statistics.gate is not None,
             added=before is not None,
         ),
         name=name,
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        scratch=(
-            Matrix((CONSUMERS, ROWS, Dk), q.dtype),
-            Matrix((CONSUMERS, ROWS, Dv), q.dtype),
-            Matrix((slots, ROWS, Dk), q.dtype),
-            Matrix((slots, ROWS, Dv), q.dtype),
-            Vectors((CONSUMERS, len(known), ROWS), jnp.float32),
-            Barriers(CONSUMERS, 2 * packing.copies + len(known)),
-            Barriers(CONSUMERS, packing.copies),
-            Barriers(slots),
-            Barriers(slots),
-            Barriers(slots, CONSUMERS),
-            Barriers(slots, CONSUMERS),
-        ),
+        scratch=_scratch(tile, packing, q.dtype, Dk, Dv, len(known)),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
     )(
@@ -188,7 +206,7 @@ def _kernel(
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][0], action="increase")
         queries_here, do_here = q_shared.at[warpgroup], do_shared.at[warpgroup]
 
         def work(i: Any, done: Any) -> Any:
@@ -271,7 +289,7 @@ def _kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][1], action="decrease")
 
         def work(i: Any, done: Any) -> Any:
             batch, head, _ = schedule.item(i)

@@ -15,14 +15,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes, sees_nothing
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import Intervals, positions, row_bounds, seen_alone
-from pallas_kernels.mosaic.launch import SHARED_MEMORY, Barriers, Matrix, Vectors, check_version, launch, num_programs
+from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, Vectors, check_version, launch, num_programs
 from pallas_kernels.mosaic.packing import Packing, pad_keys
 from pallas_kernels.mosaic.problem import check_supported
 from pallas_kernels.mosaic.products import ROWS, Products, accumulators, down_rows, i32, index, load_numbers, row_index
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LEAST, LOG2_E, NEVER, softmax_finish, softmax_start, softmax_sums
+from pallas_kernels.mosaic.tiles import REGISTERS, UnionTile
+from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.mosaic_union import (
     MOST_BLOCKS,
     MOST_ENTRIES,
@@ -31,11 +33,11 @@ from pallas_kernels.selected_attention.mosaic_union import (
     entries_of,
     union_lists,
 )
+from pallas_kernels.tiles import key_of
 
 CONSUMERS = 2
 LEAST_GROUP = 8  # members of a block are 16 bits
 STEP = 2  # blocks
-_SMALL = 8192  # bytes of shared memory for what is no matrix
 
 
 def forward(
@@ -49,26 +51,30 @@ def forward(
     config: Sizes,
     scale: float,
     interpret: bool = False,
+    tile: UnionTile | None = None,
 ) -> tuple[Float[Array, "B Tq H Dv"], Float[Array, "B H Tq"]]:
-    """(o, lse); see the contract.
+    """(o, lse); see the contract. `tile` overrides the table, for tests and tuning.
 
     Raises:
       NotImplementedError: a version of JAX, dtype, head size, group size, scale, block size or number of blocks that
         the kernels do not support.
+      ValueError: a `tile` that the kernel does not take.
     """
     check_version(interpret)
     check_supported(q, k, v, scale=scale)
-    buffers, slots = check_sizes(q, k, v, block_indices, config)
+    tile = check_sizes(q, k, v, block_indices, config, tile)
     if q.shape[1] == 0:
         return sees_nothing(q, v)
     keys, (k, v) = visible(q, k, v, segment_starts, query_offset)
     queries = CONSUMERS * Packing(q.shape[2] // k.shape[2]).queries
     lists = union_lists(block_indices, keys, config.select_block, queries, interpret)
-    return _attend(q, k, v, keys, lists, scale=scale, buffers=buffers, slots=slots, interpret=interpret)
+    return _attend(q, k, v, keys, lists, scale=scale, tile=tile, interpret=interpret)
 
 
-def check_sizes(q: jax.Array, k: jax.Array, v: jax.Array, block_indices: jax.Array, config: Sizes) -> tuple[int, int]:
-    """(buffers of queries, slots of the ring), after checks of these kernels' own."""
+def check_sizes(
+    q: jax.Array, k: jax.Array, v: jax.Array, block_indices: jax.Array, config: Sizes, tile: UnionTile | None = None
+) -> UnionTile:
+    """The forward pass's tile, after checks of these kernels' own."""
     group = q.shape[2] // k.shape[2]
     if group < LEAST_GROUP:
         raise NotImplementedError(f"query heads per K/V head = {group}: expected at least {LEAST_GROUP}")
@@ -79,13 +85,27 @@ def check_sizes(q: jax.Array, k: jax.Array, v: jax.Array, block_indices: jax.Arr
         raise NotImplementedError(f"block_indices.shape[3] = {n}: expected at most {MOST_ENTRIES // queries}")
     if k.shape[1] > MOST_BLOCKS * ROWS:
         raise NotImplementedError(f"k.shape = {k.shape}: expected at most {MOST_BLOCKS * ROWS} keys")
-    Dk, Dv = q.shape[3], v.shape[3]
-    row, value = 2 * CONSUMERS * ROWS * Dk, 2 * CONSUMERS * ROWS * Dv if Dv != Dk else 0
-    slot = 2 * STEP * ROWS * (Dk + Dv)
-    for buffers, slots in ((2, 2), (1, 2), (1, 1)):
-        if buffers * row + value + slots * slot + _SMALL <= SHARED_MEMORY:
-            return buffers, slots
-    raise NotImplementedError(f"head_dim of q and of v = {Dk} and {Dv}: expected less")
+
+    def scratch_of(tile: UnionTile) -> tuple[Scratch, ...]:
+        return _scratch(tile, Packing(group), q.dtype, q.shape[3], v.shape[3])
+
+    return choose_tile("tile", tile, tiles.MOSAIC_FORWARD, key_of(q, k, v), scratch_of)
+
+
+def _scratch(tile: UnionTile, packing: Packing, dtype: Any, key_dim: int, value_dim: int) -> tuple[Scratch, ...]:
+    return (
+        Matrix((CONSUMERS, tile.buffers, ROWS, key_dim), dtype),
+        Matrix((tile.slots, STEP * ROWS, key_dim), dtype),
+        Matrix((tile.slots, STEP * ROWS, value_dim), dtype),
+        Matrix((CONSUMERS, ROWS, value_dim) if value_dim != key_dim else (1, 8, 64), dtype),
+        Vectors((CONSUMERS, tile.buffers, 2, ROWS), jnp.int32),
+        Vectors((CONSUMERS, ROWS), jnp.float32),
+        Barriers(CONSUMERS * tile.buffers, packing.copies + 2),
+        Barriers(tile.slots, STEP),
+        Barriers(tile.slots, STEP),
+        Barriers(tile.slots, CONSUMERS),
+        Barriers(tile.slots, CONSUMERS),
+    )
 
 
 def visible(
@@ -106,8 +126,7 @@ def _attend(
     lists: Lists,
     *,
     scale: float,
-    buffers: int,
-    slots: int,
+    tile: UnionTile,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     (B, Tq, H, Dk), (_, _, K, Dv) = q.shape, v.shape
@@ -121,27 +140,15 @@ def _attend(
             packing=packing,
             schedule=Schedule(num_tiles, B, K, num_programs(interpret), pair_by_pair=True),
             scale=scale,
-            buffers=buffers,
-            slots=slots,
+            buffers=tile.buffers,
+            slots=tile.slots,
         ),
         name="selected_attention_forward",
         out_shape=(
             jax.ShapeDtypeStruct((B, Tq, K, H // K, Dv), dtype),
             jax.ShapeDtypeStruct((B * K, num_tiles * CONSUMERS * ROWS), jnp.float32),
         ),
-        scratch=(
-            Matrix((CONSUMERS, buffers, ROWS, Dk), dtype),
-            Matrix((slots, STEP * ROWS, Dk), dtype),
-            Matrix((slots, STEP * ROWS, Dv), dtype),
-            Matrix((CONSUMERS, ROWS, Dv) if Dv != Dk else (1, 8, 64), dtype),
-            Vectors((CONSUMERS, buffers, 2, ROWS), jnp.int32),
-            Vectors((CONSUMERS, ROWS), jnp.float32),
-            Barriers(CONSUMERS * buffers, packing.copies + 2),
-            Barriers(slots, STEP),
-            Barriers(slots, STEP),
-            Barriers(slots, CONSUMERS),
-            Barriers(slots, CONSUMERS),
-        ),
+        scratch=_scratch(tile, packing, dtype, Dk, Dv),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
     )(
@@ -184,7 +191,7 @@ def _kernel(
 ) -> None:
     Dk, Dv = q_ref.shape[-1], v_ref.shape[-1]
     queries = CONSUMERS * packing.queries
-    consumer_registers, producer_registers = tiles.REGISTERS[CONSUMERS]
+    consumer_registers, producer_registers = REGISTERS[CONSUMERS]
     warpgroup = lax.axis_index("warpgroup")
     keys_ring, values_ring = Ring(k_full, k_free, slots), Ring(v_full, v_free, slots)
     scale_log2 = scale * LOG2_E

@@ -16,13 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.choice import choose_tile
 from pallas_kernels.mosaic.intervals import Intervals
 from pallas_kernels.mosaic.launch import (
-    SHARED_MEMORY,
     WARPS,
     Barriers,
     Matrix,
+    Scratch,
     Vectors,
     check_version,
     each_warp,
@@ -44,25 +44,33 @@ from pallas_kernels.mosaic.products import (
     product,
     two_products,
 )
-from pallas_kernels.mosaic.query_gradient import CONSUMERS, SMALL, Path, Statistics, query_gradient, statistics_of
+from pallas_kernels.mosaic.query_gradient import (
+    CONSUMERS,
+    Path,
+    Statistics,
+    choose_query_tile,
+    query_gradient,
+    statistics_of,
+)
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E
+from pallas_kernels.mosaic.tiles import REGISTERS, PartialTile, RingTile
+from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.mosaic import STEP, check_sizes, visible
 from pallas_kernels.selected_attention.mosaic_items import Items, cut_into_items
 from pallas_kernels.selected_attention.mosaic_union import SPLIT, union_lists
+from pallas_kernels.tiles import Table, key_of
 
-ITEM = 512  # queries of one partial sum
 # Up to 256 for keys and values together, a consumer holds both gradients, (Dk + Dv) / 2 registers of each of its
 # threads, beside 64 for a step's scores and their gradients. Above, two consumers take the same item and make a
 # gradient each. Matrices in shared memory, of the 227 KiB that there are:
 #
-#   Dk, Dv    teams  registers  blocks held  queries and gradients  KiB
-#   64, 64      2       128        32 KiB     2 x 4 slots, 128 KiB   160
-#   128, 128    2       192        64 KiB     2 x 2 slots, 128 KiB   192
-#   192, 128    1       160        40 KiB         4 slots, 160 KiB   200
-#   256, 256    1       192        64 KiB         2 slots, 128 KiB   192
+#   Dk, Dv    teams  registers  blocks held  queries and gradients
+#   64, 64      2       128        32 KiB    2 x 16 KiB for each slot
+#   128, 128    2       192        64 KiB    2 x 32 KiB for each slot
+#   192, 128    1       160        40 KiB        40 KiB for each slot
+#   256, 256    1       192        64 KiB        64 KiB for each slot
 LARGEST_HEADS = 256
-_MOST_SLOTS = 4
 _SUM_WARPGROUPS = 4
 _SUMMED = 4096  # numbers that a warpgroup adds at a time
 
@@ -84,16 +92,21 @@ def backward(
     gate: Float[Array, "B Tq H"] | None = None,
     dq: Float[Array, "B Tq H Dk"] | None = None,
     interpret: bool = False,
+    query_tile: RingTile | None = None,
+    key_tile: PartialTile | None = None,
 ) -> Gradients:
-    """(dq, dk, dv, delta) of gate * o and of lse; see the contract.
+    """(dq, dk, dv, delta) of gate * o and of lse; see the contract. Tiles override the tables.
 
     Raises:
       NotImplementedError: a version of JAX, dtype, head size, group size, scale, block size or number of blocks that
         the kernels do not support.
+      ValueError: a tile that the kernel does not take.
     """
     check_version(interpret, CONSUMERS + 1 + WARPS)
     check_supported(q, k, v, scale=scale)
     check_sizes(q, k, v, block_indices, config)
+    query_tile = choose_query_tile(query_tile, tiles.MOSAIC_QUERY_GRADIENT, q, k, v, gate is not None)
+    key_tile = choose_key_tile(key_tile, tiles.MOSAIC_KEY_GRADIENT, q, k, v, gate is not None)
     if 0 in (q.shape[1], k.shape[1]):
         return gradients_of_nothing(q, k, v, dq)
     (B, Tq, H, _), K = q.shape, k.shape[2]
@@ -116,6 +129,7 @@ def backward(
         None if dq is None else grouped(dq),
         path_of=_path,
         pair_by_pair=True,
+        tile=query_tile,
         name="selected_attention_query_gradient",
         **options,
     )
@@ -125,12 +139,12 @@ def backward(
         segments=segment_starts is not None,
         block=config.select_block,
         num_blocks=pl.cdiv(k.shape[1], ROWS),
-        size=ITEM,
+        size=key_tile.queries or Tq,
         step=packing.queries,
         workers=num_programs(interpret) * _teams(q.shape[3], v.shape[3]),
         spare=2 * max(packing.queries, WARPS),  # as warps look ahead
     )
-    partials = _key_gradients(*arrays, statistics, keys, items, **options)
+    partials = _key_gradients(*arrays, statistics, keys, items, tile=key_tile, **options)
     dk, dv = (x[:, : k.shape[1]] for x in _add_items(partials, items, K, q.dtype, interpret))
     return Gradients(dq.reshape(q.shape), dk, dv, delta)
 
@@ -152,6 +166,35 @@ def _teams(key_dim: int, value_dim: int) -> int:
     return CONSUMERS if key_dim + value_dim <= LARGEST_HEADS else 1
 
 
+def choose_key_tile(
+    tile: PartialTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
+) -> PartialTile:
+    """`key_tile`, or the table's, for arrays as the contract has them; see `choose_tile`."""
+    packing = Packing(q.shape[2] // k.shape[2])
+
+    def scratch_of(tile: PartialTile) -> tuple[Scratch, ...]:
+        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
+
+    return choose_tile("key_tile", tile, table, key_of(q, k, v), scratch_of)
+
+
+def _scratch(
+    tile: PartialTile, packing: Packing, dtype: Any, key_dim: int, value_dim: int, num_known: int
+) -> tuple[Scratch, ...]:
+    teams = _teams(key_dim, value_dim)
+    return (
+        Matrix((teams, ROWS, key_dim), dtype),
+        Matrix((teams, ROWS, value_dim), dtype),
+        Matrix((teams * tile.slots, ROWS, key_dim), dtype),
+        Matrix((teams * tile.slots, ROWS, value_dim), dtype),
+        Vectors((teams * tile.slots, num_known, ROWS), jnp.float32),
+        Barriers(teams, 2),
+        Barriers(teams, CONSUMERS // teams),
+        Barriers(teams * tile.slots, 2 * packing.queries + num_known),
+        Barriers(teams * tile.slots, CONSUMERS // teams),
+    )
+
+
 def _key_gradients(
     q: jax.Array,
     do: jax.Array,
@@ -161,6 +204,7 @@ def _key_gradients(
     keys: Intervals,
     items: Items,
     *,
+    tile: PartialTile,
     packing: Packing,
     scale: float,
     interpret: bool,
@@ -168,9 +212,6 @@ def _key_gradients(
     """What each item adds to dk, float32 [B K, items, 64, Dk], and to dv. Items that are not used hold anything."""
     (B, _, K, G, Dk), Dv = q.shape, v.shape[3]
     num_items = items.table.shape[1]
-    teams = _teams(Dk, Dv)
-    room = SHARED_MEMORY - SMALL - 2 * teams * ROWS * (Dk + Dv)
-    slots = min(_MOST_SLOTS, room // (2 * teams * ROWS * (Dk + Dv)))
 
     def listed(x: jax.Array) -> jax.Array:  # [B K, rows], in the order of the lists
         x = jnp.take_along_axis(x.reshape(B * K, -1, G), items.queries[:, :, None], axis=1)
@@ -183,23 +224,13 @@ def _key_gradients(
             packing=packing,
             schedule=Schedule(num_items, B, K, num_programs(interpret), pair_by_pair=True),
             scale=scale,
-            teams=teams,
-            slots=slots,
+            teams=_teams(Dk, Dv),
+            slots=tile.slots,
             gated=statistics.gate is not None,
         ),
         name="selected_attention_key_gradient",
         out_shape=tuple(jax.ShapeDtypeStruct((B * K, num_items, ROWS, size), jnp.float32) for size in (Dk, Dv)),
-        scratch=(
-            Matrix((teams, ROWS, Dk), q.dtype),
-            Matrix((teams, ROWS, Dv), q.dtype),
-            Matrix((teams * slots, ROWS, Dk), q.dtype),
-            Matrix((teams * slots, ROWS, Dv), q.dtype),
-            Vectors((teams * slots, len(known), ROWS), jnp.float32),
-            Barriers(teams, 2),
-            Barriers(teams, CONSUMERS // teams),
-            Barriers(teams * slots, 2 * packing.queries + len(known)),
-            Barriers(teams * slots, CONSUMERS // teams),
-        ),
+        scratch=_scratch(tile, packing, q.dtype, Dk, Dv, len(known)),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
     )(q, do, k, v, items.table, items.queries, jnp.stack(keys, axis=1), *known)
@@ -391,7 +422,7 @@ def _key_gradient_kernel(
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][0], action="increase")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][0], action="increase")
         if teams == CONSUMERS:
             consume(warpgroup, True, True)
         else:
@@ -400,7 +431,7 @@ def _key_gradient_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(tiles.REGISTERS[CONSUMERS][1], action="decrease")
+        plgpu.set_max_registers(REGISTERS[CONSUMERS][1], action="decrease")
         each_warp(produce)
 
 

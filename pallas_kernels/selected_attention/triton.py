@@ -13,6 +13,7 @@ from pallas_kernels.contract import Sizes
 from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.block_major import block_major_forward
 from pallas_kernels.selected_attention.block_union import block_keys, by_overlap, tile_queries, union_rows
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import (
@@ -25,7 +26,7 @@ from pallas_kernels.triton.problem import (
 )
 from pallas_kernels.triton.rows import load_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import softmax_finish, softmax_start, softmax_step
-from pallas_kernels.triton.tiles import BlockTile, QueryTile, find_tile, key_of
+from pallas_kernels.triton.tiles import BlockTile, QueryTile
 
 
 def forward(

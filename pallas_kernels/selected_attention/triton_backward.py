@@ -18,6 +18,7 @@ from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.block_items import item_of
 from pallas_kernels.selected_attention.block_union import block_keys, by_overlap, tile_queries, union_rows
 from pallas_kernels.selected_attention.inverse_index import invert
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import div, iota, loop, next_power_of_two, rem
 from pallas_kernels.triton.launch import launch
@@ -32,7 +33,7 @@ from pallas_kernels.triton.problem import (
 )
 from pallas_kernels.triton.rows import load_rows, load_starts, program_pair, store_rows, where_all
 from pallas_kernels.triton.softmax import NEVER, exp2, finish_query_gradient, load_delta, load_lse_log2
-from pallas_kernels.triton.tiles import BlockTile, QueryTile, find_tile, key_of
+from pallas_kernels.triton.tiles import BlockTile, QueryTile
 
 _REDUCE_ROWS = 16
 

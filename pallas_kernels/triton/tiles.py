@@ -1,14 +1,6 @@
-"""Tiles of kernels, and the rule that finds a kernel's tile in its table.
-
-Tables are data: `tiles.py` of each op. `python -m pallas_kernels.benchmarks tune` measures tiles and writes them there.
-"""
+"""What the tiles of the Triton kernels say; their tables are in `tiles.py` of each op."""
 
 import dataclasses
-from typing import Any
-
-import jax
-
-from pallas_kernels.devices import Capability, current_device, shared_memory_kib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,68 +44,17 @@ class DecodeTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of a table: for which calls a tile is, and what was measured when it was chosen."""
+class AppendTile:
+    """The new tokens of a row, of one K/V head."""
 
-    capability: Capability  # of the device that it was chosen for
-    itemsize: int  # bytes of an element
-    head_dim: int  # the larger head size is at most this
-    group: int  # query heads per K/V head are at most this
-    tile: Any
-    measured: str = ""
-
-
-Table = tuple[Row, ...]
+    hidden: int  # entries of the gates' hidden layer that are multiplied at a time
+    num_warps: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
-    """What a tile is looked up by."""
+class ProductTile:
+    """Numbers of the product of a matrix with one row, by a chunk of the row at a time. All are powers of two."""
 
-    itemsize: int
-    head_dim: int
-    group: int
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row is for such calls."""
-        return self.itemsize == row.itemsize and self.head_dim <= row.head_dim and self.group <= row.group
-
-
-def key_of(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> Key:
-    """The key of a call: q [..., H, Dk], k [..., K, Dk], v [..., K, Dv]."""
-    head_dim = max(q.shape[-1], q.shape[-1] if v is None else v.shape[-1])
-    return Key(q.dtype.itemsize, head_dim, q.shape[-2] // k.shape[-2])
-
-
-def find_row(table: Table, key: Key) -> Row:
-    """The row of a table for calls with this key on the device that is traced for.
-
-    Of the rows that match the key, those count that were chosen for the highest compute capability which is at most the
-    device's and has no more shared memory than the device; where there is none, those for the least shared memory. The
-    first of them is the row: tables ascend in head size and group size. Where kernels are interpreted, rows for the
-    highest capability are taken.
-
-    Raises:
-      LookupError: no row of the table matches the key.
-    """
-    rows = [row for row in table if key.matches(row)]
-    if not rows:
-        raise LookupError(f"no tile for {key}")
-    device = current_device()
-    if device.platform != "gpu":
-        chosen = max(row.capability for row in rows)
-    else:
-        known = device.compute_capability or (0, 0)
-        memory = shared_memory_kib(known)
-        fitting = [row.capability for row in rows if row.capability <= known and _memory(row) <= memory]
-        chosen = max(fitting) if fitting else min(rows, key=lambda row: (_memory(row), row.capability)).capability
-    return next(row for row in rows if row.capability == chosen)
-
-
-def _memory(row: Row) -> int:
-    return shared_memory_kib(row.capability)
-
-
-def find_tile(table: Table, key: Key) -> Any:
-    """The tile of `find_row`."""
-    return find_row(table, key).tile
+    outputs: int  # that a program makes
+    num_warps: int
+    depth: int  # numbers of the row in a chunk

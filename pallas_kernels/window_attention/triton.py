@@ -14,13 +14,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import next_power_of_two
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, heads_first, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, program_pair, store_rows
 from pallas_kernels.triton.softmax import softmax_finish, softmax_start, softmax_step
-from pallas_kernels.triton.tiles import Tile, find_tile, key_of
+from pallas_kernels.triton.tiles import Tile
 from pallas_kernels.window_attention import tiles
 from pallas_kernels.window_attention.band import band_of, key_positions, visible
 

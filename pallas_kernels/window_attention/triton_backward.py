@@ -10,13 +10,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Gradients, Sizes
+from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import accumulate, dot_pieces, head_pieces, scaled, zeros
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.problem import Problem, check_supported, group_last, heads_first, offset_array, problem_of
 from pallas_kernels.triton.rows import load_rows, load_starts, packed_rows, program_pair, store_rows, where_all
 from pallas_kernels.triton.softmax import exp2, finish_query_gradient, load_delta, load_lse_log2
-from pallas_kernels.triton.tiles import Tile, find_tile, key_of
+from pallas_kernels.triton.tiles import Tile
 from pallas_kernels.window_attention import tiles
 from pallas_kernels.window_attention.band import band_of, key_positions, visible
 

@@ -10,8 +10,11 @@ from jax.sharding import AxisType
 from nsa_jax import one_row
 from nsa_jax.one_row import is_one_row_on_a_gpu, multiply_rows
 from nsa_jax.testing import normwise_error
+from pallas_kernels.one_row_product import tiles
 from pallas_kernels.one_row_product.contract import Norm
 from pallas_kernels.one_row_product.triton import one_row_product
+from pallas_kernels.tiles import MatrixRow
+from pallas_kernels.triton.tiles import ProductTile
 from tests.pallas_kernels import cases
 
 
@@ -36,15 +39,15 @@ def random(seed, *shape):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_product_has_all_before_and_after_it_with_the_kernel_and_without(calls, gated, rows):
-    x, kernel, scale, residual = random(0, rows, 1, 64), random(1, 64, 96) / 8, random(2, 64), random(3, rows, 1, 96)
+    x, weight, scale, residual = random(0, rows, 1, 64), random(1, 96, 64) / 8, random(2, 64), random(3, rows, 1, 96)
     residual = residual[..., :48] if gated else residual
     counted = jnp.arange(rows)[:, None] == 0
     garbage = jnp.where(counted[:, :, None], x, jnp.nan)
     norm = Norm(scale.astype(jnp.float32), 1e-2)
-    y = multiply_rows(garbage, kernel, norm=norm, counted=counted, gated=gated, residual=residual)
+    y = multiply_rows(garbage, weight, norm=norm, counted=counted, gated=gated, residual=residual)
     wide = jnp.where(counted[:, :, None], x, 0).astype(jnp.float32)
     wide = wide / jnp.sqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-2) * norm.scale[None, None]
-    product = wide @ kernel.astype(jnp.float32)
+    product = wide @ weight.T.astype(jnp.float32)
     if gated:
         gate, up = jnp.split(product, 2, axis=-1)
         product = jax.nn.silu(gate) * up
@@ -53,17 +56,19 @@ def test_a_product_has_all_before_and_after_it_with_the_kernel_and_without(calls
     assert normwise_error(y, residual + product) < 1e-2
 
 
-@pytest.mark.parametrize("columns", [32, 40])
-def test_several_dimensions_are_summed_over_and_refused_columns_are_made_without_the_kernel(calls, columns):
-    o, kernel = random(0, 1, 1, 4, 16), random(1, 4, 16, columns)
-    y = multiply_rows(o, kernel)
-    assert len(calls) == (columns == 32)
-    assert y.shape == (1, 1, columns)
-    assert normwise_error(y, jnp.einsum("bthd,hde->bte", *(x.astype(jnp.float32) for x in (o, kernel)))) < 1e-2
+@pytest.mark.parametrize("refused", [False, True])
+def test_several_dimensions_are_summed_over_and_what_the_kernel_refuses_is_made_without_it(calls, monkeypatch, refused):
+    if refused:
+        monkeypatch.setattr(tiles, "PRODUCT", (MatrixRow((8, 0), 2, 64, ProductTile(32, 1, 64)),))
+    o, weight = random(0, 1, 1, 4, 16), random(1, 40, 4, 16)
+    y = multiply_rows(o, weight)
+    assert len(calls) == (not refused)
+    assert y.shape == (1, 1, 40)
+    assert normwise_error(y, jnp.einsum("bthd,ehd->bte", *(x.astype(jnp.float32) for x in (o, weight)))) < 1e-2
 
 
 def test_a_given_precision_is_that_of_xla(calls):
-    y = multiply_rows(random(0, 1, 1, 64), random(1, 64, 32), precision="highest")
+    y = multiply_rows(random(0, 1, 1, 64), random(1, 32, 64), precision="highest")
     assert y.shape == (1, 1, 32)
     assert not calls
 

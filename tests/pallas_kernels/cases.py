@@ -18,7 +18,9 @@ from nsa_jax.testing import tolerance_of
 from pallas_kernels.contract import Gradients
 from pallas_kernels.devices import current_device
 from pallas_kernels.mosaic.launch import check_version
+from pallas_kernels.mosaic.tiles import IntervalTile, PartialTile, RingTile, ScoreTile, UnionTile
 from pallas_kernels.triton.launch import poisoned_outputs
+from pallas_kernels.triton.tiles import BlockTile, QueryTile, Tile
 
 BACKENDS = ("triton", "mosaic")
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
@@ -30,6 +32,46 @@ DTYPES = {"triton": (jnp.bfloat16, jnp.float16, jnp.float32), "mosaic": (jnp.bfl
 LARGEST_BACKWARD = {("mosaic", "compressed_attention"): 256, ("mosaic", "window_attention"): 256}
 INTERPRETED_DTYPE = {"triton": jnp.float32, "mosaic": jnp.bfloat16}
 INTERPRETED_TOLERANCE = {"triton": 2e-6, "mosaic": tolerance_of(jnp.bfloat16)}
+
+# For each op, tiles that are in no table.
+TILES: dict[str, dict[str, dict[str, Any]]] = {
+    "triton": {
+        "compressed_attention": {
+            "tile": Tile(64, 32, 4, 2),
+            "query_tile": Tile(32, 64, 4, 2),
+            "key_tile": Tile(64, 32, 4, 2),
+        },
+        "select_blocks": {"tile": Tile(64, 32, 8, 2)},
+        "selected_attention": {
+            "tile": QueryTile(16, 8, 2),
+            "query_tile": QueryTile(32, 8, 2),
+            "key_tile": BlockTile(32, 512, 8, 2),
+        },
+        "window_attention": {
+            "tile": Tile(64, 32, 4, 2),
+            "query_tile": Tile(32, 64, 4, 2),
+            "key_tile": Tile(64, 32, 4, 2),
+        },
+    },
+    "mosaic": {
+        "compressed_attention": {
+            "tile": IntervalTile(2, 128, 2, 1),
+            "query_tile": RingTile(1),
+            "key_tile": PartialTile(1, None),
+        },
+        "select_blocks": {"tile": ScoreTile(2)},
+        "selected_attention": {
+            "tile": UnionTile(1, 1),
+            "query_tile": RingTile(1),
+            "key_tile": PartialTile(1, None),
+        },
+        "window_attention": {
+            "tile": IntervalTile(3, 64, 1, 1),
+            "query_tile": RingTile(2),
+            "key_tile": PartialTile(1, 256),
+        },
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +237,7 @@ GPU_CASES = {
         backends=("mosaic",)
     ),
     "64 rows: group of 8, 256, offset": Case(
-        900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=("mosaic",)
+        900, 16, 2, 256, 256, NSAConfig(window=333), query_offset=301, ops=BRANCHES, backends=BACKENDS
     ),
     "64 rows: group of 8, segments, offset, all branches": Case(
         1555, 16, 2, 64, 64, PAPER, B=2, query_offset=301, segments=(43, 700), ops=("nsa_attention",),

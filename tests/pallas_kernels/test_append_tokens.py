@@ -13,6 +13,7 @@ import pytest
 from nsa_jax import NSAConfig, backends
 from nsa_jax.testing import tolerance_of
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.triton.tiles import AppendTile
 from tests.pallas_kernels import cases
 
 SMALL = NSAConfig(8, 4, 16, 4, 1, 2, 20)
@@ -192,6 +193,11 @@ def check(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
 def test_every_place_holds_what_the_contract_says(backend, name):
     append = backends.get(backend).append_tokens if backend != "triton" else cases.function(backend, "append_tokens")
     check(append, APPENDS[name], jnp.float32, 2e-6)
+
+
+def test_gates_may_be_opened_by_other_chunks():
+    append = functools.partial(cases.function("triton", "append_tokens"), tile=AppendTile(32, 8))
+    check(append, APPENDS["rotated drafts, odd heads"], jnp.float32, 2e-6)
 
 
 @pytest.mark.parametrize("x64", [False, True])

@@ -136,8 +136,8 @@ def expected(step: Step, given: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(o), np.asarray(indices)
 
 
-def check(backend: str, step: Step, dtype: Any, tolerance: float) -> tuple[Any, Any]:
-    decode = functools.partial(cases.function(backend, "decode_attention"), **step.options)
+def check(backend: str, step: Step, dtype: Any, tolerance: float, **tile: DecodeTile) -> tuple[Any, Any]:
+    decode = functools.partial(cases.function(backend, "decode_attention"), **step.options, **tile)
     given = inputs(step, dtype)
     run = functools.partial(jax.jit(decode), *given.arguments(dtype))
     o, indices = run()
@@ -165,6 +165,10 @@ def test_equals_the_reference_on_whole_rows(backend, name):
     run, results = check(backend, STEPS[name], jnp.float32, 2e-6)
     for a, b in zip(results, run(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_triton_decodes_with_a_tile_of_ones_own():
+    check("triton", STEPS["few blocks, group of 16"], jnp.float32, 2e-6, tile=DecodeTile(16, 2, chunk=32))
 
 
 def test_a_step_reads_the_keys_that_it_attends_to_and_a_dense_one_all():

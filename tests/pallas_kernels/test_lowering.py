@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nsa_jax import nsa_attention
+from nsa_jax import NSAConfig, nsa_attention
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS, BRANCHES, CASES, GPU_CASES, LONG_CASES, Case
 
@@ -80,8 +80,9 @@ def is_mixed(backend: str, case: Case) -> bool:
     return any(case.Dk + case.Dv > cases.largest_backward(backend, op) for op in BRANCHES)
 
 
-def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
+def program(backend: str, op: str, case: Case, dtype: Any, kind: str, tile: Any = None, **backward_tiles: Any) -> str:
     shapes = cases.shapes(case, dtype)
+    forward_tile = {} if tile is None else {"tile": tile}
     offset = jax.ShapeDtypeStruct((), jnp.int32) if case.traced else case.query_offset
     if op == "select_blocks":
         shaped = (shapes.q, shapes.kv.cmp_k, shapes.dlse, shapes.starts)
@@ -103,10 +104,11 @@ def program(backend: str, op: str, case: Case, dtype: Any, kind: str) -> str:
 
                 return jax.value_and_grad(total, (0, 1, 2))(q, kv, gates)
         elif op == "select_blocks":
-            call = functools.partial(cases.function(backend, op), **case.options)
+            call = functools.partial(cases.function(backend, op), **case.options, **forward_tile)
         else:
-            passes = (cases.function(backend, op), cases.function(backend, op + "_backward", case))
-            call = functools.partial(cases.results, *passes, op, case)
+            forward = functools.partial(cases.function(backend, op), **forward_tile)
+            backward = functools.partial(cases.function(backend, op + "_backward", case), **backward_tiles)
+            call = functools.partial(cases.results, forward, backward, op, case)
         if not case.traced:
             known = functools.partial(lambda call, *shaped: call(*shaped, case.query_offset), call)
             return jax.jit(known).trace(*shaped).lower(lowering_platforms=("cuda",)).as_text()
@@ -119,4 +121,12 @@ def test_lowers_for_gpus(backend, op, name, dtype, kind, x64):
     with jax.enable_x64(x64):
         text = program(backend, op, case, dtype, kind)
     for kernel in KERNELS.get(backend, {}).get(op, ()):
+        assert kernel in text
+
+
+@pytest.mark.parametrize(("backend", "op"), [(backend, op) for backend, ops in cases.TILES.items() for op in ops])
+def test_lowers_for_gpus_with_tiles_of_ones_own(backend, op):
+    case = Case(256, 16, 1, 128, 128, NSAConfig(16, 8, 64, 2, 1, 1, 100), traced=False)
+    text = program(backend, op, case, jnp.bfloat16, "NVIDIA H100", **cases.TILES[backend][op])
+    for kernel in KERNELS[backend][op]:
         assert kernel in text

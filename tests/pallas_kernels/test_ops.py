@@ -366,6 +366,15 @@ def test_gpu_blocks_are_those_of_highest_importance_twice(backend, op, name, dty
 
 @pytest.mark.gpu
 @each_backend
+@pytest.mark.parametrize("op", BRANCHES)
+def test_gpu_values_and_gradients_by_tiles_of_ones_own_equal_the_reference(backend, op):
+    case = next(case for case in GPU_CASES.values() if op in case.ops and backend in case.backends)
+    tiles = cases.TILES[backend][op]
+    check_branch(backend, op, case, jnp.bfloat16, tolerance_of(jnp.bfloat16), **tiles)
+
+
+@pytest.mark.gpu
+@each_backend
 def test_gpu_ties_go_to_the_lower_index(backend):
     actual = blocks_of_equal_keys(backend, GPU_CASES["paper's sizes"], jnp.bfloat16)
     # The first block is forced; the others weigh the same.

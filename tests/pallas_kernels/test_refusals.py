@@ -17,9 +17,11 @@ CASE = Case(64, 4, 2, 32, 32, NSAConfig(16, 8, 16, 4, 1, 1, 20), traced=False)
 SIZES = {"triton": (16, 256), "mosaic": (64, 256)}  # the smallest head and the largest
 
 
-def call(backend: str, op: str, case: Case = CASE, scale: float = 1.0, **dtypes: Any) -> Any:
+def call(
+    backend: str, op: str, case: Case = CASE, scale: float = 1.0, tiles: dict[str, Any] | None = None, **dtypes: Any
+) -> Any:
     """Traces an op on arrays of a case, of other dtypes where they are named."""
-    config, function = case.config, cases.function(backend, op)
+    options, function = dict(tiles or {}, config=case.config, scale=scale), cases.function(backend, op)
     dtype = dtypes.pop("dtype", cases.INTERPRETED_DTYPE[backend])
     x = cases.shapes(case, dtype)
     if op == "decode_attention":
@@ -36,7 +38,7 @@ def call(backend: str, op: str, case: Case = CASE, scale: float = 1.0, **dtypes:
         jax.ShapeDtypeStruct(array.shape, dtypes.get({0: "q", 1: "k"}.get(i, ""), array.dtype))
         for i, array in enumerate(arrays)
     ]
-    return jax.eval_shape(lambda *arrays: function(*arrays, *places, config=config, scale=scale), *changed)
+    return jax.eval_shape(lambda *arrays: function(*arrays, *places, **options), *changed)
 
 
 def decode_shapes(case: Case, dtype: Any, num_blocks: int = 4) -> list[jax.ShapeDtypeStruct]:

@@ -43,6 +43,7 @@ def selection(case: Case) -> tuple[Any, ...]:
 def test_cuts_and_chunks_change_nothing(monkeypatch):
     (q, k, lse), expected = selection(SELECTION)
     uncut = functools.partial(block_selection.select_blocks, **SELECTION.options, interpret=True)
+    np.testing.assert_array_equal(uncut(q, k, lse, None, 0, tile=Tile(64, 16, 4, 1)), expected)
     assert "scan" not in str(jax.make_jaxpr(uncut)(q, k, lse, None, 0))  # what fits into the scratch is one chunk
     first = 100  # so that both cuts, at 128 and 256, fall among the queries
     arrays = (q[:, first:], k, lse[:, :, first:])
@@ -146,6 +147,12 @@ def test_compressed_tokens_of_several_tiles_equal_the_reference(case):
     tiles = {"tile": tile, "query_tile": tile, "key_tile": tile}
     compiled, inputs, actual = check_branch("triton", "compressed_attention", case, jnp.float32, INTERPRETED, **tiles)
     check_unseen_keys_change_nothing("compressed_attention", case, compiled, inputs, actual, HUGE)
+
+
+def test_windows_of_several_tiles_equal_the_reference():
+    case, tile = Case(96, 3, 1, 16, 16, NSAConfig(8, 4, 16, 3, 1, 1, 40), query_offset=29), Tile(16, 32, 4, 1)
+    tiles = {"tile": tile, "query_tile": tile, "key_tile": tile}
+    check_branch("triton", "window_attention", case, jnp.float32, INTERPRETED, **tiles)
 
 
 @pytest.mark.parametrize("heads", [1, pytest.param(3, marks=pytest.mark.exhaustive)])

@@ -84,8 +84,8 @@ class SwiGLU(nn.Module):
         init = nn.initializers.lecun_normal()
         scaled = nn.initializers.variance_scaling(self.config.output_init_scale**2, "fan_in", "truncated_normal")
         if self.has_variable("params", JOINED):  # of `decoding_parameters`
-            joined = _weight(self, JOINED, init, (E, 2 * M), ("embed", "mlp"), x.dtype)
-            down = _weight(self, "down_kernel", scaled, (M, E), ("mlp", "embed"), x.dtype)
+            joined = _weight(self, JOINED, init, (2 * M, E), ("mlp", "embed"), x.dtype)
+            down = _weight(self, "down_weight", scaled, (E, M), ("embed", "mlp"), x.dtype)
             return multiply_rows(multiply_rows(x, joined, norm=norm, gated=True), down, residual=x)
         normalised = rms_norm(x, norm)
         gate = normalised @ _weight(self, "gate_kernel", init, (E, M), ("embed", "mlp"), x.dtype)
@@ -290,8 +290,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
     """A model's parameters as `extend` reads them, made once for all of its steps.
 
     They are in the compute dtype, except norms and routers, which keep float32. Those of each layer are arrays of their
-    own, so that a step does not copy them out of a stack. What is multiplied with the same input is one array, unless
-    the mesh in context splits heads, which lie apart in it.
+    own, so that a step does not copy them out of a stack. What makes one number of a result lies together. What is
+    multiplied with the same input is one array, unless the mesh in context splits heads, which lie apart in it.
 
     Args:
       params: of the `Transformer`.
@@ -314,8 +314,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
         if layer.moe.num_routed:
             return block
         mlp = block["mlp"]
-        gate_and_up = jnp.concatenate([mlp["gate_kernel"], mlp["up_kernel"]], axis=1)
-        return block | {"mlp": {JOINED: gate_and_up, "down_kernel": mlp["down_kernel"]}}
+        gate_and_up = jnp.concatenate([mlp["gate_kernel"].T, mlp["up_kernel"].T])
+        return block | {"mlp": {JOINED: gate_and_up, "down_weight": mlp["down_kernel"].T}}
 
     stacks = layer_stacks(config)
     layers = tuple(

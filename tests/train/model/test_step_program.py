@@ -20,7 +20,7 @@ from train.model.transformer import Transformer, decoding_parameters, extend, in
 from train.parallel.sharding import MESH_AXES
 
 NSA = NSAConfig()
-ATTENTION = ("first", "importance", "choose", "selected", "join")
+ATTENTION = ("first", "importance", "selected", "join")
 
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}

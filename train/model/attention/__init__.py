@@ -20,6 +20,7 @@ KINDS = {
     "min-max": "train.model.attention.min_max",
     "clustering": "train.model.attention.clustering",
     "auxiliary-loss": "train.model.attention.auxiliary_loss",
+    "one-softmax": "train.model.attention.one_softmax",
 }
 
 
