@@ -19,6 +19,7 @@ not divide the K/V heads, each of them works on all heads.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
@@ -579,7 +580,11 @@ def _placed(cache: AnyCache, config: HeadConfig) -> AnyCache:
     if not over_rows and cache.lengths.shape[0] % devices_along(config.batch_axes) == 0:  # every device has all pages
         pools = {name: getattr(splits, name) for name in POOLS if isinstance(splits, NSACache)}
         splits = _splits_of_cache(cache, (free_axes(config.batch_axes), over_heads))._replace(**pools)
-    return jax.tree.map(place, cache, splits)
+
+    def placed(name: str, x: Any) -> Any:
+        return jax.tree.map(functools.partial(place, split=getattr(splits, name)), x)
+
+    return cache._replace(**{name: placed(name, x) for name, x in cache._asdict().items()})
 
 
 Axes = tuple[tuple[str, ...], tuple[str, ...]]  # mesh axes that split rows, and those that split heads
@@ -638,17 +643,19 @@ def _on_devices(
     index = {key: i for i, key in enumerate(arrays)}
 
     # XLA crashes on JAX 0.11 where one of several arrays has no elements, as those of a branch that is off.
-    empty = {name: x for name, x in cache._asdict().items() if x.size == 0}
+    empty = {name: x for name, x in cache._asdict().items() if not any(part.size for part in jax.tree.leaves(x))}
     none: Any = dict.fromkeys(empty)
     splits = _splits_of_cache(cache, axes)
-    own_shapes = {
-        name: [size // devices_along(over) for size, over in itertools.zip_longest(x.shape, getattr(splits, name))]
-        for name, x in empty.items()
-    }
+
+    def own_part(name: str, x: Array) -> jax.ShapeDtypeStruct:
+        sizes = itertools.zip_longest(x.shape, getattr(splits, name))
+        return jax.ShapeDtypeStruct([size // devices_along(over) for size, over in sizes], x.dtype)
+
+    own_empty = {name: jax.tree.map(functools.partial(own_part, name), x) for name, x in empty.items()}
 
     def run(phi: Any, arrays: list[Array], cache: Any, counts: Array) -> tuple[Array, Any]:
         given = jax.tree.map(lambda x: arrays[index[id(x)]], tokens)
-        cache = cache._replace(**{name: jnp.zeros(own_shapes[name], x.dtype) for name, x in empty.items()})
+        cache = cache._replace(**jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own_empty))
         after: Any
         o, after = attend(phi, given, cache if not rows else _with_own_pages(cache, rows), counts, own)
         if rows and isinstance(cache, NSACache):
