@@ -388,10 +388,11 @@ def write_nsa_tokens(
         block = first // s
         page = jnp.take_along_axis(cache.block_tables, jnp.minimum(block, cache.block_tables.shape[1] - 1), axis=1)
         exists = (block < cache.block_tables.shape[1]) & (page >= 0)
-        page = jnp.where(written & exists, page, pools[0].shape[0])
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, page.shape, i) for i in range(2))
+        page = jnp.where(written & exists, page, pools[0].shape[0] + row * page.shape[1] + column)
         slot = first % s // (s // pools[0].shape[2])
-        new = tuple(as_held(x, pool) for pool, x in zip(pools, values, strict=True))
-        return jax.tree.map(lambda pool, x: pool.at[page, :, slot].set(x, mode="drop"), pools, new)
+        k, v = (_put(p, (page, slice(None), slot), x) for p, x in zip(pools, values, strict=True))
+        return k, v
 
     def to_rings(rings: Pair, values: Pair) -> Pair:
         k, v = (_write_ring(ring, x, positions, new, lengths) for ring, x in zip(rings, values, strict=True))
@@ -409,9 +410,9 @@ def write_dense_tokens(
 ) -> DenseCache:
     """The cache after the first `num_tokens` of the T new tokens of each row."""
     offsets = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1])
+    slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1] + offsets)
     rows = jnp.arange(k.shape[0])[:, None]
-    k, v = (old.at[rows, slots].set(x.astype(old.dtype), mode="drop") for old, x in ((cache.k, k), (cache.v, v)))
+    k, v = (_put(old, (rows, slots), x) for old, x in ((cache.k, k), (cache.v, v)))
     return DenseCache(k, v, cache.lengths + num_tokens)
 
 
@@ -474,8 +475,19 @@ def _write_ring(
 ) -> Float[Array, "B R K D"]:
     R = ring.shape[1]
     kept = new & (positions >= lengths[:, None] - R)  # if there are more than R new tokens, only the last R
-    slots = jnp.where(kept, positions % R, R)
-    return ring.at[jnp.arange(x.shape[0])[:, None], slots].set(x.astype(ring.dtype), mode="drop")
+    nowhere = R + jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+    slots = jnp.where(kept, positions % R, nowhere)
+    return _put(ring, (jnp.arange(x.shape[0])[:, None], slots), x)
+
+
+def _put(places: Any, indices: Any, x: Array) -> Any:
+    """The places with x at indices of which no two are the same; what lies outside is dropped.
+
+    Otherwise XLA could not write all of them at once where programs are to be deterministic.
+    """
+    return jax.tree.map(
+        lambda old, new: old.at[indices].set(new, mode="drop", unique_indices=True), places, as_held(x, places)
+    )
 
 
 def token_counts(name: str, value: Any, B: int) -> Int[Array, " B"]:

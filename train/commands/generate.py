@@ -26,6 +26,7 @@ class Arguments:
     chat: bool = False  # talks with a model trained on conversations, and prints its answer to every prompt
     system: str | None = None  # with --chat: the system prompt
     num_samples: int = 1  # continuations, with seeds from `seed` on
+    tensor: int | None = None  # GPUs that split heads, MLP and vocabulary; None: as in training, if there are so many
     drafts: int = 0  # tokens from earlier in the text that a step verifies: the same text, in fewer steps if it repeats
     kv_dtype: KVDtype | None = None  # int8: a cache of half the bytes, with keys and values rounded to 8 bits
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
@@ -47,7 +48,7 @@ def generate(arguments: Arguments) -> None:
         raise ValueError(f"prompt has {len(arguments.prompt)} texts: expected one, or --chat, where each is a turn")
     if not arguments.chat and arguments.system is not None:
         raise ValueError(f"system = {arguments.system!r}: expected --chat, whose first turn this is")
-    saved = load_model(arguments.run)
+    saved = load_model(arguments.run, tensor=arguments.tensor)
     check(arguments.sampling, saved.tokenizer.vocab_size)
     writer = _Writer(saved, drafts=arguments.drafts, kv_dtype=arguments.kv_dtype)
     for number in range(arguments.num_samples):
@@ -115,7 +116,8 @@ class _Writer:
         if self._generator is None or size > self._size:
             self._size = -(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
             options = {"slots": 1, "max_length": self._size, **self._options}
-            self._generator = Generator(self.saved.params, self.saved.model, self.saved.tokenizer, **options)
+            saved = self.saved
+            self._generator = Generator(saved.params, saved.model, saved.tokenizer, **options, mesh=saved.mesh)
 
     def write(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         """The continuation of some tokens, piece by piece."""

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from rich.console import Console
@@ -28,12 +27,12 @@ from rich.table import Table
 from nsa_jax import cache_bytes
 from nsa_jax.quantization import quantize
 from pallas_kernels.quantized import Quantized
-from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
+from train.commands.benchmark.figures import ATTENTIONS, random_parameters, vocab_size, write_figures
 from train.config import Attention, KVDtype, ModelConfig
 from train.generation.generator import NOT_FORCED, Rows, advance
 from train.generation.sampling import Draw
 from train.model.attention import attention_kind
-from train.model.transformer import Transformer, decoding_parameters, init_caches
+from train.model.transformer import Transformer, init_caches
 from train.presets import named
 from train.trace import Kernel, kernels, length, record, union
 
@@ -72,16 +71,11 @@ def measure(
     """
     model = Transformer(config, vocabulary)
 
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        params = model.init(key, jnp.zeros((1, config.nsa.select_block), jnp.int32))["params"]
-        return decoding_parameters(nn.meta.unbox(params), config)
-
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def fill(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Any:
         return quantize(jax.random.normal(key, shape)) if dtype == jnp.int8 else jax.random.normal(key, shape, dtype)
 
-    params = make(jax.random.key(0))
+    params = random_parameters(config, vocabulary)
     empty = init_caches(config, batch_size=batch, max_length=context, kv_dtype=kv_dtype)
     leaves, structure = jax.tree.flatten(empty, is_leaf=lambda x: isinstance(x, Quantized))
     del empty
