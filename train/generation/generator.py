@@ -266,16 +266,18 @@ class Generator:
 
     def _draw(self) -> Draw:
         """The settings of every slot; those of a free one change nothing."""
-        rows = []
+        rows, chooses = [], False
         for request in self._running:
             sampling = Sampling() if request is None else request.sampling
             index = 0 if request is None else request.num_sampled
             top_k = sampling.top_k or self._model.vocab_size
+            chooses |= top_k < self._model.vocab_size or sampling.top_p < 1
             seed = sampling.seed % 2**31
             rows.append((sampling.temperature, top_k, sampling.top_p, sampling.repetition_penalty, seed, index))
         kinds = (np.float32, np.int32, np.float32, np.float32, np.int32, np.int32)
         columns = zip(zip(*rows, strict=True), kinds, strict=True)
-        return Draw(*(jnp.asarray(column, kind) for column, kind in columns))
+        draw = Draw(*(jnp.asarray(column, kind) for column, kind in columns))
+        return draw if chooses else draw._replace(top_k=None, top_p=None)
 
     def _take(self, request: _Request, token: int) -> Piece:
         """Adds a token to a request: the one sampled, unless one is forced on it. `advance` ends at the same tokens."""
@@ -477,7 +479,7 @@ def advance(
 def _sample(scores: Float[Array, "B m V"], seen: Bool[Array, "B m V"], draw: Draw) -> Int[Array, "B m"]:
     """`sample` for several places of each row. Of `draw`, `num_drawn` is [B, m]."""
     B, m, V = scores.shape
-    settings = Draw(*(jnp.broadcast_to(x if x.ndim == 2 else x[:, None], (B, m)).reshape(-1) for x in draw))
+    settings = jax.tree.map(lambda x: jnp.broadcast_to(x if x.ndim == 2 else x[:, None], (B, m)).reshape(-1), draw)
     return sample(scores.reshape(B * m, V), seen.reshape(B * m, V), settings).reshape(B, m)
 
 

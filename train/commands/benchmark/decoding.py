@@ -83,7 +83,8 @@ def measure(
     caches = jax.tree.unflatten(structure, filled)
     del leaves, filled
     size = cache_bytes(caches)
-    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, vocabulary, 1.0, 1.0, 0, 0)))
+    same = functools.partial(jnp.full, (batch,))
+    draw = Draw(same(0.8), None, None, same(1.0), same(0), same(0))
     seen, ends = jnp.zeros((2, batch, vocabulary), bool)  # no token ends a row
     rows = Rows(caches, seen, ends, jnp.zeros((batch, 0), jnp.int32))
     del caches
