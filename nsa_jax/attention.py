@@ -20,6 +20,7 @@ from nsa_jax.explicit import on_auto_axes, split_of
 from nsa_jax.precision import wide_dtype
 from nsa_jax.visibility import QueryOffset, segment_starts
 from pallas_kernels.differentiable import Positions
+from pallas_kernels.quantized import Quantized
 
 
 # How ops split their results over Explicit mesh axes: as queries are, and selected blocks as keys.
@@ -456,7 +457,7 @@ def decode_attention(
     ):
         for name, ring in ((f"{branch}_k", cache.win_k), (f"{branch}_v", cache.win_v)):
             pool, shape = getattr(cache, name), (pages, ring.shape[2], tokens, ring.shape[3])
-            if pool.shape != shape:
+            if pool.shape != shape or (isinstance(pool, Quantized) and pool.scale.shape != (*shape[:3], 1)):
                 raise ValueError(
                     f"cache.{name}: {describe(pool)}: expected shape {shape}, of pages, heads, tokens and head size, "
                     "as in cache.cmp_k and the window's ring"

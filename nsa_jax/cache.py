@@ -17,8 +17,10 @@ from nsa_jax import arguments
 from nsa_jax.config import NSAConfig, check_config, num_blocks
 from nsa_jax.explicit import on_auto_axes, split_like, split_of
 from nsa_jax.gating import open_gates
+from nsa_jax.quantization import as_held, dequantize, quantized_zeros
 from nsa_jax.rope import rotate_pairs
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.quantized import Quantized
 
 Pair = tuple[Array, Array]  # of keys and values
 
@@ -41,12 +43,16 @@ class NSACache(NamedTuple):
     z K (Dk + Dv). Rings take z K (Dk + Dv) (w + l + 2 step_tokens - 2) per row. In bfloat16 with K = 4, Dk = Dv = 128
     and the default sizes, that is 2176 bytes per token (full attention: 2048) and 1.1 MB per row. A step reads
     z K (Dk + Dv) (Nc + n s + w) per row. For a branch that is off there are arrays without places.
+
+    *8 bits.* With `kv_dtype="int8"`, the arrays of the pages are `Quantized`: int8 numbers, and a factor in float32 for
+    each token, head, and key or value. Rings are not, so that the window is exact, and compressed tokens are made from
+    exact ones. Pages then take K (Dk + Dv + 8) (1 + 1/d) per token, 1122 bytes with the sizes above.
     """
 
-    slc_k: Float[Array, "P K s Dk"]
-    slc_v: Float[Array, "P K s Dv"]
-    cmp_k: Float[Array, "P K s/d Dk"]
-    cmp_v: Float[Array, "P K s/d Dv"]
+    slc_k: Float[Array, "P K s Dk"] | Quantized
+    slc_v: Float[Array, "P K s Dv"] | Quantized
+    cmp_k: Float[Array, "P K s/d Dk"] | Quantized
+    cmp_v: Float[Array, "P K s/d Dv"] | Quantized
     tail_k: Float[Array, "B R K Dk"]
     tail_v: Float[Array, "B R K Dv"]
     win_k: Float[Array, "B W K Dk"]
@@ -79,6 +85,7 @@ def init_nsa_cache(
     head_dim: int,
     v_head_dim: int | None = None,
     dtype: DTypeLike = jnp.float32,
+    kv_dtype: DTypeLike | None = None,
     step_tokens: int = 1,
     num_pages: int | None = None,
     block_tables: Int[Array, "B N"] | None = None,
@@ -96,13 +103,14 @@ def init_nsa_cache(
       max_length: the most tokens that a row can hold, rounded up to whole pages: N = ceil(max_length / s) of them.
       num_kv_heads, head_dim, v_head_dim: K, Dk and Dv. If `v_head_dim` is None, Dv = Dk.
       dtype: of keys and values; the dtype of the layer's computation.
+      kv_dtype: in which pages hold keys and values. None: `dtype`; or int8, with a factor for each token and head.
       step_tokens: the most tokens that one decode step adds, and that `rollback` can take back.
       num_pages: P, the pages of the pool. None: B N.
       block_tables: int32 [B, N], the page of each block of each row, -1 for none. As rows grow, replace it by
         `cache._replace(block_tables=...)`. None: row b has pages b N .. (b + 1) N - 1, which is a contiguous cache.
 
     Raises:
-      ValueError: a size is not an integer of at least 1, or the tables do not fit.
+      ValueError: a size is not an integer of at least 1, the tables do not fit, or `kv_dtype` is another.
     """
     batch_size, max_length, step_tokens = (
         arguments.size(name, value)
@@ -130,13 +138,16 @@ def init_nsa_cache(
                 f"block_tables holds {known.min()} to {known.max()}: expected -1 (no page) to num_pages - 1 = {P - 1}"
             )
 
-    dtype = arguments.float_dtype("dtype", dtype)
+    dtype, quantizes = arguments.float_dtype("dtype", dtype), _is_int8(kv_dtype)
 
     def zeros(*shape: int) -> list[Array]:
         return [jnp.zeros((*shape, D), dtype) for D in (Dk, Dv)]
 
-    slc_k, slc_v = zeros(P if config.num_selected else 0, num_kv_heads, config.select_block)
-    cmp_k, cmp_v = zeros(P, num_kv_heads, config.select_block // config.compress_stride)
+    def pages(*shape: int) -> list[Any]:
+        return [quantized_zeros((*shape, D), dtype) for D in (Dk, Dv)] if quantizes else zeros(*shape)
+
+    slc_k, slc_v = pages(P if config.num_selected else 0, num_kv_heads, config.select_block)
+    cmp_k, cmp_v = pages(P, num_kv_heads, config.select_block // config.compress_stride)
     tail_k, tail_v = zeros(batch_size, config.compress_block + step_tokens - 1, num_kv_heads)
     win_k, win_v = zeros(batch_size, config.window + step_tokens - 1 if config.window else 0, num_kv_heads)
     lengths = jnp.zeros((batch_size,), jnp.int32)
@@ -331,10 +342,14 @@ def read_ring(ring: Float[Array, "B R K D"], first: Int[Array, " B"], count: int
 
 
 def read_pages(
-    pool: Float[Array, "P K slots D"], block_tables: Int[Array, "B N"], held: Int[Array, " B"]
+    pool: Float[Array, "P K slots D"] | Quantized, block_tables: Int[Array, "B N"], held: Int[Array, " B"]
 ) -> Float[Array, "B N*slots K D"]:
-    """What the pages of each row hold, in order: `held` entries, and zeros in all other places."""
-    pages = jnp.moveaxis(pool[jnp.maximum(block_tables, 0)], 2, 3)
+    """What the pages of each row hold, in order: `held` entries, and zeros in all other places.
+
+    What is held in 8 bits is read in float32 at least.
+    """
+    pages = dequantize(jax.tree.map(lambda x: x[jnp.maximum(block_tables, 0)], pool))
+    pages = jnp.moveaxis(pages, 2, 3)
     entries = pages.reshape(pages.shape[0], pages.shape[1] * pages.shape[2], *pages.shape[3:])
     exists = jnp.arange(entries.shape[1], dtype=jnp.int32)[None, :] < held[:, None]
     return jnp.where(exists[:, :, None, None], entries, 0)
@@ -369,13 +384,14 @@ def write_nsa_tokens(
     index = next_compressed(cache.lengths, config)[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :]
     finished = index * d + config.compress_block <= lengths[:, None]
 
-    def to_pages(pools: Pair, values: Pair, first: Array, written: Array) -> Pair:
+    def to_pages(pools: tuple[Any, Any], values: Pair, first: Array, written: Array) -> tuple[Any, Any]:
         block = first // s
         page = jnp.take_along_axis(cache.block_tables, jnp.minimum(block, cache.block_tables.shape[1] - 1), axis=1)
         exists = (block < cache.block_tables.shape[1]) & (page >= 0)
-        page = jnp.where(written & exists, page, pools[0].shape[0])
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, page.shape, i) for i in range(2))
+        page = jnp.where(written & exists, page, pools[0].shape[0] + row * page.shape[1] + column)
         slot = first % s // (s // pools[0].shape[2])
-        k, v = (p.at[page, :, slot].set(x.astype(p.dtype), mode="drop") for p, x in zip(pools, values, strict=True))
+        k, v = (_put(p, (page, slice(None), slot), x) for p, x in zip(pools, values, strict=True))
         return k, v
 
     def to_rings(rings: Pair, values: Pair) -> Pair:
@@ -394,9 +410,9 @@ def write_dense_tokens(
 ) -> DenseCache:
     """The cache after the first `num_tokens` of the T new tokens of each row."""
     offsets = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1])
+    slots = jnp.where(offsets < num_tokens[:, None], cache.lengths[:, None] + offsets, cache.k.shape[1] + offsets)
     rows = jnp.arange(k.shape[0])[:, None]
-    k, v = (old.at[rows, slots].set(x.astype(old.dtype), mode="drop") for old, x in ((cache.k, k), (cache.v, v)))
+    k, v = (_put(old, (rows, slots), x) for old, x in ((cache.k, k), (cache.v, v)))
     return DenseCache(k, v, cache.lengths + num_tokens)
 
 
@@ -459,14 +475,38 @@ def _write_ring(
 ) -> Float[Array, "B R K D"]:
     R = ring.shape[1]
     kept = new & (positions >= lengths[:, None] - R)  # if there are more than R new tokens, only the last R
-    slots = jnp.where(kept, positions % R, R)
-    return ring.at[jnp.arange(x.shape[0])[:, None], slots].set(x.astype(ring.dtype), mode="drop")
+    nowhere = R + jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+    slots = jnp.where(kept, positions % R, nowhere)
+    return _put(ring, (jnp.arange(x.shape[0])[:, None], slots), x)
+
+
+def _put(places: Any, indices: Any, x: Array) -> Any:
+    """The places with x at indices of which no two are the same; what lies outside is dropped.
+
+    Otherwise XLA could not write all of them at once where programs are to be deterministic.
+    """
+    return jax.tree.map(
+        lambda old, new: old.at[indices].set(new, mode="drop", unique_indices=True), places, as_held(x, places)
+    )
 
 
 def token_counts(name: str, value: Any, B: int) -> Int[Array, " B"]:
     """A number of tokens for each row, int32, from one for all or one for each."""
     counts = arguments.array(name, value)
     return arguments.integers(name, jnp.broadcast_to(counts, (B,)) if counts.ndim == 0 else counts, (B,))
+
+
+def _is_int8(kv_dtype: Any) -> bool:
+    """Whether keys and values are held in 8 bits."""
+    if kv_dtype is None:
+        return False
+    try:
+        known = jnp.dtype(kv_dtype) == jnp.int8
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"kv_dtype = {arguments.shown(kv_dtype)}: expected int8, or None for the dtype")
+    return True
 
 
 def _head_sizes(num_kv_heads: int, head_dim: int, v_head_dim: int | None) -> tuple[int, int, int]:

@@ -10,30 +10,27 @@ generation. If the cache is donated, XLA updates it in place.
 
 Lengths are data. A row that outgrows its cache therefore raises an error only outside `jit`. Inside `jit`, tokens that
 do not fit are dropped without a message, so the caller has to count on the host.
+
+On a mesh, each device works on its own rows and K/V heads, and nothing of a cache is communicated. Of n devices along
+`batch_axes`, device i then holds the i-th part of the rows and the i-th part of the pages. The block tables of a row
+must name pages of its part, as those of a contiguous cache do: the outputs of a row that holds tokens in other pages
+are NaN. If n does not divide the rows, or the pages, XLA splits the rows as it can. If the devices along `head_axes` do
+not divide the K/V heads, each of them works on all heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from nsa_jax import arguments
 from nsa_jax.arguments import describe
-from nsa_jax.attention import (
-    BranchKV,
-    compressed_attention,
-    decode_attention,
-    nsa_attention,
-    select_blocks,
-    selected_attention,
-    window_attention,
-)
-from nsa_jax.backends import choice
+from nsa_jax.attention import BranchKV, decode_attention, nsa_attention, score_scale, window_attention
+from nsa_jax.backends import choice, whole
 from nsa_jax.cache import (
-    POOLS,
     DenseCache,
     NSACache,
     checked_cache,
@@ -50,7 +47,8 @@ from nsa_jax.cache import (
     write_dense_tokens,
     write_nsa_tokens,
 )
-from nsa_jax.config import num_blocks
+from nsa_jax.cache_on_devices import on_each_device, placed
+from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.core import (
     Branches,
     CoreConfig,
@@ -63,8 +61,8 @@ from nsa_jax.core import (
     products,
     rotated_branches,
 )
-from nsa_jax.dense import causal_attention, dense_attention
-from nsa_jax.explicit import in_explicit_mesh, split_like, split_of
+from nsa_jax.dense import causal_attention, dense_attention, on_gpu
+from nsa_jax.explicit import split_like, split_of
 from nsa_jax.layer import (
     JoinedProducts,
     LayerConfig,
@@ -76,20 +74,21 @@ from nsa_jax.layer import (
     project_branches,
     project_dense,
 )
-from nsa_jax.sharding import devices_along, place
-from nsa_jax.visibility import gated_sum
+from nsa_jax.sharding import devices_along
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.differentiable import Positions
 from pallas_kernels.one_row_product.contract import Norm
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
+AnyCache = TypeVar("AnyCache", NSACache, DenseCache)
 
 
 def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:
     """An empty cache for a core or a layer.
 
-    On a mesh with Explicit axes, rows are split over the layer's `batch_axes` and heads over its `head_axes`, where
-    these divide them. Every device then has all pages, of its heads. Prefill and steps keep the split of a cache.
+    On a mesh, rows and pages are split over the layer's `batch_axes` and heads over its `head_axes`, where these divide
+    them. Prefill and steps keep the split of a cache. See the module's docstring for what that asks of block tables.
 
     Args:
       config: of the layer.
@@ -97,12 +96,20 @@ def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: A
         none.
       sizes: `batch_size`, `max_length` and the other arguments of `nsa_jax.init_nsa_cache`.
     """
-    return _placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
+    return placed(init_nsa_cache(config.config, **_heads(config, dtype), **sizes), config)
 
 
-def full_layer_cache(config: LayerConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> DenseCache:
-    """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`."""
-    return _placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
+def full_layer_cache(
+    config: LayerConfig, *, dtype: DTypeLike | None = None, kv_dtype: DTypeLike | None = None, **sizes: Any
+) -> DenseCache:
+    """An empty cache for a full-attention layer; `sizes` are those of `nsa_jax.init_dense_cache`.
+
+    Raises:
+      ValueError: a `kv_dtype` is given, which only the pages of an `NSACache` have.
+    """
+    if kv_dtype is not None:
+        raise ValueError(f"kv_dtype = {arguments.shown(kv_dtype)}: expected None, as full attention has no such cache")
+    return placed(init_dense_cache(**_heads(config, dtype), **sizes), config)
 
 
 @core_on_mesh(lambda given: (split_of(given["q"], 0, 1, 2), split_like(given["cache"])))
@@ -129,8 +136,8 @@ def core_prefill(
         `nsa_jax.next_positions`. With a phi that has weights, they must go up by one from token to token of a row, in
         one call and from call to call, because the cache does not keep those of earlier tokens.
       num_tokens: int32 [B] (or one int), how many of the T tokens count. None: all of them.
-      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Attention then
-        processes one row after the other, each at its own position.
+      continuing: the tokens follow those in the cache (chunked prefill) instead of beginning a sequence. Rows that all
+        stand at the same position are attended to together, and other rows one after the other.
 
     Returns:
       o [B, T, H, Dv], equal to the same rows of `core_attention` on the whole sequence, and the new cache.
@@ -232,12 +239,16 @@ def full_layer_prefill(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache if continuing else _emptied(cache), DenseCache, x, num_tokens, config)
     x = counted(x, num_tokens)
-    q, k, v = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
-    cache = write_dense_tokens(before, k, v, counts)
-    if continuing:
-        o = _attend_to_dense(q, before, cache, window, config)
-    else:
-        o = causal_attention(q, k, v, window=window, scale=config.scale)
+    heads = project_dense(layer_products(x, weights, config), weights, _positions(before, x, positions), config)
+
+    def attend(_: Any, heads: Any, before: DenseCache, counts: Array, config: LayerConfig) -> tuple[Array, DenseCache]:
+        q, k, v = heads
+        cache = write_dense_tokens(before, k, v, counts)
+        if continuing:
+            return _attend_densely_continuing(q, before, cache, window, config), cache
+        return causal_attention(q, k, v, window=window, scale=config.scale), cache
+
+    o, cache = on_each_device(attend, {}, heads, before, counts, config)
     return join_heads(o, weights, config), cache
 
 
@@ -258,12 +269,16 @@ def full_layer_decode_step(
     x, weights = layer_inputs(x, parameters, config)
     before, counts = _checked(cache, DenseCache, x, num_tokens, config)
     product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
-    q, k, v = project_dense(product, weights, _positions(before, x, positions), config)
-    cache = write_dense_tokens(before, k, v, counts)
-    if x.shape[1] == 1 and window is None:
-        o = dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale)
-    else:
-        o = _attend_to_dense(q, before, cache, window, config)
+    heads = project_dense(product, weights, _positions(before, x, positions), config)
+
+    def attend(_: Any, heads: Any, before: DenseCache, counts: Array, config: LayerConfig) -> tuple[Array, DenseCache]:
+        q, k, v = heads
+        cache = write_dense_tokens(before, k, v, counts)
+        if q.shape[1] == 1 and window is None:
+            return dense_attention(q, cache.k, cache.v, lengths=cache.lengths, scale=config.scale), cache
+        return _attend_to_dense(q, before, cache, window, config), cache
+
+    o, cache = on_each_device(attend, {}, heads, before, counts, config)
     return join_heads(o, weights, config, None if norm is None else x), cache
 
 
@@ -325,9 +340,11 @@ def _projected(
     x, weights = layer_inputs(x, parameters, config)
     product = layer_products(x, weights, config, norm=norm, counted=are_counted(x, num_tokens))
     shape = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, config.head_dim), x.dtype)
-    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays.
+    # `append_tokens` finds heads in a joined product, and rotates them. What else is done to them takes arrays, and so
+    # does a split over devices.
     alone = config.compression == "mean" and not (config.qk_norm or config.use_bias or config.qkv_bias)
-    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself:
+    on_one_device = devices_along(config.batch_axes) * devices_along(config.head_axes) == 1
+    if for_step and alone and isinstance(product, JoinedProducts) and config.rotates_itself and on_one_device:
         q, k, v = project_branches(cast(Any, product.heads), weights, config)
         g = _gates_to_open(product, weights, config) or gates(product, weights, shape, config)
     else:
@@ -349,15 +366,16 @@ def _prefill(
     weights: Mapping[str, Array], tokens: _Tokens, cache: NSACache, *, config: CoreConfig, continuing: bool
 ) -> tuple[Float[Array, "B T H Dv"], NSACache]:
     """See `core_prefill`."""
-    cache = cache if continuing else _emptied(cache)
-    before, counts = _checked(cache, NSACache, tokens.q, tokens.num_tokens, config)
-    _check_pages(before, config)
-    q, new, cache = _take_in(weights, tokens, before, counts, config, continuing=continuing)
-    if continuing:
-        o, _ = _attend_continuing(q, new, before, cache, tokens.gates, config)
-    else:
-        o = nsa_attention(q, new, tokens.gates, **_op_options(config))
-    return o, cache
+    cache, counts = _checked(cache if continuing else _emptied(cache), NSACache, tokens.q, tokens.num_tokens, config)
+    _check_pages(cache, config)
+
+    def attend(phi: Any, tokens: Any, before: NSACache, counts: Array, config: CoreConfig) -> tuple[Array, NSACache]:
+        q, new, cache = _take_in(phi, tokens, before, counts, config, continuing=continuing)
+        if continuing:
+            return _attend_continuing(q, new, before, cache, tokens.gates, config), cache
+        return nsa_attention(q, new, tokens.gates, **_op_options(config)), cache
+
+    return on_each_device(attend, _of_phi(weights), tokens._replace(num_tokens=None), cache, counts, config)
 
 
 def _decode_step(
@@ -371,10 +389,17 @@ def _decode_step(
             f"q: {describe(tokens.array)}: expected at most {step_tokens(cache, config.config)} tokens a row, the "
             f"cache's step_tokens; prefill takes more"
         )
-    offsets = cache.lengths
-    q, opened, cache = _append(weights, tokens, cache, counts, config)
-    o, _ = decode_attention(q, cache, opened, offsets, **_op_options(config))
-    return o, cache
+
+    def attend(phi: Any, tokens: Any, before: NSACache, counts: Array, config: CoreConfig) -> tuple[Array, NSACache]:
+        q, gates, cache = _append(phi, tokens, before, counts, config)
+        o, _ = decode_attention(q, cache, gates, before.lengths, **_op_options(config))
+        return o, cache
+
+    return on_each_device(attend, _of_phi(weights), tokens._replace(num_tokens=None), cache, counts, config)
+
+
+def _of_phi(weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: value for name, value in weights.items() if name.startswith("phi_")}
 
 
 def _take_in(
@@ -418,7 +443,7 @@ def _append(
         new = [Heads(x.reshape(*x.shape[:2], -1)) for x in kv]
         if config.compression != "mean":
             finished = _finished(weights, (kv.cmp_k, kv.cmp_v), cache, positions, config)
-    places = Places(*cache[: len(Places._fields)])
+    places = Places._make(cache[: len(Places._fields)])
     gates = tokens.gates if isinstance(tokens.gates, Gates) else None
     inputs = (given, *new, *finished, rotation, gates, places, cache.lengths, num_tokens, cache.block_tables)
     implementation = choice.implementation_with("append_tokens", config.implementation)
@@ -455,42 +480,83 @@ def _attend_continuing(
     after: NSACache,
     gates: Float[Array, "B T H 3"],
     config: CoreConfig,
-) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B K T n"]]:
-    """NSA of a chunk that follows the tokens in `before`, and the blocks that it selects.
-
-    For each row, this lays out the row's pages in order and calls the ops for whole sequences with a `query_offset`.
-    """
-    T, w = q.shape[1], config.config.window
-    options = _op_options(config)
-
-    o_win = None
-    if w:
-        # The chunk may have overwritten ring entries that its first queries see. Read them from `before`. Positions
-        # below 0 become a segment of their own, which contains no query.
-        first = before.lengths - (w - 1)
-        keys = jnp.concatenate([read_ring(before.win_k, first, w - 1), new.win_k], axis=1)
-        values = jnp.concatenate([read_ring(before.win_v, first, w - 1), new.win_v], axis=1)
-        exists = first[:, None] + jnp.arange(w - 1 + T, dtype=jnp.int32)[None, :] >= 0
-        o_win = window_attention(q, keys, values, segment_ids=exists.astype(jnp.int32), query_offset=w - 1, **options)
-
+) -> Float[Array, "B T H Dv"]:
+    """NSA of a chunk that follows the tokens in `before`: that of whole sequences, over the rows' pages in order."""
+    T, sizes, w = q.shape[1], config.config, config.config.window
+    finished = next_compressed(after.lengths, sizes)
+    # The chunk may have overwritten entries of the ring that its first queries see. Read them from `before`. Nothing
+    # sees the place that is added in front, with which the chunk's queries begin at w.
+    first = before.lengths - (w - 1)
+    ring = ((before.win_k, new.win_k), (before.win_v, new.win_v)) if w else ()
+    near = tuple(
+        jnp.concatenate([jnp.pad(read_ring(old, first, w - 1), ((0, 0), (1, 0), (0, 0), (0, 0))), x], axis=1)
+        for old, x in ring
+    )
+    starts = jnp.broadcast_to(jnp.maximum(w - before.lengths, 0)[:, None], q.shape[:2])
     # Padding of the chunk may lie beyond the last page, so add entries for keys that no query sees.
-    tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, config.config))))
+    tables = jnp.pad(after.block_tables, ((0, 0), (0, num_blocks(T, sizes))))
 
-    compressed = next_compressed(after.lengths, config.config)
+    def pages(pool: Any, tables: Array, held: Array) -> Array:
+        return read_pages(pool, tables, held).astype(q.dtype)
 
-    def one_row(row: tuple[Array, ...]) -> tuple[Array, Array | None, Array]:
-        q, offset, length, finished, table = row
-        k, v = (read_pages(pool, table[None], finished[None]) for pool in (after.cmp_k, after.cmp_v))
-        o_cmp, lse = compressed_attention(q[None], k, v, query_offset=offset, **options)
-        if not config.config.num_selected:
-            return o_cmp[0], None, jnp.zeros((k.shape[2], T, 0), jnp.int32)
-        keys, values = (read_pages(pool, table[None], length[None]) for pool in (after.slc_k, after.slc_v))
-        block_indices = select_blocks(q[None], k, lse, query_offset=offset, **options)
-        o_slc = selected_attention(q[None], keys, values, block_indices, query_offset=offset, **options)
-        return o_cmp[0], o_slc[0], block_indices[0]
+    def attend(offset: Array, rows: Any) -> Array:
+        q, gates, near, starts, lengths, finished, tables = rows
+        cmp = tuple(pages(pool, tables, finished) for pool in (after.cmp_k, after.cmp_v))
+        slc = tuple(pages(pool, tables, lengths) for pool in (after.slc_k, after.slc_v) if sizes.num_selected)
+        kv = BranchKV(*cmp, *(slc or near or cmp), *(near or slc or cmp))
+        places = (Positions(None, offset), Positions(starts, w))
+        return whole.nsa_attention(
+            q, kv, gates, *places, config.implementation, config=sizes, scale=score_scale(q, config.scale)
+        )
 
-    o_cmp, o_slc, block_indices = jax.lax.map(one_row, (q, before.lengths, after.lengths, compressed, tables))
-    return gated_sum(gates, o_cmp, o_slc, o_win), block_indices
+    rows = (q, gates, near, starts, after.lengths, finished, tables)
+    return _by_position(attend, before.lengths, rows)
+
+
+def _by_position(
+    attend: Callable[[Int[Array, ""], Tree], Array], lengths: Int[Array, " B"], rows: Tree
+) -> Float[Array, "B ..."]:
+    """attend(position, rows), where all rows stand at one position: all at once if they do, or one after the other."""
+
+    def together(lengths: Array, rows: Tree) -> Array:
+        return attend(lengths[0], rows)
+
+    def one_after_the_other(lengths: Array, rows: Tree) -> Array:
+        def one_row(row: tuple[Array, Tree]) -> Array:
+            return attend(row[0], jax.tree.map(lambda x: x[None], row[1]))[0]
+
+        return jax.lax.map(one_row, (lengths, rows))
+
+    if lengths.shape[0] == 1:
+        return together(lengths, rows)
+    if not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        return (together if (known == known[0]).all() else one_after_the_other)(lengths, rows)
+    return jax.lax.cond(jnp.all(lengths == lengths[0]), together, one_after_the_other, lengths, rows)
+
+
+def _attend_densely_continuing(
+    q: Float[Array, "B T H Dk"], before: DenseCache, after: DenseCache, window: int | None, config: LayerConfig
+) -> Float[Array, "B T H Dv"]:
+    """`_attend_to_dense` of a chunk of a prompt.
+
+    On a GPU, XLA would write the scores of all keys for every query. CuDNN's causal attention takes the first query and
+    the first key for the same position. So this is our own window attention there, with a window over all keys.
+    """
+    if window is None and not on_gpu():
+        return _attend_to_dense(q, before, after, window, config)
+    T, S = q.shape[1], after.k.shape[1]
+    sizes = NSAConfig(window=S + T if window is None else window)
+    # Padding of the chunk may lie beyond the cache, so add keys that no query sees.
+    exists = jnp.arange(S + T, dtype=jnp.int32)[None, :] < after.lengths[:, None]
+
+    def padded(x: Array) -> Array:
+        return jnp.where(exists[:, :, None, None], jnp.pad(x, ((0, 0), (0, T), (0, 0), (0, 0))), 0)
+
+    def attend(offset: Array, rows: tuple[Array, ...]) -> Array:
+        return window_attention(*rows, config=sizes, scale=config.scale, query_offset=offset)
+
+    return _by_position(attend, before.lengths, (q, padded(after.k), padded(after.v)))
 
 
 def _attend_to_dense(
@@ -512,19 +578,6 @@ def _heads(config: HeadConfig, dtype: DTypeLike | None) -> dict[str, Any]:
         "v_head_dim": config.v_head_dim,
         "dtype": dtype or config.dtype or jnp.float32,
     }
-
-
-def _placed(cache: Any, config: HeadConfig) -> Any:
-    """The cache, split over the Explicit axes of the mesh in context."""
-    if not in_explicit_mesh():
-        return cache
-
-    def put(name: str, x: Array) -> Array:
-        over = (None, config.head_axes) if name in POOLS else (config.batch_axes, None, config.head_axes)
-        fitting = (axes if size % devices_along(axes) == 0 else None for axes, size in zip(over, x.shape, strict=False))
-        return place(x, PartitionSpec(*fitting))
-
-    return cache._replace(**{name: put(name, x) for name, x in cache._asdict().items()})
 
 
 def _emptied(cache: Any) -> Any:

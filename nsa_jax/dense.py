@@ -54,7 +54,7 @@ def causal_attention(
     if segment_ids is not None:
         segment_ids = checked_segment_ids(segment_ids, *q.shape[:2])
     on_cudnn = segment_ids is None and _cudnn_applies(q, v)
-    if window is not None or (_on_gpu() and not on_cudnn):
+    if window is not None or (on_gpu() and not on_cudnn):
         sizes = NSAConfig(window=q.shape[1] if window is None else window)
         return window_attention(q, k, v, config=sizes, scale=scale, segment_ids=segment_ids)
     if on_cudnn:
@@ -88,7 +88,7 @@ def dense_attention(
     elif lengths is not None:
         counts = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         # The softmax of JAX's function is in float32, and its products of float16 compile on GPUs alone.
-        if q.dtype == jnp.float64 or not _on_gpu():
+        if q.dtype == jnp.float64 or not on_gpu():
             seen = counts[:, None, None, :]
             return xla.masked_attention(q, k, v, seen if mask is None else seen & mask, scale)[0]
         v = jnp.where(counts[:, :, None, None], v, 0)  # a weight of 0 times NaN would be NaN
@@ -112,8 +112,9 @@ def dense_attention(
 def _cudnn_applies(q: Array, v: Array) -> bool:
     """CuDNN's fused attention takes 16-bit inputs with heads of up to 128, on a GPU."""
     size = max(q.shape[-1], v.shape[-1])
-    return _on_gpu() and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+    return on_gpu() and q.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether programs are traced for a GPU."""
     return current_device().platform == "gpu"

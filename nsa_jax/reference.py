@@ -14,6 +14,7 @@ from nsa_jax.cache import appended_gates, appended_heads, next_compressed, read_
 from nsa_jax.config import NSAConfig
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
+from nsa_jax.quantization import as_held
 from nsa_jax.visibility import (
     QueryOffset,
     blocks_scored,
@@ -24,6 +25,7 @@ from nsa_jax.visibility import (
     starts_or_zeros,
 )
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.quantized import Quantized
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -121,10 +123,10 @@ def window_attention(
 
 def decode_attention(
     q: Float[Array, "B m H Dk"],
-    cmp_k: Float[Array, "P K s/d Dk"],
-    cmp_v: Float[Array, "P K s/d Dv"],
-    slc_k: Float[Array, "P K s Dk"],
-    slc_v: Float[Array, "P K s Dv"],
+    cmp_k: Float[Array, "P K s/d Dk"] | Quantized,
+    cmp_v: Float[Array, "P K s/d Dv"] | Quantized,
+    slc_k: Float[Array, "P K s Dk"] | Quantized,
+    slc_v: Float[Array, "P K s Dv"] | Quantized,
     win_k: Float[Array, "B W K Dk"],
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
@@ -199,8 +201,9 @@ def append_tokens(
     which = jnp.arange(-(-m // d), dtype=jnp.int32)[None, :]
     starts = (next_compressed(lengths, config)[:, None] + which) * d  # of compressed tokens, [B, C]
 
-    def in_pages(pool: Array, values: Array, positions: Array) -> Array:
+    def in_pages(pool: Any, values: Array, positions: Array) -> Any:
         """Values [B, n, K, D] of what starts at positions [B, n], which are -1 for none."""
+        values = as_held(values, pool)
         stride = s // pool.shape[2]
         start = jnp.arange(s // stride, dtype=jnp.int32) * stride
         blocks = jnp.arange(block_tables.shape[1], dtype=jnp.int32)
@@ -208,7 +211,8 @@ def append_tokens(
             page = jnp.arange(P, dtype=jnp.int32)[:, None]
             holds = (block_tables[b][None, :] == page) & (blocks == positions[b, i] // s)[None, :]  # [P, N]
             here = jnp.any(holds, axis=1)[:, None] & (start == positions[b, i] % s)[None, :] & (positions[b, i] >= 0)
-            pool = jnp.where(here[:, None, :, None], values[b, i][None, :, None, :], pool)
+            new = jax.tree.map(lambda x: x[b, i][None, :, None, :], values)  # noqa: B023, called at once
+            pool = jax.tree.map(lambda x, old: jnp.where(here[:, None, :, None], x, old), new, pool)  # noqa: B023
         return pool
 
     def in_ring(ring: Array, values: Array) -> Array:

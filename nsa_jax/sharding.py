@@ -145,18 +145,47 @@ def sharded(
         if devices["context"] > 1:
             run = _over_context(op, over["context"], options, arrays)
         arrays, restore = _without_empty(arrays, devices)
-        split_op = jax.shard_map(
+        return on_devices(
             lambda arrays: run(**restore(arrays), **options),
+            (arrays,),
+            splits=({name: place(ARGUMENTS[name]) for name in arrays},),
+            results=jax.tree.map(place, _splits_of_results(op, options)),
+            axes=sum(over.values(), ()),
             mesh=mesh,
-            in_specs=({name: place(ARGUMENTS[name]) for name in arrays},),
-            out_specs=jax.tree.map(place, _splits_of_results(op, options)),
-            axis_names=manual_axes(sum(over.values(), ()), around),
-            # The check would need every `pallas_call` to say over which axes its outputs vary, but kernels see no mesh.
-            check_vma=False,
         )
-        return jax.jit(split_op)(arrays)  # outside jit, `shard_map` does not support Auto axes
 
     return call
+
+
+def on_devices(
+    function: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    *,
+    splits: tuple[Any, ...],
+    results: Any,
+    axes: tuple[str, ...],
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Result:
+    """function(*arguments), which each device computes of its parts.
+
+    Args:
+      function: of arrays that hold the parts of one device.
+      arguments: trees of arrays.
+      splits: how they are split: trees of `PartitionSpec`, as `jax.shard_map` takes them.
+      results: how the results are.
+      axes: the mesh axes over which something is split.
+      mesh: the mesh. None: the one in context.
+    """
+    split = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=splits,
+        out_specs=results,
+        axis_names=manual_axes(axes, jax.sharding.get_abstract_mesh() if mesh is None else mesh),
+        # The check would need every `pallas_call` to say over which axes its outputs vary, but kernels see no mesh.
+        check_vma=False,
+    )
+    return jax.jit(split)(*arguments)  # outside jit, `shard_map` does not support Auto axes
 
 
 def check_mesh_axes(name: str, axes: Any) -> None:

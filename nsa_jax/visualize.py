@@ -283,7 +283,7 @@ def plot_bytes_read(
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths = {lengths!r}: expected positive numbers of tokens")
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "v_head_dim": head_dim if v_head_dim is None else v_head_dim,

@@ -27,6 +27,7 @@ from nsa_jax.compression import compress
 from nsa_jax.config import NSAConfig, num_blocks
 from nsa_jax.finite import finite_part, is_finite
 from nsa_jax.precision import wide_dtype
+from nsa_jax.quantization import dequantize
 from nsa_jax.visibility import (
     QueryOffset,
     blocks_scored,
@@ -37,6 +38,7 @@ from nsa_jax.visibility import (
     starts_or_zeros,
 )
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
+from pallas_kernels.quantized import Quantized
 
 CHUNK_ELEMENTS = 1 << 22  # the most scores, or gathered key elements, of one chunk of queries
 
@@ -166,10 +168,10 @@ def window_attention(
 
 def decode_attention(
     q: Float[Array, "B m H Dk"],
-    cmp_k: Float[Array, "P K s/d Dk"],
-    cmp_v: Float[Array, "P K s/d Dv"],
-    slc_k: Float[Array, "P K s Dk"],
-    slc_v: Float[Array, "P K s Dv"],
+    cmp_k: Float[Array, "P K s/d Dk"] | Quantized,
+    cmp_v: Float[Array, "P K s/d Dv"] | Quantized,
+    slc_k: Float[Array, "P K s Dk"] | Quantized,
+    slc_v: Float[Array, "P K s Dv"] | Quantized,
     win_k: Float[Array, "B W K Dk"],
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
@@ -239,13 +241,13 @@ def append_tokens(
     compressed = finished(finished_k, places.tail_k, pooled[0]), finished(finished_v, places.tail_v, pooled[1])
     cache = NSACache(*places, lengths, block_tables)
     written = write_nsa_tokens(cache, pooled, compressed, selected, window, num_tokens, config=config)
-    return rotated, appended_gates(gates), Places(*written[: len(places)])
+    return rotated, appended_gates(gates), Places._make(written[: len(places)])
 
 
 def _attend_to_pages(
     q: Float[Array, "1 m H Dk"],
-    k: Float[Array, "P K s Dk"],
-    v: Float[Array, "P K s Dv"],
+    k: Float[Array, "P K s Dk"] | Quantized,
+    v: Float[Array, "P K s Dv"] | Quantized,
     indices: Int[Array, "K m n"],
     positions: Int[Array, " m"],
     length: Int[Array, ""],
@@ -257,7 +259,8 @@ def _attend_to_pages(
     s = k.shape[2]
     chosen = jnp.maximum(indices, 0)
     pages, heads = jnp.maximum(table[chosen], 0), jnp.arange(K)[:, None, None]
-    keys, values = (pool[pages, heads].reshape(K * m, n * s, 1, -1) for pool in (k, v))
+    gathered = jax.tree.map(lambda x: x[pages, heads].reshape(K * m, n * s, 1, x.shape[3]), (k, v))
+    keys, values = map(dequantize, gathered)
     key = chosen[..., None] * s + jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
     last = jnp.minimum(positions, length - 1)
     visible = (key <= last[None, :, None, None]) & (indices >= 0)[..., None]

@@ -23,6 +23,7 @@ else:
     Attention = Literal[tuple(KINDS)]
     DataFormat = Literal["auto", *FORMATS]
 Remat = Literal["none", "dots", "attention", "full"]
+KVDtype = Literal["int8"]  # of a cache's pages, if it is not that of the computation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Backend(Protocol):
         `OPS`) for these arrays; without it, it may for all. Calls for which a backend further back is faster can so be
         left to it, and be had by name. A reason can be given by raising NotImplementedError. q, k and v are the first
         arguments of the function (v is None for `select_blocks`); of `nsa_attention`, those of the selected branch;
-        of `append_tokens`, the keys (twice) and the values of the cache's tail.
+        of `append_tokens`, the keys (twice) and the values of the cache's tail; of `decode_attention`, the queries and
+        the pools of compressed keys and values, which may be `Quantized`.
       differentiable: True where JAX differentiates through the backend's functions, so that no backward pass is needed.
     """
 

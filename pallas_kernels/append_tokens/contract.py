@@ -20,6 +20,8 @@ is finished if i d + l <= lengths[b] + num_tokens[b]. Those that the new tokens 
 `finished_k` and `finished_v`, of which the first is the next that the row finishes; or, where these are None, the means
 of tokens in the tail and of new ones as they are stored, summed in float32 at least.
 
+A pool of pages may be `Quantized`. What is written there is then rounded to 8 bits; what is given is not.
+
 What would lie in no page (-1, or beyond the table) is dropped. All other places keep what they hold. Not
 differentiable.
 
@@ -31,6 +33,7 @@ from typing import NamedTuple, Protocol
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Sizes
+from pallas_kernels.quantized import Quantized
 
 
 class Heads(NamedTuple):
@@ -52,10 +55,10 @@ class Gates(NamedTuple):
 class Places(NamedTuple):
     """The arrays of a cache that hold keys and values."""
 
-    slc_k: Float[Array, "P K s Dk"]
-    slc_v: Float[Array, "P K s Dv"]
-    cmp_k: Float[Array, "P K s/d Dk"]
-    cmp_v: Float[Array, "P K s/d Dv"]
+    slc_k: Float[Array, "P K s Dk"] | Quantized
+    slc_v: Float[Array, "P K s Dv"] | Quantized
+    cmp_k: Float[Array, "P K s/d Dk"] | Quantized
+    cmp_v: Float[Array, "P K s/d Dv"] | Quantized
     tail_k: Float[Array, "B R K Dk"]
     tail_v: Float[Array, "B R K Dv"]
     win_k: Float[Array, "B W K Dk"]

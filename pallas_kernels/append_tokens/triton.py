@@ -6,7 +6,7 @@ A program works for a row and K/V head: for the keys, for the values, for the qu
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.append_tokens import tiles
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.contract import Sizes
+from pallas_kernels.quantized import Quantized, rounded, scale_of
 from pallas_kernels.tiles import Key, find_tile
 from pallas_kernels.triton.heads import Piece, head_pieces
 from pallas_kernels.triton.integers import div, iota, loop, next_power_of_two, rem
@@ -78,11 +79,12 @@ def append_tokens(
     if num_heads > K * LARGEST_GROUP:
         raise NotImplementedError(f"query heads per K/V head = {num_heads // K}: expected at most {LARGEST_GROUP}")
     for name, array in places._asdict().items():
-        if array.size == 0:
+        if 0 in array.shape:
             raise NotImplementedError(f"{name}: expected places, of all three branches")
     new = (pooled_k, pooled_v, selected_k, selected_v, window_k, window_v)
     columns = [each for each in (q, *new, None if gates is None else gates.hidden)]
-    for array in (*places, *(each.array for each in columns if each is not None)):
+    exact = (array for array in places if not isinstance(array, Quantized))
+    for array in (*exact, *(each.array for each in columns if each is not None)):
         if array.dtype != places.tail_k.dtype:
             raise NotImplementedError(f"{array.dtype} beside {places.tail_k.dtype}: expected one dtype")
     Dv = places.tail_v.shape[3]
@@ -99,7 +101,8 @@ def append_tokens(
         columns=tuple(0 if each is None else each.column for each in columns),
         hidden=tile.hidden,
     )
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in places]
+    held, structure = jax.tree.flatten(places)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held]
     if q is not None:
         shapes.append(jax.ShapeDtypeStruct((B, m, num_heads, Dk), q.array.dtype))
     if gates is not None:
@@ -107,8 +110,8 @@ def append_tokens(
     results = launch(
         functools.partial(_kernel, step=step),
         out_shape=tuple(shapes),
-        in_place=len(places),
-        grid=(len(shapes) - len(places) + 2, B * K),
+        in_place=len(held),
+        grid=(len(shapes) - len(held) + 2, B * K),
         num_warps=tile.num_warps,
         num_stages=1,
         interpret=interpret,
@@ -124,8 +127,8 @@ def append_tokens(
         num_tokens,
         block_tables,
     )
-    rotated = None if q is None else results[len(places)]
-    return rotated, None if gates is None else results[-1], Places(*results[: len(places)])
+    rotated = None if q is None else results[len(held)]
+    return rotated, None if gates is None else results[-1], jax.tree.unflatten(structure, results[: len(held)])
 
 
 class _Row(NamedTuple):
@@ -155,7 +158,9 @@ def _kernel(*refs: Any, step: Append) -> None:
     length = length_ref[pair.batch]
     rotation = None if cos is None else (cos, sin)
     row = _Row(pair.batch, pair.kv_head, length, length + count_ref[pair.batch], rotation, table_ref)
-    written, columns = after[: len(before)], step.columns[1 : 1 + TOKENS]
+    held, structure = jax.tree.flatten(before)
+    written, of_queries = jax.tree.unflatten(structure, after[: len(held)]), after[len(held) :]
+    columns = step.columns[1 : 1 + TOKENS]
     parts = [
         functools.partial(
             _append, kind == 0, tail, new[kind::2], columns[kind::2], finished[kind], written[kind::2], row, step
@@ -163,9 +168,9 @@ def _kernel(*refs: Any, step: Append) -> None:
         for kind, tail in enumerate((before.tail_k, before.tail_v))
     ]
     if q is not None:
-        parts.append(functools.partial(_rotate_queries, q, after[len(before)], row, step))
+        parts.append(functools.partial(_rotate_queries, q, of_queries[0], row, step))
     if hidden is not None:
-        parts.append(functools.partial(_open_gates, hidden, in_bias, out_kernel, out_bias, after[-1], row, step))
+        parts.append(functools.partial(_open_gates, hidden, in_bias, out_kernel, out_bias, of_queries[-1], row, step))
     for number, part in enumerate(parts):
         pl.when(pl.program_id(0) == number)(part)
 
@@ -296,4 +301,16 @@ def _store_in_page(pool: Any, position: Any, there: Any, cut: _Cut, row: _Row, s
     page = plgpu.load(row.table_ref.at[row.batch, jnp.where(there, block, 0)], mask=there, other=-1)
     there &= page >= 0
     at = (jnp.where(there, page, pool.shape[0]), row.kv_head, div(inner, step.select_block // pool.shape[2]))
-    store_rows(pool, at, cut.pieces, cut.values, there)
+    values, values_ref = cut.values, pool
+    if isinstance(pool, Quantized):
+        values_ref, scale_ref = cast(Any, pool)
+        values, scale = _quantized(values)
+        plgpu.store(scale_ref.at[(*at, 0)], scale, mask=there)
+    store_rows(values_ref, at, cut.pieces, values, there)
+
+
+def _quantized(values: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+    """Heads [rows, D] in pieces as int8 numbers, and the factor of each row. Columns that no head has are zeros."""
+    wide = [x.astype(jnp.float32) for x in values]
+    scale = scale_of(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), axis=1) for x in wide)))
+    return tuple(rounded(x, scale[:, None]) for x in wide), scale

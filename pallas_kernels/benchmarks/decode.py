@@ -1,4 +1,7 @@
-"""Times one layer's decoding step, all branches, against cuDNN's dense attention; prints a table and writes JSON."""
+"""Times one layer's decoding step, all branches, against cuDNN's dense attention; prints a table and writes JSON.
+
+Both read caches in the dtype of the queries, and Native Sparse Attention also pages in 8 bits.
+"""
 
 import argparse
 import dataclasses
@@ -19,14 +22,18 @@ from pallas_kernels.benchmarks.ops import decode_attention
 from pallas_kernels.benchmarks.provenance import provenance
 from pallas_kernels.benchmarks.timing import Timing, time_call
 from pallas_kernels.decode_attention.contract import bytes_read
+from pallas_kernels.quantized import MOST, Quantized
 
 BYTES = 400e6  # read by the layers that the steps go through, so that no cache of the GPU holds them all
 MOST_LAYERS = 16
 STEPS = 16  # of one timed program, so that the host is ahead
 
 
-def inputs(shape: Shape, batch: int, seed: int) -> tuple[Array, ...]:
-    """Arguments of `decode_attention` for the last of T tokens of each row, with pages anywhere in the pools."""
+def inputs(shape: Shape, batch: int, seed: int, quantized: bool = False) -> tuple[Any, ...]:
+    """Arguments of `decode_attention` for the last of T tokens of each row, with pages anywhere in the pools.
+
+    If these are `quantized`, their numbers are int8, and any factors.
+    """
     T, H, K, Dk, Dv, s = shape.T, shape.H, shape.K, shape.Dk, shape.Dv, shape.select_block
     N = T // s
     keys = iter(jax.random.split(jax.random.key(seed), 9))
@@ -34,7 +41,13 @@ def inputs(shape: Shape, batch: int, seed: int) -> tuple[Array, ...]:
     def normal(*dims: int) -> Array:
         return jax.random.normal(next(keys), dims, jnp.dtype(shape.dtype))
 
-    pools = [normal(batch * N, K, size, D) for size in (s // shape.compress_stride, s) for D in (Dk, Dv)]
+    def pool(*dims: int) -> Array | Quantized:
+        if not quantized:
+            return normal(*dims)
+        values = jax.random.randint(next(keys), dims, -MOST, MOST + 1, jnp.int8)
+        return Quantized(values, jnp.full((*dims[:-1], 1), 2 / MOST))  # as of numbers between -2 and 2
+
+    pools = [pool(batch * N, K, size, D) for size in (s // shape.compress_stride, s) for D in (Dk, Dv)]
     rings = [normal(batch, shape.window, K, D) for D in (Dk, Dv)]
     gates = jax.nn.sigmoid(jax.random.normal(next(keys), (batch, 1, H, 3)))
     tables = jax.random.permutation(next(keys), batch * N).astype(jnp.int32).reshape(batch, N)
@@ -77,20 +90,31 @@ def time_step(step: Callable[..., Array], layers: list[tuple[Array, ...]]) -> Ti
 
 
 def measure(shape: Shape, batch: int, peak_bandwidth: float) -> dict[str, Any]:
-    """Times of both, their ratio, and the bandwidth of what must be read as a share of the card's."""
+    """Times of all, the ratio, and the bandwidth of what must be read as a share of the card's.
+
+    "int8" is "nsa" over pages in 8 bits.
+    """
     row: dict[str, Any] = {"batch": batch, "T": shape.T}
-    for name, step in (("nsa", sparse_step(shape)), ("dense", dense_step(shape))):
-        sizes = {"num_kv_heads": shape.K, "head_dim": shape.Dk, "v_head_dim": shape.Dv}
-        itemsize = jnp.dtype(shape.dtype).itemsize
-        read = batch * bytes_read(shape.T, shape, itemsize=itemsize, dense=name == "dense", **sizes)
+    for name, step in (("nsa", sparse_step(shape)), ("int8", sparse_step(shape)), ("dense", dense_step(shape))):
+        kind = {"dense": name == "dense", "quantized": name == "int8"}
+        read = batch * bytes_read(
+            shape.T,
+            shape,
+            num_kv_heads=shape.K,
+            head_dim=shape.Dk,
+            v_head_dim=shape.Dv,
+            itemsize=jnp.dtype(shape.dtype).itemsize,
+            **kind,
+        )
         count = min(MOST_LAYERS, math.ceil(BYTES / read))
-        layers = [inputs(shape, batch, seed) for seed in range(count)]
+        layers = [inputs(shape, batch, seed, quantized=kind["quantized"]) for seed in range(count)]
         timing = time_step(step, layers)
         row[f"{name}_ms"] = dataclasses.asdict(timing)
         row[f"{name}_bytes"] = read
         row[f"{name}_bandwidth_share"] = read / timing.median / 1e6 / peak_bandwidth
         row[f"{name}_layers"] = count
     row["dense / nsa"] = row["dense_ms"]["median"] / row["nsa_ms"]["median"]
+    row["nsa / int8"] = row["nsa_ms"]["median"] / row["int8_ms"]["median"]
     return row
 
 
@@ -108,17 +132,17 @@ def main(arguments: list[str]) -> int:
     if jax.default_backend() != "gpu":
         parser.error("no GPU was found; the kernels are timed on one")
     rows: list[dict[str, Any]] = []
-    print("batch | T | NSA ms | dense ms | dense / NSA | NSA bandwidth | dense bandwidth", flush=True)
+    print("batch | T | NSA ms | int8 ms | dense ms | dense / NSA | NSA / int8 | bandwidth of each", flush=True)
     for T in options.lengths:
         shape = Shape(T=T, H=options.heads, K=options.kv_heads, Dk=options.head_dim, Dv=options.head_dim)
         for batch in options.batches:
             row = measure(shape, batch, options.bandwidth)
             rows.append(row)
-            print(
-                f"{batch} | {T} | {row['nsa_ms']['median']:.4f} | {row['dense_ms']['median']:.4f} | "
-                f"{row['dense / nsa']:.2f} | {row['nsa_bandwidth_share']:.0%} | {row['dense_bandwidth_share']:.0%}",
-                flush=True,
-            )
+            kinds = ("nsa", "int8", "dense")
+            times = " | ".join(f"{row[f'{kind}_ms']['median']:.4f}" for kind in kinds)
+            shares = ", ".join(f"{row[f'{kind}_bandwidth_share']:.0%}" for kind in kinds)
+            ratios = f"{row['dense / nsa']:.2f} | {row['nsa / int8']:.2f}"
+            print(f"{batch} | {T} | {times} | {ratios} | {shares}", flush=True)
             if options.out is not None:
                 result = {
                     "provenance": provenance(["python", "-m", "pallas_kernels.benchmarks.decode", *arguments]),

@@ -5,12 +5,15 @@
 3. The best blocks, and partial sums of them, a tile of keys per program.
 4. The partial sums of each branch joined, and the branches added with their gates.
 
+Numbers of 8 bits are multiplied as they are, in the dtype of the queries. The factor of a key multiplies its scores,
+and that of a value its weights: tiles of these have fewer rows than a key has numbers.
+
 A partial sum is (m, total, acc): the largest score of a query head over some keys, the sum of its weights relative to
 that, and the weighted values.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from pallas_kernels.block_selection.best_blocks import best_blocks
 from pallas_kernels.contract import Sizes
 from pallas_kernels.decode_attention import tiles
 from pallas_kernels.decode_attention.step import Step
+from pallas_kernels.quantized import MOST, Quantized
 from pallas_kernels.tiles import find_tile, key_of
 from pallas_kernels.triton.heads import SMALLEST_SIDE, accumulate, dot_pieces, head_pieces
 from pallas_kernels.triton.integers import cdiv, div, iota, loop, next_power_of_two, rem
@@ -36,10 +40,10 @@ IMPORTANCE_BLOCKS = 64  # whose importance a program sums
 
 def decode_attention(
     q: Float[Array, "B m H Dk"],
-    cmp_k: Float[Array, "P K s/d Dk"],
-    cmp_v: Float[Array, "P K s/d Dv"],
-    slc_k: Float[Array, "P K s Dk"],
-    slc_v: Float[Array, "P K s Dv"],
+    cmp_k: Float[Array, "P K s/d Dk"] | Quantized,
+    cmp_v: Float[Array, "P K s/d Dv"] | Quantized,
+    slc_k: Float[Array, "P K s Dk"] | Quantized,
+    slc_v: Float[Array, "P K s Dv"] | Quantized,
     win_k: Float[Array, "B W K Dk"],
     win_v: Float[Array, "B W K Dv"],
     gates: Float[Array, "B m H 3"],
@@ -62,7 +66,7 @@ def decode_attention(
         if getattr(config, name) == 0:
             raise NotImplementedError(f"config.{name} = 0: expected all three branches")
     for name, pool in {"cmp_k": cmp_k, "cmp_v": cmp_v, "slc_k": slc_k, "slc_v": slc_v}.items():
-        if pool.dtype != q.dtype:
+        if not isinstance(pool, Quantized) and pool.dtype != q.dtype:
             raise NotImplementedError(f"{name}.dtype = {pool.dtype}: expected q's, {q.dtype}")
     (B, m, H, Dk), (K, s, Dv), N = q.shape, slc_v.shape[1:], block_tables.shape[1]
     check_num_blocks(N)
@@ -82,7 +86,7 @@ def decode_attention(
         chunk=chunk,
     )
     q = q.reshape(B * m * H, Dk)
-    cmp_k, cmp_v, slc_k, slc_v = (x.reshape(-1, x.shape[3]) for x in (cmp_k, cmp_v, slc_k, slc_v))
+    cmp_k, cmp_v, slc_k, slc_v = jax.tree.map(lambda x: x.reshape(-1, x.shape[3]), (cmp_k, cmp_v, slc_k, slc_v))
     places = (query_offsets, lengths)
     first, scores = _first_partials(q, cmp_k, cmp_v, win_k, win_v, places, block_tables, step)
     importance = _importance(first, scores, places, step)
@@ -104,12 +108,36 @@ def _store_partials(refs: Any, split: Any, row: Any, valid: Any, m: Any, total: 
     store_rows(acc_ref, (split, row), head_pieces(acc_ref.shape[-1]), acc, valid)
 
 
-def _attend(carry: Any, s: Any, visible: Any, values: Any, step: Step) -> tuple[Any, Any, Any]:
+class _Heads(NamedTuple):
+    """Heads [rows, D] in pieces, as they are multiplied, and the factor of each row; None: 1."""
+
+    pieces: tuple[Any, ...]
+    scale: Any = None
+
+
+def _load_pool(pool: Any, at: Any, pieces: Any, exists: Any, dtype: Any) -> _Heads:
+    """Rows of a pool. Numbers of 8 bits become a `dtype`, which holds them exactly, without their factors."""
+    if not isinstance(pool, Quantized):
+        return _Heads(load_rows(pool, (at,), pieces, exists))
+    values_ref, scale_ref = cast(Any, pool)
+    values = load_rows(values_ref, (at,), pieces, exists)
+    return _Heads(tuple(x.astype(dtype) for x in values), plgpu.load(scale_ref.at[at, 0], mask=exists, other=0))
+
+
+def _scores(q: Any, k: _Heads) -> Any:
+    s = dot_pieces(q, k.pieces)
+    return s if k.scale is None else s * k.scale[None, :]
+
+
+def _attend(carry: Any, s: Any, visible: Any, v: _Heads, step: Step) -> tuple[Any, Any, Any]:
     """One step of the online softmax of the scores s over the values of the keys that are visible."""
     m, total, acc = carry
     s = jnp.where(visible, s, -jnp.inf)
     p, m, total, decay = softmax_step(s, m, total, step.problem.scale_log2, step.problem.interpret)
-    return m, total, accumulate(acc, p, values, decay)
+    if v.scale is None:
+        return m, total, accumulate(acc, p, v.pieces, decay)
+    # The largest magnitude of a value, as 16 bits may not hold a factor that is 127 times less.
+    return m, total, accumulate(acc, p * (v.scale * MOST)[None, :], v.pieces, decay, factor=1 / MOST)
 
 
 def _rows(pair: Pair, query: Any, group_head: Any, step: Step) -> tuple[Any, Any]:
@@ -169,9 +197,9 @@ def _first_kernel(
             block, inner = div(index, step.per_block), rem(index, step.per_block)
             page = plgpu.load(table_ref.at[pair.batch, block], mask=exists, other=0)
             at = (jnp.maximum(page, 0) * step.num_kv_heads + pair.kv_head) * step.per_block + inner
-            k = load_rows(cmp_k_ref, (at,), key_pieces, exists)
-            v = load_rows(cmp_v_ref, (at,), value_pieces, exists)
-            s = dot_pieces(q, k)
+            k = _load_pool(cmp_k_ref, at, key_pieces, exists, q_ref.dtype)
+            v = _load_pool(cmp_v_ref, at, value_pieces, exists, q_ref.dtype)
+            s = _scores(q, k)
             visible = index[None, :] < seen[:, None]
             column = jnp.where(exists, inner * score_columns + block, score_ref.shape[1])
             plgpu.store(score_ref.at[row[:, None], column[None, :]], s, mask=visible & valid[:, None])
@@ -191,14 +219,14 @@ def _first_kernel(
         v = load_rows(win_v_ref, (pair.batch, slot, pair.kv_head), value_pieces, exists)
         visible = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
         start = softmax_start(num_rows, value_pieces)
-        carry = _attend(start, dot_pieces(q, k), visible & exists[None, :], v, step)
+        carry = _attend(start, dot_pieces(q, k), visible & exists[None, :], _Heads(v), step)
         _store_partials(refs, split, row, valid, *carry)
 
 
 def _first_partials(
     q: jax.Array,
-    cmp_k: jax.Array,
-    cmp_v: jax.Array,
+    cmp_k: jax.Array | Quantized,
+    cmp_v: jax.Array | Quantized,
     win_k: jax.Array,
     win_v: jax.Array,
     places: tuple[jax.Array, jax.Array],
@@ -330,17 +358,17 @@ def _selected_kernel(
     page = plgpu.load(table_ref.at[pair.batch, jnp.maximum(block, 0)], mask=visible, other=0)
     at = (jnp.maximum(page, 0) * step.num_kv_heads + pair.kv_head) * s + inner
     q = load_rows(q_ref, (row,), key_pieces, valid)
-    k = load_rows(k_ref, (at,), key_pieces, visible)
-    v = load_rows(v_ref, (at,), value_pieces, visible)
+    k = _load_pool(k_ref, at, key_pieces, visible, q_ref.dtype)
+    v = _load_pool(v_ref, at, value_pieces, visible, q_ref.dtype)
     start = softmax_start(group_head.shape[0], value_pieces)
-    carry = _attend(start, dot_pieces(q, k), visible[None, :], v, step)
+    carry = _attend(start, _scores(q, k), visible[None, :], v, step)
     _store_partials((m_ref, total_ref, acc_ref), split, row, valid, *carry)
 
 
 def _selected_partials(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Quantized,
+    v: jax.Array | Quantized,
     importance: jax.Array,
     places: tuple[jax.Array, jax.Array],
     tables: jax.Array,

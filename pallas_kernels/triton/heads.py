@@ -1,7 +1,7 @@
 """Heads of any size in pieces of power-of-two width, and products of matrices that are cut so."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,13 +67,16 @@ def row_products(a: Sequence[Any], b: Sequence[Any]) -> jax.Array:
 
 
 def accumulate(
-    accumulators: Sequence[Any], weights: Any, values: Sequence[Any], decay: Any = None
+    accumulators: Sequence[Any], weights: Any, values: Sequence[Any], decay: Any = None, factor: float | None = None
 ) -> tuple[jax.Array, ...]:
-    """acc * decay + weights @ values, piece by piece."""
+    """acc * decay + weights @ values * factor, piece by piece."""
     weights = weights.astype(values[0].dtype)
     if decay is not None:
         accumulators = tuple(acc * decay[:, None] for acc in accumulators)
-    return tuple(acc + dot(weights, value) for acc, value in zip(accumulators, values, strict=True))
+    products: Iterable[Any] = (dot(weights, value) for value in values)
+    if factor is not None:
+        products = (product * factor for product in products)
+    return tuple(acc + product for acc, product in zip(accumulators, products, strict=True))
 
 
 def scaled(pieces: Sequence[Any], factor: Any) -> tuple[Any, ...]:

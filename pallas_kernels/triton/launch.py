@@ -70,21 +70,22 @@ def launch(
     """A function of arrays that runs `kernel` once for each point of `grid`.
 
     Every reference that the kernel gets is a whole array, which it indexes by its program ids. For an argument that is
-    None it gets None. The first `in_place` results are the first arguments, none of which is None, with what the kernel
-    writes there; XLA copies an argument that is still needed.
+    None it gets None, and for a tree of arrays a tree of references. The first `in_place` results are the first arrays
+    with what the kernel writes there; XLA copies an array that is still needed.
     """
     params = _PARAMS(num_warps=num_warps, num_stages=num_stages)
     options = dict(name=name, grid=grid, out_shape=out_shape, compiler_params=params, interpret=interpret)
     options["input_output_aliases"] = {i: i for i in range(in_place)}
 
     def call(*arguments: Any) -> Any:
+        arrays, structure = jax.tree.flatten(arguments)
+
         def body(*refs: Any) -> None:
-            rest = iter(refs)
+            given = jax.tree.unflatten(structure, refs[: len(arrays)])
             # Kernels multiply 16-bit values by float32 ones, whatever promotion the caller allows.
             with jax.numpy_dtype_promotion("standard"):
-                kernel(*[None if argument is None else next(rest) for argument in arguments], *rest)
+                kernel(*given, *refs[len(arrays) :])
 
-        arrays = [argument for argument in arguments if argument is not None]
         run = _poisoning_call(body, options) if _poisoned and not interpret else _call(body, options)
         return jax.named_call(_checking_vmap(run, name, grid), name=name)(*arrays)
 

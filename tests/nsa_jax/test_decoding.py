@@ -18,6 +18,7 @@ import nsa_jax.nnx
 from nsa_jax import NSACache, NSAConfig, cache_bytes, decode_attention, init_nsa_cache, num_blocks, rollback
 from nsa_jax.cache import POOLS, _write_ring, put_row, take_row, write_nsa_tokens
 from nsa_jax.one_row import Norm, rms_norm
+from nsa_jax.quantization import dequantize
 from nsa_jax.testing import assert_trees_close, normwise_error, random_inputs, tolerance_of
 
 CONFIG = NSAConfig(
@@ -218,7 +219,7 @@ def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
     assert_trees_close(cache, plain, 1e-5)
 
 
-def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
+def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length, kv_dtype=None):
     """Outputs of steps after a prompt of T tokens, one step after the other in one program, and the cache."""
     heads = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 64}
     layer = nsa_jax.NSAttention(**heads, dtype=dtype, implementation=implementation)
@@ -236,7 +237,7 @@ def steps_in_a_loop(implementation, dtype, *, joins, T, steps, max_length):
 
     prefill = functools.partial(layer.clone(implementation="xla").apply, method="prefill")
     counts = jnp.array([T, T - 5])
-    cache = layer.init_cache(batch_size=2, max_length=max_length)
+    cache = layer.init_cache(batch_size=2, max_length=max_length, kv_dtype=kv_dtype)
     _, cache = jax.jit(prefill)({"params": params}, x[:, :T], cache, num_tokens=counts)
     cache, outputs = run(variables, cache)
     return outputs, cache
@@ -251,6 +252,20 @@ def test_steps_of_kernels_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
         expected = steps_in_a_loop("xla", dtype, joins=False, **sizes)
     assert_trees_close(actual[0], expected[0], tolerance_of(dtype))
     assert_trees_close(actual[1], expected[1], tolerance_of(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_over_a_cache_in_8_bits_in_a_loop_on_a_gpu_are_those_of_xla(dtype):
+    """Up to numbers between two of 8 bits, which may go to either."""
+    sizes = {"T": 900, "steps": 70, "max_length": 1024, "kv_dtype": "int8"}
+    with jax.default_matmul_precision("highest"):
+        actual, cache = steps_in_a_loop("triton", dtype, joins=True, **sizes)
+        expected, plain = steps_in_a_loop("xla", dtype, joins=False, **sizes)
+    assert_trees_close(actual, expected, 1e-2)
+    for name in POOLS:
+        read, wanted = (dequantize(getattr(each, name)) for each in (cache, plain))
+        assert normwise_error(read, wanted) < 1e-2, name
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 17])
@@ -276,6 +291,79 @@ def test_chunked_prefill_of_ragged_chunks_equals_the_whole_forward_pass(name, ch
     assert jnp.isfinite(steps[0]).all()
     assert (cache.lengths == T).all()
     assert_trees_close(jnp.asarray(written(y, *steps)), y, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nsa, the paper's layout",
+        "window",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("nsa, no window", "nsa, no selection", "full")),
+    ],
+)
+def test_chunks_of_equal_rows_equal_the_whole_forward_pass(name):
+    layer, variables, x, y = case(name)
+    chunks = jnp.moveaxis(x[:2].reshape(2, 5, 14, E), 1, 0)
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=T))
+
+    @jax.jit
+    def run(variables, chunks, cache):
+        def step(cache, chunk):
+            piece, cache = layer.apply(variables, chunk, cache, continuing=True, method="prefill")
+            return cache, piece
+
+        return jax.lax.scan(step, cache, chunks)[1]
+
+    assert_trees_close(jnp.moveaxis(run(variables, chunks, cache), 0, 1).reshape(2, T, E), y[:2], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        pytest.param("triton", jnp.float32, marks=pytest.mark.exhaustive),
+        pytest.param("triton", jnp.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("mosaic", jnp.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(None, jnp.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("lengths", [(70, 70), (70, 79)])
+def test_a_chunk_of_kernels_equals_the_whole_forward_pass(implementation, dtype, lengths):
+    config = NSAConfig(num_selected=4, window=48)
+    sizes = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 16 if dtype == jnp.float32 else 128, "dtype": dtype}
+    whole, layer = (nsa_jax.NSAttention(**sizes, config=config, implementation=x) for x in ("xla", implementation))
+    x = jax.random.normal(jax.random.key(0), (2, 140, 32), dtype)
+    variables = jax.jit(whole.init)(jax.random.key(1), x)
+    y = jax.jit(whole.apply)(variables, x)
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=140))
+
+    @jax.jit
+    def chunk(variables, x, cache):
+        _, cache = whole.apply(variables, x[:, :80], cache, num_tokens=jnp.asarray(lengths), method="prefill")
+        given = jnp.stack([x[b, begin : begin + 50] for b, begin in enumerate(lengths)])
+        return layer.apply(variables, given, cache, continuing=True, method="prefill")[0]
+
+    expected = jnp.stack([y[b, begin : begin + 50] for b, begin in enumerate(lengths)])
+    assert normwise_error(chunk(variables, x, cache), expected) < tolerance_of(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("lengths", [(300, 300), (300, 250)])
+def test_a_chunk_of_dense_attention_on_a_gpu_equals_the_whole_forward_pass(window, lengths):
+    layer = nsa_jax.FullAttention(num_heads=8, num_kv_heads=2, head_dim=64, window=window, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 600, 32), jnp.bfloat16)
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    y = jax.jit(layer.apply)(variables, x)
+    cache = poisoned(layer.init_cache(batch_size=2, max_length=600))
+
+    @jax.jit
+    def chunk(variables, x, cache):
+        _, cache = layer.apply(variables, x[:, :300], cache, num_tokens=jnp.asarray(lengths), method="prefill")
+        given = jnp.stack([x[b, begin : begin + 200] for b, begin in enumerate(lengths)])
+        return layer.apply(variables, given, cache, continuing=True, method="prefill")[0]
+
+    expected = jnp.stack([y[b, begin : begin + 200] for b, begin in enumerate(lengths)])
+    assert normwise_error(chunk(variables, x, cache), expected) < tolerance_of(jnp.bfloat16)
 
 
 def filled(kv, raw, lengths, *, step_tokens=1, num_pages=None, tables=None):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig, backends
+from nsa_jax.quantization import dequantize, quantize
 from nsa_jax.testing import tolerance_of
 from pallas_kernels.append_tokens.contract import Gates, Heads, Places
 from pallas_kernels.triton.tiles import AppendTile
@@ -52,6 +53,16 @@ GPU_APPENDS = {
     "drafts, 192 and 128": Append((31, 3000, 90), (4, 4, 2), 4, 4, 192, 128, NSAConfig()),
     "compressed tokens are given": Append((31, 47), (1, 1), 1, 1, 64, 48, NSAConfig(), (True, True)),
 }
+
+
+# Between them given and made compressed tokens, several of them, odd heads, rotation and rows without a page.
+IN_8_BITS = (
+    "drafts that finish two, heads of odd sizes",
+    "compressed values are given",
+    "rows without a page",
+    "rotated, ragged, group of 3",
+)
+POOLS = Places._fields[:4]
 
 
 def inputs(case: Append, dtype: Any) -> tuple[Any, ...]:
@@ -188,6 +199,37 @@ def check(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
             np.testing.assert_array_equal(actual, place, err_msg=name)
 
 
+def in_8_bits(places: Places) -> Places:
+    """The same with all pools of pages in 8 bits."""
+    return places._replace(**{name: quantize(jnp.asarray(getattr(places, name))) for name in POOLS})
+
+
+def check_in_8_bits(append: Any, case: Append, dtype: Any, tolerance: float) -> None:
+    """What is read of a place is within half a factor of what an exact cache holds there; others stay as they are."""
+    given = inputs(case, dtype)
+    run, arrays = call(append, case, given)
+    *arrays, lengths, counts, tables = jax.tree.map(jnp.asarray, arrays)
+    *front, places = arrays
+    before = in_8_bits(places)
+    _, _, written = jax.jit(run)(*front, before, lengths, counts, tables)
+    _, _, wanted = expected(case, given)
+    for name in POOLS:
+        old, held, exact = getattr(before, name), getattr(written, name), np.float32(getattr(wanted, name))
+        assert (held.values.dtype, held.scale.dtype) == (jnp.int8, jnp.float32)
+        stays = (exact == np.float32(getattr(given[11], name))).all(axis=-1)
+        for a, b in zip(held, old, strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[stays], np.asarray(b)[stays], err_msg=name)
+        assert stays.any()
+        assert not stays.all() or name.startswith("cmp")
+        error = np.abs(np.asarray(dequantize(held)) - exact)[~stays]
+        most = 0.501 * np.asarray(held.scale)[~stays] + tolerance * np.abs(exact[~stays])
+        assert (error <= most).all(), name
+    for name in Places._fields[len(POOLS) :]:
+        np.testing.assert_allclose(
+            *(np.float32(getattr(each, name)) for each in (written, wanted)), rtol=tolerance, atol=tolerance
+        )
+
+
 @pytest.mark.parametrize("backend", ["reference", "xla", "triton"])
 @pytest.mark.parametrize("name", APPENDS)
 def test_every_place_holds_what_the_contract_says(backend, name):
@@ -195,23 +237,41 @@ def test_every_place_holds_what_the_contract_says(backend, name):
     check(append, APPENDS[name], jnp.float32, 2e-6)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.exhaustive), "xla", "triton"])
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_every_place_in_8_bits_holds_what_the_contract_says(backend, name):
+    append = backends.get(backend).append_tokens if backend != "triton" else cases.function(backend, "append_tokens")
+    check_in_8_bits(append, APPENDS[name], jnp.float32, 2e-6)
+
+
 def test_gates_may_be_opened_by_other_chunks():
     append = functools.partial(cases.function("triton", "append_tokens"), tile=AppendTile(32, 8))
     check(append, APPENDS["rotated drafts, odd heads"], jnp.float32, 2e-6)
 
 
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize(("dtype", "kind"), [(jnp.bfloat16, "NVIDIA H100"), (jnp.float32, "NVIDIA A100")])
-@pytest.mark.parametrize("name", GPU_APPENDS)
-def test_lowers_for_gpus_to_one_kernel_that_writes_in_place(name, dtype, kind, x64):
+def programs() -> list[Any]:
+    """Every call, GPU and width; in 8 bits most are exhaustive."""
+    gpus = ((jnp.bfloat16, "NVIDIA H100"), (jnp.float32, "NVIDIA A100"))
+    shown = (("paper, rotated", True), ("compressed tokens are given", False))
+    return [
+        pytest.param(
+            name, *of, x64, quantized, marks=[pytest.mark.exhaustive] * (quantized and (name, x64) not in shown)
+        )
+        for name, of, x64, quantized in itertools.product(GPU_APPENDS, gpus, (False, True), (False, True))
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype", "kind", "x64", "quantized"), programs())
+def test_lowers_for_gpus_to_one_kernel_that_writes_in_place(name, dtype, kind, x64, quantized):
     case = GPU_APPENDS[name]
     given = inputs(case, dtype)
+    given = (*given[:11], in_8_bits(given[11]) if quantized else given[11], *given[12:])
     with jax.enable_x64(x64), cases.abstract(kind):
         run, arrays = call(cases.function("triton", "append_tokens"), case, given)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
         text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1
-    assert text.count("output_operand_alias<") == len(Places._fields)
+    assert text.count("output_operand_alias<") == len(jax.tree.leaves(given[11]))
 
 
 @pytest.mark.gpu
@@ -219,6 +279,14 @@ def test_lowers_for_gpus_to_one_kernel_that_writes_in_place(name, dtype, kind, x
 @pytest.mark.parametrize("name", [*APPENDS, *GPU_APPENDS])
 def test_every_place_on_a_gpu_holds_what_the_contract_says(name, dtype):
     check(cases.function("triton", "append_tokens"), (APPENDS | GPU_APPENDS)[name], dtype, tolerance_of(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("name", [*APPENDS, *GPU_APPENDS])
+def test_every_place_in_8_bits_on_a_gpu_holds_what_the_contract_says(name, dtype):
+    case = (APPENDS | GPU_APPENDS)[name]
+    check_in_8_bits(cases.function("triton", "append_tokens"), case, dtype, tolerance_of(dtype))
 
 
 def test_triton_refuses_a_branch_that_is_off_and_another_dtype():

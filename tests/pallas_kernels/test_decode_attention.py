@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig, num_compressed, reference
+from nsa_jax.quantization import dequantize, quantize
 from nsa_jax.testing import normwise_error, tolerance_of
 from nsa_jax.visibility import gated_sum
 from pallas_kernels.decode_attention.contract import bytes_read
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.triton.tiles import DecodeTile
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import BACKENDS
@@ -67,14 +69,15 @@ class Inputs(NamedTuple):
     q: np.ndarray
     gates: np.ndarray
     whole: dict[str, np.ndarray]
-    paged: dict[str, np.ndarray]
+    paged: dict[str, Any]
     offsets: np.ndarray
     lengths: np.ndarray
     tables: np.ndarray
 
     def arguments(self, dtype: Any) -> tuple[Any, ...]:
         """What the op takes."""
-        arrays = [jnp.asarray(x, dtype) for x in (self.q, *(self.paged[name] for name in NAMES))]
+        arrays = [self.q, *(self.paged[name] for name in NAMES)]
+        arrays = [x if isinstance(x, Quantized) else jnp.asarray(x, dtype) for x in arrays]
         return *arrays, *map(jnp.asarray, (self.gates, self.offsets, self.lengths, self.tables))
 
 
@@ -119,6 +122,13 @@ def inputs(step: Step, dtype: Any) -> Inputs:
     return Inputs(q, gates, whole, paged, offsets, lengths, tables)
 
 
+def in_8_bits(given: Inputs) -> Inputs:
+    """The same with pools in 8 bits, and whole sequences as they are read from these."""
+    whole = {name: np.asarray(dequantize(quantize(given.whole[name]))) for name in POOLS}
+    paged = {name: jax.jit(quantize)(given.paged[name]) for name in POOLS}
+    return given._replace(whole=given.whole | whole, paged=given.paged | paged)
+
+
 def expected(step: Step, given: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """o and block indices of every row, at one length: what a row does not have yet lies past its queries."""
 
@@ -136,9 +146,11 @@ def expected(step: Step, given: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(o), np.asarray(indices)
 
 
-def check(backend: str, step: Step, dtype: Any, tolerance: float, **tile: DecodeTile) -> tuple[Any, Any]:
+def check(
+    backend: str, step: Step, dtype: Any, tolerance: float, quantized: bool = False, **tile: DecodeTile
+) -> tuple[Any, Any]:
     decode = functools.partial(cases.function(backend, "decode_attention"), **step.options, **tile)
-    given = inputs(step, dtype)
+    given = in_8_bits(inputs(step, dtype)) if quantized else inputs(step, dtype)
     run = functools.partial(jax.jit(decode), *given.arguments(dtype))
     o, indices = run()
     assert o.dtype == dtype
@@ -167,6 +179,17 @@ def test_equals_the_reference_on_whole_rows(backend, name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drafts, group of 3, odd heads",
+        pytest.param("blocks of no power of two, 192 and 128", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_cache_in_8_bits_is_read_as_the_reference_reads_it(name):
+    check("triton", STEPS[name], jnp.float32, 2e-6, quantized=True)
+
+
 def test_triton_decodes_with_a_tile_of_ones_own():
     check("triton", STEPS["few blocks, group of 16"], jnp.float32, 2e-6, tile=DecodeTile(16, 2, chunk=32))
 
@@ -177,6 +200,8 @@ def test_a_step_reads_the_keys_that_it_attends_to_and_a_dense_one_all():
         keys = compressed + min(T, 4 * 16) + min(T, 20)
         assert bytes_read(T, SMALL, **sizes) == bytes_read(T, SMALL, **sizes, dense=False) == keys * 2 * (32 + 16) * 2
         assert bytes_read(T, SMALL, **sizes, dense=True) == T * 2 * (32 + 16) * 2
+        in_8_bits = (compressed + min(T, 4 * 16)) * 2 * (32 + 4 + 16 + 4) + min(T, 20) * 2 * (32 + 16) * 2
+        assert bytes_read(T, SMALL, **sizes, quantized=True) == in_8_bits
 
 
 @pytest.mark.parametrize("batch", [1, 20, 300])
@@ -196,31 +221,36 @@ def test_triton_cuts_a_long_cache_into_at_most_128_parts_or_as_its_tile_says(bat
 
 
 def programs() -> list[Any]:
-    """Every step, dtype and GPU, with 64-bit numbers and without by turns; most are exhaustive."""
+    """Every step, dtype and GPU, with 64-bit numbers and without by turns, in 8 bits or not; most are exhaustive."""
     ways = list(itertools.product((jnp.bfloat16, jnp.float16, jnp.float32), ("NVIDIA H100", "NVIDIA A100")))
     return [
-        pytest.param(name, *way, (i + turn) % 2 == 0, marks=[pytest.mark.exhaustive] * (i != turn))
+        pytest.param(
+            name, *way, (i + turn) % 2 == 0, bits, marks=[pytest.mark.exhaustive] * (i != turn or turn < least)
+        )
         for turn, name in enumerate(GPU_STEPS)
         for i, way in enumerate(ways)
+        for bits, least in ((None, 0), (8, 4))
     ]
 
 
 @each_backend
-@pytest.mark.parametrize(("name", "dtype", "kind", "x64"), programs())
-def test_lowers_for_gpus(backend, name, dtype, kind, x64):
+@pytest.mark.parametrize(("name", "dtype", "kind", "x64", "bits"), programs())
+def test_lowers_for_gpus(backend, name, dtype, kind, x64, bits):
     step = dataclasses.replace(GPU_STEPS[name], lengths=tuple(70 for _ in GPU_STEPS[name].lengths))
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(step, dtype).arguments(dtype))
+    given = in_8_bits(inputs(step, dtype)) if bits else inputs(step, dtype)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given.arguments(dtype))
     with jax.enable_x64(x64), cases.abstract(kind):
         decode = functools.partial(cases.function(backend, "decode_attention"), **step.options)
         jax.jit(decode).trace(*given).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
 @each_backend
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("name", GPU_STEPS)
-def test_gpu_equals_the_reference_on_whole_rows_twice(backend, name, dtype):
+def test_gpu_equals_the_reference_on_whole_rows_twice(backend, name, dtype, quantized):
     with cases.poisoned(backend):
-        run, results = check(backend, GPU_STEPS[name], dtype, tolerance_of(dtype))
+        run, results = check(backend, GPU_STEPS[name], dtype, tolerance_of(dtype), quantized)
     for a, b in zip(results, run(), strict=True):
         np.testing.assert_array_equal(a, b)

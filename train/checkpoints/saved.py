@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nsa_jax import RopeScaling
 from train import annealing
 from train.checkpoints.checkpointer import Checkpointer
-from train.config import TrainConfig, differences
+from train.config import MeshConfig, TrainConfig, differences
 from train.data.tokenizer import Tokenizer
-from train.model.transformer import Transformer
+from train.model.transformer import Transformer, padded_vocabulary
+from train.parallel.sharding import check_divisible, make_mesh, tree_shardings
 from train.run_folder import load_run_tokenizer, read_config, read_facts
 
 # Model settings that may differ from those of `init_from`. They change no parameter, and continued training adapts to
@@ -22,24 +24,28 @@ MAY_DIFFER = ("model.rope_theta", "model.rope_scaling.", "model.implementation",
 
 
 class SavedModel(NamedTuple):
-    """The model of a run, on one device."""
+    """The model of a run."""
 
     config: TrainConfig
     tokenizer: Tokenizer
     model: Transformer
     params: Any
+    mesh: Mesh | None = None  # that splits them; None: they are on one device
 
 
-def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling | None = None) -> SavedModel:
+def load_model(
+    run: Path, *, step: int | None = None, rope_scaling: RopeScaling | None = None, tensor: int | None = 1
+) -> SavedModel:
     """The model of a run, from its newest undamaged checkpoint or that of `step`.
 
     Args:
       run: its folder.
       step: of the checkpoint.
       rope_scaling: instead of the run's own.
+      tensor: devices that split heads, MLP and vocabulary. None: as many as in training, or one if there are fewer.
 
     Raises:
-      ValueError: there is no such run.
+      ValueError: there is no such run, or not as many devices, or they do not divide what they split.
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     config = read_config(run)
@@ -47,13 +53,28 @@ def load_model(run: Path, *, step: int | None = None, rope_scaling: RopeScaling 
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_scaling=rope_scaling))
     tokenizer = load_run_tokenizer(run, config)
     model = Transformer(config.model, tokenizer.vocab_size)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = _mesh(config, padded_vocabulary(tokenizer.vocab_size), tensor)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, config.model.nsa.select_block), jnp.int32))
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.meta.unbox(shapes["params"])
-    )
+    boxed, device = shapes["params"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    unboxed = nn.meta.unbox(boxed)
+    shardings = jax.tree.map(lambda _: device, unboxed) if mesh is None else tree_shardings(boxed, mesh)
+    abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), unboxed, shardings)
     params = Checkpointer(run / "checkpoints", config.checkpoint).restore_parameters(abstract, step)
-    return SavedModel(config, tokenizer, model, params)
+    return SavedModel(config, tokenizer, model, params, mesh)
+
+
+def _mesh(config: TrainConfig, vocab_rows: int, tensor: int | None) -> Mesh | None:
+    """The mesh of so many devices that split heads; None for one."""
+    devices = jax.devices()
+    if tensor is None:
+        tensor = config.mesh.tensor if config.mesh.tensor <= len(devices) else 1
+    if not 1 <= tensor <= len(devices):
+        raise ValueError(f"tensor = {tensor}: expected 1 to {len(devices)}, the number of devices")
+    if tensor == 1:
+        return None
+    sizes = MeshConfig(data=1, tensor=tensor)
+    check_divisible(dataclasses.replace(config, mesh=sizes), vocab_rows, tensor)
+    return make_mesh(sizes, devices[:tensor])
 
 
 def check_start(config: TrainConfig, facts: dict[str, Any]) -> None:

@@ -38,4 +38,5 @@ COMMANDS = {
         "train.commands.benchmark.context", "benchmark", "times attention with its tokens split over devices"
     ),
     "benchmark decoding": Command("train.commands.benchmark.decoding", "benchmark", "times the sampling of tokens"),
+    "benchmark prefill": Command("train.commands.benchmark.prefill", "benchmark", "times the reading of a prompt"),
 }

@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from train.checkpoints.saved import SavedModel, load_model
+from train.config import KVDtype
 from train.data import chat
 from train.data.tokenizer import HuggingFaceTokenizer
 from train.generation.generator import LENGTH_MULTIPLE, Generator
@@ -25,7 +26,9 @@ class Arguments:
     chat: bool = False  # talks with a model trained on conversations, and prints its answer to every prompt
     system: str | None = None  # with --chat: the system prompt
     num_samples: int = 1  # continuations, with seeds from `seed` on
+    tensor: int | None = None  # GPUs that split heads, MLP and vocabulary; None: as in training, if there are so many
     drafts: int = 0  # tokens from earlier in the text that a step verifies: the same text, in fewer steps if it repeats
+    kv_dtype: KVDtype | None = None  # int8: a cache of half the bytes, with keys and values rounded to 8 bits
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
 
 
@@ -45,9 +48,9 @@ def generate(arguments: Arguments) -> None:
         raise ValueError(f"prompt has {len(arguments.prompt)} texts: expected one, or --chat, where each is a turn")
     if not arguments.chat and arguments.system is not None:
         raise ValueError(f"system = {arguments.system!r}: expected --chat, whose first turn this is")
-    saved = load_model(arguments.run)
+    saved = load_model(arguments.run, tensor=arguments.tensor)
     check(arguments.sampling, saved.tokenizer.vocab_size)
-    writer = _Writer(saved, arguments.drafts)
+    writer = _Writer(saved, drafts=arguments.drafts, kv_dtype=arguments.kv_dtype)
     for number in range(arguments.num_samples):
         sampling = dataclasses.replace(arguments.sampling, seed=arguments.sampling.seed + number)
         if arguments.chat:
@@ -102,9 +105,9 @@ def _talk(writer: "_Writer", talk: _Chat, arguments: Arguments, sampling: Sampli
 class _Writer:
     """A model with a cache that grows with what it is to continue."""
 
-    def __init__(self, saved: SavedModel, drafts: int):
+    def __init__(self, saved: SavedModel, **options: Any):
         self.saved = saved
-        self._drafts = drafts
+        self._options = options  # of the generator
         self._generator: Generator | None = None
         self._size = 0
 
@@ -112,8 +115,9 @@ class _Writer:
         """Makes room for as many tokens. A cache of another size compiles anew, so one reserves what all turns take."""
         if self._generator is None or size > self._size:
             self._size = -(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            sizes = {"slots": 1, "max_length": self._size, "drafts": self._drafts}
-            self._generator = Generator(self.saved.params, self.saved.model, self.saved.tokenizer, **sizes)
+            options = {"slots": 1, "max_length": self._size, **self._options}
+            saved = self.saved
+            self._generator = Generator(saved.params, saved.model, saved.tokenizer, **options, mesh=saved.mesh)
 
     def write(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         """The continuation of some tokens, piece by piece."""

@@ -5,6 +5,7 @@ host says beforehand how many each request may get, which tokens end it, and whi
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa_jax.cache import put_row, take_row
+from train.config import KVDtype
 from train.data.tokenizer import UNFINISHED, Tokenizer
 from train.generation.drafts import repeat
 from train.generation.sampling import Draw, Sampling, check, sample
@@ -28,8 +31,10 @@ from train.model.transformer import (
     logits,
     rollback_caches,
 )
+from train.parallel.sharding import activation
 
 LENGTH_MULTIPLE = 64  # of a cache, so that prompts of different lengths share a compiled program
+SHORTEST_CHUNK = 64  # of a prompt, for the same reason
 LONGEST_CHARACTER = 4  # bytes of UTF-8
 NOT_FORCED = -1  # in place of a token that is forced on a request
 
@@ -91,10 +96,14 @@ class Generator:
       tokenizer: whose tokens the model was trained on.
       slots: requests that run at a time.
       max_length: the most tokens of a request: beginning of text, prompt and continuation.
-      chunk: tokens of a prompt that are processed at a time.
+      chunk: the most tokens of a prompt that are processed at a time. What is left of a prompt is padded to a power of
+        two.
       stride: decoding steps of one call of `step`, in one program. Requests join between two calls.
       drafts: tokens that a decoding step verifies besides the one that it is given, and of which it keeps those that
         the model would have sampled. They are what followed the last tokens where these stood before in the request.
+      kv_dtype: "int8" for a cache of half the bytes; None: that of the model's computation.
+      mesh: of the axes of `train.parallel.sharding`, on which `params` lie; only "tensor" may have more than one
+        device. Each of these has the caches of its K/V heads, and decodes with them. None: there is one device.
     """
 
     def __init__(
@@ -105,21 +114,28 @@ class Generator:
         *,
         slots: int,
         max_length: int,
-        chunk: int = 64,
+        chunk: int = 8192,
         stride: int = 8,
         drafts: int = 0,
+        kv_dtype: KVDtype | None = None,
+        mesh: Mesh | None = None,
     ):
         sizes = (("slots", slots, 1), ("max_length", max_length, 1), ("chunk", chunk, 2), ("stride", stride, 1))
         for name, value, least in (*sizes, ("drafts", drafts, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value}: expected at least {least}")
-        self._params = decoding_parameters(params, model.config)
+        if mesh is not None and mesh.size > mesh.shape["tensor"]:
+            raise ValueError(f"mesh = {dict(mesh.shape)}: expected one device along every axis except tensor")
+        self._mesh = mesh
         self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._chunk, self._drafts = chunk, drafts
         self._most = stride * (1 + drafts)  # tokens that a request can get in one call
         seen, ends = jnp.zeros((2, slots, model.vocab_size), bool)
         history = jnp.zeros((slots, max_length if drafts else 0), jnp.int32)
-        caches = init_caches(model.config, batch_size=slots, max_length=max_length, step_tokens=1 + drafts)
+        with self._on_mesh():
+            self._params = decoding_parameters(params, model.config)
+            lengths = {"max_length": max_length, "step_tokens": 1 + drafts}
+            caches = init_caches(model.config, batch_size=slots, **lengths, kv_dtype=kv_dtype)
         self._rows = Rows(caches, seen, ends, history)
         self._running: list[_Request | None] = [None] * slots
         self._waiting: collections.deque[_Request] = collections.deque()
@@ -176,6 +192,13 @@ class Generator:
 
     def step(self) -> list[Piece]:
         """Gives free slots to the requests that wait, and samples the next tokens of every request that runs."""
+        with self._on_mesh():
+            return self._step()
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _step(self) -> list[Piece]:
         pieces = self._admit()
         running = [(slot, request) for slot, request in enumerate(self._running) if request is not None]
         if not running:
@@ -234,25 +257,27 @@ class Generator:
         # Of a prompt of one token nothing is processed, but the slot is emptied.
         for begin in range(0, max(1, len(tokens) - 1), self._chunk):
             part = np.array(tokens[begin : min(begin + self._chunk, len(tokens) - 1)], np.int32)
-            padded = np.zeros((1, self._chunk), np.int32)
+            size = max(SHORTEST_CHUNK, 1 << max(0, len(part) - 1).bit_length())
+            padded = np.zeros((1, min(size, self._chunk)), np.int32)
             padded[0, : len(part)] = part
-            caches = _prefill_slot(
-                self._params, caches, slot, padded, np.array([len(part)], np.int32), begin == 0, model=self._model
-            )
+            counts, options = np.array([len(part)], np.int32), {"model": self._model, "begins": begin == 0}
+            caches = _prefill_slot(self._params, caches, slot, padded, counts, **options)
         self._rows = Rows(caches, *(old.at[slot].set(row) for old, row in zip(rows[1:], new, strict=True)))
 
     def _draw(self) -> Draw:
         """The settings of every slot; those of a free one change nothing."""
-        rows = []
+        rows, chooses = [], False
         for request in self._running:
             sampling = Sampling() if request is None else request.sampling
             index = 0 if request is None else request.num_sampled
             top_k = sampling.top_k or self._model.vocab_size
+            chooses |= top_k < self._model.vocab_size or sampling.top_p < 1
             seed = sampling.seed % 2**31
             rows.append((sampling.temperature, top_k, sampling.top_p, sampling.repetition_penalty, seed, index))
         kinds = (np.float32, np.int32, np.float32, np.float32, np.int32, np.int32)
         columns = zip(zip(*rows, strict=True), kinds, strict=True)
-        return Draw(*(jnp.asarray(column, kind) for column, kind in columns))
+        draw = Draw(*(jnp.asarray(column, kind) for column, kind in columns))
+        return draw if chooses else draw._replace(top_k=None, top_p=None)
 
     def _take(self, request: _Request, token: int) -> Piece:
         """Adds a token to a request: the one sampled, unless one is forced on it. `advance` ends at the same tokens."""
@@ -410,7 +435,9 @@ def advance(
             given = jnp.concatenate([given, repeat(history, held, drafts)], axis=1)
         num_tokens = jnp.where(going, jnp.minimum(1 + drafts, limits - got), 0)
         hidden, caches = extend(params, model.config, given, caches, num_tokens=num_tokens, verifies=drafts > 0)
-        scores = logits(params, hidden, model.config)[..., : model.vocab_size]  # the padded rows stand for no token
+        # Sampling takes scores that are not split. It is they that are gathered, and not the kernel that makes them.
+        scores = activation(logits(params, hidden, model.config), "batch", None, "vocab")
+        scores = activation(scores, "batch", None, None)[..., : model.vocab_size]  # padded rows stand for no token
         is_given = given[:, :, None] == jnp.arange(seen.shape[1], dtype=jnp.int32)[None, None, :]
         seen_by = seen[:, None] | jnp.any(is_given[:, None] & up_to[..., None], axis=2)  # [B, 1 + drafts, V]
         index = got[:, None] + offsets
@@ -452,23 +479,22 @@ def advance(
 def _sample(scores: Float[Array, "B m V"], seen: Bool[Array, "B m V"], draw: Draw) -> Int[Array, "B m"]:
     """`sample` for several places of each row. Of `draw`, `num_drawn` is [B, m]."""
     B, m, V = scores.shape
-    settings = Draw(*(jnp.broadcast_to(x if x.ndim == 2 else x[:, None], (B, m)).reshape(-1) for x in draw))
+    settings = jax.tree.map(lambda x: jnp.broadcast_to(x if x.ndim == 2 else x[:, None], (B, m)).reshape(-1), draw)
     return sample(scores.reshape(B * m, V), seen.reshape(B * m, V), settings).reshape(B, m)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("model", "begins"), donate_argnames="caches")
 def _prefill_slot(
     params: Any,
     caches: Caches,
     slot: Int[Array, ""],
     tokens: Int[Array, "1 T"],
     count: Int[Array, " 1"],
-    begins: Bool[Array, ""],
     *,
     model: Transformer,
+    begins: bool,
 ) -> Caches:
-    """Adds a chunk of a prompt to one row of the caches."""
+    """Adds a chunk of a prompt to one row of the caches; one that begins the prompt replaces what the row held."""
     one = tuple(take_row(cache, slot) for cache in caches)
-    one = tuple(cache._replace(lengths=jnp.where(begins, 0, cache.lengths)) for cache in one)
-    _, one = extend(params, model.config, tokens, one, num_tokens=count)
+    _, one = extend(params, model.config, tokens, one, num_tokens=count, begins=begins)
     return tuple(put_row(cache, slot, row) for cache, row in zip(caches, one, strict=True))

@@ -52,11 +52,14 @@ def check(sampling: Sampling, vocab_size: int) -> None:
 
 
 class Draw(NamedTuple):
-    """The settings of every row, and how many tokens were drawn for it."""
+    """The settings of every row, and how many tokens were drawn for it.
+
+    Without `top_k` and `top_p`, all tokens of all rows can be drawn, and no logits need be sorted.
+    """
 
     temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
+    top_k: Int[Array, " B"] | None
+    top_p: Float[Array, " B"] | None
     repetition_penalty: Float[Array, " B"]
     seed: Int[Array, " B"]
     num_drawn: Int[Array, " B"]  # tokens drawn before
@@ -65,16 +68,19 @@ class Draw(NamedTuple):
 def likely(scores: Float[Array, "B V"], draw: Draw) -> Float[Array, "B V"]:
     """The logits over the temperature, and -inf for tokens beyond top-k, and then beyond top-p of what remains.
 
-    Of equal logits those with the lower ids are taken first.
+    Of equal logits those with the lower ids are taken first. A row whose top-p is 1 keeps all that top-k does.
     """
     scores = scores / jnp.maximum(draw.temperature, 1e-6)[:, None]
+    if draw.top_k is None or draw.top_p is None:
+        return scores
     order = jnp.argsort(scores, axis=1, descending=True, stable=True)
     falling = jnp.take_along_axis(scores, order, axis=1)
     rank = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
     falling = jnp.where(rank < draw.top_k[:, None], falling, -jnp.inf)
     mass = jnp.cumsum(jax.nn.softmax(falling, axis=1), axis=1)
     before = jnp.concatenate([jnp.zeros((scores.shape[0], 1), mass.dtype), mass[:, :-1]], axis=1)
-    kept = (before < draw.top_p[:, None]) | (rank == 0)
+    top_p = draw.top_p[:, None]
+    kept = (before < top_p) | (top_p >= 1) | (rank == 0)  # rounded, the mass before the last tokens may be 1
     return jnp.put_along_axis(scores, order, jnp.where(kept, falling, -jnp.inf), axis=1, inplace=False)
 
 

@@ -15,14 +15,15 @@ from nsa_jax import save_attention
 from nsa_jax.cache import Cache
 from nsa_jax.layer import JOINED
 from nsa_jax.one_row import multiply_rows, rms_norm
+from nsa_jax.sharding import devices_along
 from pallas_kernels.one_row_product.contract import Norm
-from train.config import ModelConfig, MoEConfig
+from train.config import KVDtype, ModelConfig, MoEConfig
 from train.model.attention import attention_kind
 from train.model.attention.kind import make_attention
 from train.model.auxiliary import DRAWS, LOSSES
 from train.model.embedding import embed
 from train.model.moe import COLLECTION, MoE
-from train.parallel.sharding import activation, weight
+from train.parallel.sharding import activation, logical, weight
 
 # The embedding has a multiple of this many rows, which suits matrix units and a mesh that splits the vocabulary.
 VOCABULARY_MULTIPLE = 64
@@ -100,6 +101,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     verifies: bool = False  # whether several new tokens over a cache are drafts, and not the next chunk of a prompt
+    begins: bool = False  # whether they begin their rows, and what the cache held is forgotten
 
     @nn.compact
     def __call__(
@@ -118,10 +120,10 @@ class Block(nn.Module):
         norm = RMSNorm(config.norm_eps, name="attention_norm").of(x)
         if cache is None:
             x = x + attention(rms_norm(x, norm), segment_ids=segment_ids)
-        elif x.shape[1] == 1 or self.verifies:
+        elif self.verifies or (x.shape[1] == 1 and not self.begins):
             x, cache = attention.decode_step(x, cache, num_tokens=num_tokens, norm=norm)
         else:
-            options = {"num_tokens": num_tokens, "continuing": True}
+            options = {"num_tokens": num_tokens, "continuing": not self.begins}
             attended, cache = attention.prefill(rms_norm(x, norm), cache, **options)
             x = x + attended
         norm = RMSNorm(config.norm_eps, name="mlp_norm").of(x)
@@ -198,7 +200,14 @@ def layer_stacks(config: ModelConfig) -> dict[str, Stack]:
     return {**stacks, "layers": Stack(group, (config.num_layers - dense) // period)}
 
 
-def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_tokens: int = 1) -> Caches:
+def init_caches(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    max_length: int,
+    step_tokens: int = 1,
+    kv_dtype: KVDtype | None = None,
+) -> Caches:
     """An empty cache for each layer.
 
     Args:
@@ -206,14 +215,16 @@ def init_caches(config: ModelConfig, *, batch_size: int, max_length: int, step_t
       batch_size: rows.
       max_length: the most tokens a row can hold.
       step_tokens: the most tokens that a step adds to a row: one, and drafts.
+      kv_dtype: in which pages hold keys and values; None: the dtype of the computation.
 
     Raises:
-      ValueError: a kind of attention of the model has no cache.
+      ValueError: a kind of attention of the model has no cache, or none of this `kv_dtype`.
     """
     for kind in config.attention_of_layers:
         if not attention_kind(kind).decodes:
             raise ValueError(f"model.attention = {kind}: expected a kind that decodes; this one is for training only")
-    sizes = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "step_tokens": step_tokens}
+    sizes["kv_dtype"] = kv_dtype
     attentions = [make_attention(dataclasses.replace(config, attention=kind)) for kind in config.attention_of_layers]
     named = zip(config.attention_of_layers, attentions, strict=True)
     return tuple(attention_kind(kind).init_cache(attention, **sizes) for kind, attention in named)
@@ -288,8 +299,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
     """A model's parameters as `extend` reads them, made once for all of its steps.
 
     They are in the compute dtype, except norms and routers, which keep float32. Those of each layer are arrays of their
-    own, so that a step does not copy them out of a stack. What is multiplied with the same input is one array, and what
-    makes one number of a result lies together.
+    own, so that a step does not copy them out of a stack. What makes one number of a result lies together. What is
+    multiplied with the same input is one array, unless the mesh in context splits heads, which lie apart in it.
 
     Args:
       params: of the `Transformer`.
@@ -306,6 +317,8 @@ def decoding_parameters(params: Any, config: ModelConfig) -> Any:
         )
 
     def joined(layer: ModelConfig, block: Any) -> Any:
+        if devices_along(logical("heads")[0]) > 1:
+            return block
         block = block | {"attention": make_attention(layer).join_projections(block["attention"])}
         if layer.moe.num_routed:
             return block
@@ -330,6 +343,7 @@ def extend(
     *,
     num_tokens: Int[Array, " B"] | None = None,
     verifies: bool = False,
+    begins: bool = False,
 ) -> tuple[Float[Array, "B T E"], Caches]:
     """Final hidden states of T more tokens of each row, and the caches with them.
 
@@ -344,12 +358,14 @@ def extend(
       num_tokens: int32 [B], how many of the T tokens of a row count, from the left; the hidden states of the others
         mean nothing. None: all.
       verifies: whether the tokens are one and its drafts, at most the caches' `step_tokens`.
+      begins: whether the tokens are the first of every row, and what the caches held is forgotten. Attention is then
+        that of training, of these tokens alone.
     """
     x = jnp.take(params["embedding"], tokens, axis=0)
     extended: list[Cache] = []
     layers = [layer for stack in layer_stacks(config).values() for layer in stack.layers * stack.groups]
     for layer, block, cache in zip(layers, params["layers"], caches, strict=True):
-        out: Any = Block(layer, verifies).apply({"params": block}, x, cache, None, num_tokens, None)
+        out: Any = Block(layer, verifies, begins).apply({"params": block}, x, cache, None, num_tokens, None)
         x = out[0]
         extended.append(out[1])
     hidden: Any = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)

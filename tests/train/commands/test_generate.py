@@ -15,7 +15,7 @@ from train.data.tokenizer import ByteTokenizer
 from train.generation.generator import Piece
 
 MODEL = dataclasses.replace(
-    SMALL, nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=10)
+    SMALL, num_kv_heads=2, nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=10)
 )
 
 
@@ -30,12 +30,17 @@ def test_generate_continues_a_prompt_with_the_model_of_a_run(tmp_path, capsys):
     assert lines.count("def ") >= 2
     assert main([*arguments, "--drafts", "2"]) == 0
     assert capsys.readouterr().out == lines
+    assert main([*arguments, "--tensor", "2"]) == 0
+    assert capsys.readouterr().out == lines
+    assert main([*arguments, "--kv-dtype", "int8"]) == 0
+    assert capsys.readouterr().out.count("def ") >= 2
     assert main(["generate", "--run", str(tmp_path / "none")]) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
     for wrong, message in (
         (["--top-p", "3"], "top_p = 3.0: expected above 0 and at most 1"),
         (["--max-tokens", "-3"], "max_tokens = -3: expected at least 0"),
         (["--drafts", "-1"], "drafts = -1: expected at least 0"),
+        (["--tensor", "9"], "tensor = 9: expected 1 to 8, the number of devices"),
         (["--num-samples", "0"], "num_samples = 0: expected at least 1"),
         (["--system", "be brief"], "system = 'be brief': expected --chat, whose first turn this is"),
         (["--prompt", "a", "b"], "prompt has 2 texts: expected one, or --chat, where each is a turn"),
@@ -50,7 +55,7 @@ class Answers:
     def __init__(self, answers):
         self.answers, self.asked, self.sizes, self.busy = iter(answers), [], [], False
 
-    def __call__(self, params, model, tokenizer, *, slots, max_length, drafts):
+    def __call__(self, params, model, tokenizer, *, slots, max_length, drafts, kv_dtype, mesh):
         self.tokenizer = tokenizer
         self.sizes.append(max_length)
         return self
@@ -67,7 +72,7 @@ class Answers:
 
 def test_a_conversation_has_a_system_prompt_and_every_turn_before(tmp_path, capsys, monkeypatch):
     saved = SavedModel(TrainConfig(), ByteTokenizer(), None, None)
-    monkeypatch.setattr(command, "load_model", lambda run: saved)
+    monkeypatch.setattr(command, "load_model", lambda run, **_: saved)
     answers = Answers(["one", "two", "x" * 200, "four"])
     monkeypatch.setattr(command, "Generator", answers)
     options = ["--system", "be brief", "--prompt", "first?", "second?", "--num-samples", "2", "--max-tokens", "9"]

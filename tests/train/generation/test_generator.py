@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from nsa_jax import NSAConfig
-from train.config import ModelConfig
+from train.config import MeshConfig, ModelConfig
 from train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from train.generation import generator as generate_module
 from train.generation.drafts import LONGEST_MATCH, repeat
 from train.generation.generator import NOT_FORCED, Generator, NoFreeSlotError, Rows, advance, generate
 from train.generation.sampling import Draw, Sampling
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches, logits
+from train.parallel.communication import collectives
+from train.parallel.sharding import make_mesh, tree_shardings
 
 TOKENIZER = ByteTokenizer()
 
@@ -30,12 +32,12 @@ GREEDY = Sampling(max_tokens=5, temperature=0.0)
 
 
 @functools.cache
-def trained(attention="nsa"):
+def trained(attention="nsa", num_kv_heads=1):
     config = ModelConfig(
         num_layers=2,
         embed_dim=16,
         num_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=num_kv_heads,
         head_dim=8,
         mlp_dim=16,
         attention=attention,
@@ -178,6 +180,22 @@ def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
     jax.tree.map(np.testing.assert_array_equal, rows, expected)
 
 
+def test_a_cache_in_8_bits_takes_most_of_the_likeliest_tokens_and_gives_each_request_the_text_it_gets_alone():
+    params, model = trained()
+    sampling, prompts = dataclasses.replace(GREEDY, max_tokens=40), ["a prompt over some blocks", "def f(x):\n", ""]
+
+    def texts(prompts, **options):
+        generator = Generator(params, model, TOKENIZER, **SIZES, **options)
+        for prompt in prompts:
+            generator.submit(prompt, sampling)
+        return list(finish(generator)[0].values())
+
+    exact, held = texts(prompts), texts(prompts, kv_dtype="int8")
+    assert held == [texts([prompt], kv_dtype="int8", drafts=3)[0] for prompt in prompts]
+    same = [sum(a == b for a, b in zip(x, y, strict=False)) for x, y in zip(exact, held, strict=True)]
+    assert sum(same) > 0.8 * sum(map(len, exact))
+
+
 @SPARSE_OR_RING
 def test_drafts_change_nothing_except_how_many_tokens_a_step_finds(attention):
     params, model, rows, *given = rows_to_continue(attention, 0)
@@ -294,7 +312,7 @@ def test_requests_get_the_same_pieces_whatever_the_stride_and_the_drafts():
 
 def test_joining_and_leaving_compile_nothing():
     generator = make()
-    generator.submit("warm", GREEDY)
+    generator.submit("a first and a next chunk", GREEDY)
     finish(generator)
     programs = [generate_module.advance, generate_module._prefill_slot]
     before = [program._cache_size() for program in programs]
@@ -303,6 +321,19 @@ def test_joining_and_leaving_compile_nothing():
         generator.step()
     finish(generator)
     assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize("attention", ["nsa", pytest.param("full", marks=pytest.mark.exhaustive)])
+def test_a_prompt_in_chunks_gets_the_text_that_it_gets_whole(attention):
+    prompt = "a prompt of eleven chunks, of which the last one is padded, and as a whole it is padded too"
+    sizes = {"slots": 1, "max_length": 128}
+
+    def text(chunk):
+        generator = Generator(*trained(attention), TOKENIZER, **sizes, chunk=chunk)
+        generator.submit(prompt, Sampling(max_tokens=20, temperature=0))
+        return finish(generator)
+
+    assert text(8) == text(8192)
 
 
 class Scripted(Generator):
@@ -498,3 +529,45 @@ def test_requests_that_cannot_be_served_are_refused_and_the_others_unharmed():
         generator.cancel(7)
     generator.cancel(generator.submit("never", GREEDY))
     assert finish(generator, pieces=pieces)[0] == dict.fromkeys(numbers, expected)
+
+
+@functools.cache
+def on_two_devices(attention, **options):
+    """A generator on one device, and one of the same model whose heads are split over two."""
+    params, model = trained(attention, num_kv_heads=2)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    split = jax.device_put(params, tree_shardings(boxed, mesh))
+    sizes = {**SIZES, "stride": 2, **options}
+    return Generator(params, model, TOKENIZER, **sizes), Generator(split, model, TOKENIZER, **sizes, mesh=mesh)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("attention", "drafts"), [("nsa", 0), ("nsa", 2), ("full", 0)])
+def test_devices_that_split_heads_give_the_text_of_one(attention, drafts):
+    texts = []
+    for generator in on_two_devices(attention, drafts=drafts):
+        for prompt in ("a prompt of some chunks", "another", "a third, which waits"):
+            generator.submit(prompt, Sampling(max_tokens=20, temperature=0.5))
+        texts.append(finish(generator))
+    assert texts[0] == texts[1]
+
+
+def test_devices_that_split_heads_send_sums_over_them_and_scores():
+    _, generator = on_two_devices("nsa", drafts=0)
+    tokens, forced = np.zeros(2, np.int32), np.full((2, 2), NOT_FORCED, np.int32)
+    arguments = (generator._params, generator._rows, tokens, tokens, forced, generator._draw())
+    with jax.set_mesh(generator._mesh):
+        program = advance.lower(*arguments, model=generator._model).compile()
+    found = {(one.kind, one.result_bytes) for one in collectives(program.as_text())}
+    hidden, scores = (2 * width * 4 for width in (generator._model.config.embed_dim, 320))  # bytes of two rows
+    assert found == {("all-reduce", hidden), ("all-gather", scores)}
+    for x in jax.tree.leaves(generator._rows.caches):
+        if x.ndim == 4:
+            assert x.addressable_shards[0].data.size == x.size // 2
+
+
+def test_a_mesh_that_splits_anything_but_heads_is_refused():
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with pytest.raises(ValueError, match="expected one device along every axis except tensor"):
+        Generator(*trained(), TOKENIZER, **SIZES, mesh=mesh)

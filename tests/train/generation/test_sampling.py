@@ -17,7 +17,7 @@ def above(value):
 
 def draw(rows, **changes):
     values = Draw(temperature=1.0, top_k=99, top_p=1.0, repetition_penalty=1.0, seed=0, num_drawn=0)._asdict()
-    return Draw(**{name: jnp.full((rows,), value) for name, value in {**values, **changes}.items()})
+    return jax.tree.map(lambda value: jnp.full((rows,), value), Draw(**{**values, **changes}))
 
 
 @settings(max_examples=20)
@@ -54,6 +54,14 @@ def test_top_k_and_top_p_keep_no_token_too_many_at_their_boundary(change, kept):
     """Four equal logits have probabilities of exactly 1/4; the lower ids come first."""
     scores = jnp.array([[-jnp.inf, 2.0, -jnp.inf, 2.0, 2.0, 2.0]])
     assert np.flatnonzero(jax.jit(likely)(scores, draw(1, **change))[0] > -np.inf).tolist() == kept
+
+
+def test_a_row_that_keeps_all_tokens_has_the_same_logits_beside_rows_that_do_not():
+    """Many small probabilities, whose rounded sum reaches 1 before the last of them."""
+    scores = jnp.asarray(np.random.default_rng(0).standard_normal((1, 20_000)), jnp.float32)
+    everything = likely(scores, draw(1, top_k=None, top_p=None, temperature=0.7))
+    assert "sort" not in jax.jit(likely).lower(scores, draw(1, top_k=None, top_p=None)).as_text()
+    np.testing.assert_array_equal(likely(scores, draw(1, top_k=20_000, temperature=0.7)), everything)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])

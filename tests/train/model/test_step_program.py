@@ -1,4 +1,4 @@
-"""What a decoding step is made of on a GPU that need not be there: few operations that XLA cannot fuse."""
+"""What a decoding step and a prefill are made of on a GPU that need not be there."""
 
 import collections
 import functools
@@ -9,33 +9,52 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
-from nsa_jax import one_row
+from nsa_jax import BranchKV, NSAConfig, nsa_attention, num_compressed, one_row
 from nsa_jax.testing import normwise_error
 from pallas_kernels.one_row_product.triton import one_row_product
 from tests.pallas_kernels import cases
 from train.config import ModelConfig
 from train.model.transformer import Transformer, decoding_parameters, extend, init_caches
+from train.parallel.sharding import MESH_AXES
 
+NSA = NSAConfig()
 ATTENTION = ("first", "importance", "selected", "join")
 
 
-def operations(layers: int, rows: int, **fields) -> collections.Counter:
-    """Operations of a step, calls counted as often as they are made, and kernels by their names."""
-    config = ModelConfig(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", **fields)
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+
+
+def operations(
+    layers: int, rows: int, tokens: int = 1, *, begins: bool = False, tensor: int = 1, kv_dtype=None, **fields
+) -> collections.Counter:
+    """Operations of a step or of a prefill, calls counted as often as they are made, and kernels by their names.
+
+    With `tensor`, of what each of so many devices does, which split the heads.
+    """
+    config = ModelConfig(num_layers=layers, dtype="bfloat16", **HEADS | fields)
 
     def initial(key):
         tokens = jnp.zeros((1, 64), jnp.int32)
         return decoding_parameters(nn.meta.unbox(Transformer(config, 258).init(key, tokens)["params"]), config)
 
-    params = jax.eval_shape(initial, jax.random.key(0))
-    caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096))
-    tokens, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
+    def mesh(device=None):
+        sizes, kinds = (1, 1, 1, 1, tensor), (AxisType.Auto,) * 5
+        shape = jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=kinds, abstract_device=device)
+        return jax.sharding.use_abstract_mesh(shape)
 
-    def step(params, tokens, caches, counts):
-        return extend(params, config, tokens, caches, num_tokens=counts)
+    with mesh():
+        params = jax.eval_shape(initial, jax.random.key(0))
+        caches = jax.eval_shape(lambda: init_caches(config, batch_size=rows, max_length=4096, kv_dtype=kv_dtype))
+    given, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
 
-    return operations_of(cases.lower("NVIDIA H100", step, params, tokens, caches, counts))
+    def step(params, given, caches, counts):
+        return extend(params, config, given, caches, num_tokens=counts, begins=begins)
+
+    with mesh(jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")):
+        lowered = jax.jit(step).trace(params, given, caches, counts).lower(lowering_platforms=("cuda",))
+    return operations_of(lowered.as_text())
 
 
 def operations_of(text: str) -> collections.Counter:
@@ -55,10 +74,18 @@ def operations_of(text: str) -> collections.Counter:
 
 # Of queries, keys, values and gates; the output; SwiGLU's two; with weights in phi, its own and the gates' second.
 @pytest.mark.parametrize(
-    ("rows", "compression", "share_kv", "products"), [(1, "mean", True, 4), (2, "mean", True, 4), (2, "mlp", False, 11)]
+    ("rows", "compression", "share_kv", "products", "kv_dtype"),
+    [
+        (1, "mean", True, 4, None),
+        (2, "mean", True, 4, None),
+        (2, "mean", True, 4, "int8"),
+        (2, "mlp", False, 11, None),
+    ],
 )
-def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(rows, compression, share_kv, products):
-    fields = {"compression": compression, "share_kv": share_kv}
+def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(
+    rows, compression, share_kv, products, kv_dtype
+):
+    fields = {"compression": compression, "share_kv": share_kv, "kv_dtype": kv_dtype}
     layer = operations(2, rows, **fields) - operations(1, rows, **fields)
     in_kernels = 4 if rows == 1 else 0  # products with parameters, of one row
     kernels = {"append_tokens": 1, **{f"decode_attention_{name}": 1 for name in ATTENTION}}
@@ -71,6 +98,76 @@ def test_a_layer_of_a_step_is_few_products_and_kernels_and_scatters_nothing(rows
         assert layer["gather"] == 0
         assert layer["concatenate"] == 0
         assert layer["reduce"] == (0 if in_kernels else 2)  # the two norms
+
+
+def kernels_of(found: collections.Counter, *more: str) -> collections.Counter:
+    begins = ("compressed_attention", "block_", "selected_attention", "window_attention", *more)
+    return collections.Counter({name: count for name, count in found.items() if name.startswith(begins)})
+
+
+LONG = {"num_heads": 16, "num_kv_heads": 1, "head_dim": 128}
+
+
+def of_training(rows: int, queries: int, keys: int) -> collections.Counter:
+    """Kernels of the ops for whole sequences, whose queries begin at a position that is found when running."""
+
+    def attend(q, k, v, offset):
+        kv = BranchKV(k[:, : num_compressed(keys, NSA)], v[:, : num_compressed(keys, NSA)], k, v, k, v)
+        gates = jnp.ones((*q.shape[:3], 3))
+        return nsa_attention(q, kv, gates, config=NSA, query_offset=offset if queries < keys else 0)
+
+    shapes = ((rows, queries, 16, 128), *[(rows, keys, 1, 128)] * 2)
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    text = cases.lower("NVIDIA H100", attend, *arrays, jax.ShapeDtypeStruct((), jnp.int32))
+    return kernels_of(operations_of(text))
+
+
+def test_rows_at_one_position_are_prefilled_in_one_call_of_the_ops_for_whole_sequences():
+    alone, two = (operations(1, rows, 2048, **LONG) for rows in (1, 2))
+    assert kernels_of(alone) == of_training(1, 2048, 4096 + 2048)
+    assert alone["while"] == 0
+    # Of two rows a program has both ways, and takes one of them when it runs.
+    assert kernels_of(two) == kernels_of(alone) + of_training(2, 2048, 4096 + 2048)
+    assert two["while"] == 1  # over rows that stand at different positions
+
+
+def test_a_prompt_from_its_beginning_is_attended_to_as_in_training():
+    found = operations(1, 2, 2048, begins=True, **LONG)
+    assert kernels_of(found) == of_training(2, 2048, 2048)
+    assert found["while"] == 0
+
+
+@pytest.mark.parametrize("attention", ["full", "window"])
+def test_a_chunk_of_dense_attention_is_a_kernel_too(attention):
+    alone, two = (operations(1, rows, 2048, attention=attention, **LONG) for rows in (1, 2))
+    assert kernels_of(alone) == {"window_attention_forward": 1}
+    assert kernels_of(two) == {"window_attention_forward": 2}  # both ways
+    assert alone["while"] == alone["case"] == 0
+    assert two["while"] == two["case"] == 1
+
+
+def test_full_attention_takes_a_prompt_from_its_beginning_to_cudnn(monkeypatch):
+    taken = []
+
+    def recorded(q, k, v, **options):
+        taken.append((options["implementation"], options["is_causal"], options["mask"], q.shape[1], k.shape[1]))
+        return jnp.zeros_like(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    operations(1, 2, 2048, begins=True, attention="full", **LONG)
+    assert set(taken) == {("cudnn", True, None, 2048, 2048)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begins"), [(1, False), (512, False), pytest.param(512, True, marks=pytest.mark.exhaustive)]
+)
+def test_devices_that_split_heads_run_the_kernels_of_one(tokens, begins):
+    """XLA does not know how to split a kernel: what it splits lies within a manual computation, of a device's heads."""
+    one, two = (operations(1, 1, tokens, begins=begins, tensor=tensor, share_kv=False) for tensor in (1, 2))
+    kernels = kernels_of(one, "append_tokens", "decode_attention")
+    assert kernels
+    assert kernels_of(two, "append_tokens", "decode_attention") == kernels
+    assert two["while"] == one["while"] == 0
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])

@@ -19,19 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from nsa_jax import cache_bytes
-from train.commands.benchmark.figures import ATTENTIONS, vocab_size, write_figures
-from train.config import Attention, ModelConfig
+from nsa_jax.quantization import quantize
+from pallas_kernels.quantized import Quantized
+from train.commands.benchmark.figures import ATTENTIONS, random_parameters, vocab_size, write_figures
+from train.config import Attention, KVDtype, ModelConfig
 from train.generation.generator import NOT_FORCED, Rows, advance
 from train.generation.sampling import Draw
 from train.model.attention import attention_kind
-from train.model.transformer import Transformer, decoding_parameters, init_caches
+from train.model.transformer import Transformer, init_caches
 from train.presets import named
 from train.trace import Kernel, kernels, length, record, union
 
@@ -45,6 +46,7 @@ class Arguments:
     batches: tuple[int, ...] = (1, 16)  # rows
     attentions: tuple[Attention, ...] = ATTENTIONS  # of the model
     kv_heads: int | None = None  # key/value heads; None: the preset's
+    kv_dtype: KVDtype | None = None  # int8: caches of half the bytes, which only nsa has
     steps: int = 64  # of one program, which is run five times
     bandwidth: float = 3350.0  # the card's, in GB/s; the default is an H100 SXM's
     profile: bool = False  # also a table of the kernels of a step, which needs a GPU
@@ -60,6 +62,7 @@ def measure(
     *,
     bandwidth: float,
     profile: bool = False,
+    kv_dtype: KVDtype | None = None,
 ) -> dict[str, Any]:
     """One row of figures. For the arguments, see `Arguments`.
 
@@ -68,25 +71,20 @@ def measure(
     """
     model = Transformer(config, vocabulary)
 
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        params = model.init(key, jnp.zeros((1, config.nsa.select_block), jnp.int32))["params"]
-        return decoding_parameters(nn.meta.unbox(params), config)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def fill(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Any:
+        return quantize(jax.random.normal(key, shape)) if dtype == jnp.int8 else jax.random.normal(key, shape, dtype)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def fill(shape: Any, key: jax.Array) -> jax.Array:
-        return jax.random.normal(key, shape.shape, shape.dtype)
-
-    params = make(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(init_caches(config, batch_size=batch, max_length=context))
-    filled = [
-        fill(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(i)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for i, x in enumerate(leaves)
-    ]
+    params = random_parameters(config, vocabulary)
+    empty = init_caches(config, batch_size=batch, max_length=context, kv_dtype=kv_dtype)
+    leaves, structure = jax.tree.flatten(empty, is_leaf=lambda x: isinstance(x, Quantized))
+    del empty
+    filled = [x if x.dtype == jnp.int32 else fill(x.shape, x.dtype, jax.random.key(i)) for i, x in enumerate(leaves)]
     caches = jax.tree.unflatten(structure, filled)
     del leaves, filled
     size = cache_bytes(caches)
-    draw = Draw(*(jnp.full((batch,), value) for value in (0.8, vocabulary, 1.0, 1.0, 0, 0)))
+    same = functools.partial(jnp.full, (batch,))
+    draw = Draw(same(0.8), None, None, same(1.0), same(0), same(0))
     seen, ends = jnp.zeros((2, batch, vocabulary), bool)  # no token ends a row
     rows = Rows(caches, seen, ends, jnp.zeros((batch, 0), jnp.int32))
     del caches
@@ -108,12 +106,13 @@ def measure(
         seconds.append((time.perf_counter() - begin) / steps)
     speeds = sorted(batch / s for s in seconds[1:])
     speed = statistics.median(speeds)
-    read = _bytes_read(params, config, batch, context - steps // 2)
+    read = _bytes_read(params, config, batch, context - steps // 2, kv_dtype)
     row = {
         "attention": config.attention_name,
         "batch": batch,
         "context": context,
         "kv_heads": config.num_kv_heads,
+        "kv_dtype": kv_dtype or config.dtype,
         "tokens_per_second": speed,
         "lowest": speeds[0],
         "highest": speeds[-1],
@@ -127,12 +126,13 @@ def measure(
     return row
 
 
-def _bytes_read(params: Any, config: ModelConfig, batch: int, tokens: int) -> float:
+def _bytes_read(params: Any, config: ModelConfig, batch: int, tokens: int, kv_dtype: KVDtype | None) -> float:
     """What a step must read, with so many tokens in each row of the caches."""
     unused = {"embedding"} if not config.tie_embeddings else set()  # of which a step reads a row for each token
     parameters = sum(x.nbytes for name, part in params.items() if name not in unused for x in jax.tree.leaves(part))
     kinds = [attention_kind(name) for name in config.attention_of_layers]
-    return parameters + batch * config.num_kv_heads * sum(kind.decoded_bytes(config, tokens) for kind in kinds)
+    of_a_head = sum(kind.decoded_bytes(config, tokens, kv_dtype=kv_dtype) for kind in kinds)
+    return parameters + batch * config.num_kv_heads * of_a_head
 
 
 def step_profile(traced: Sequence[Kernel], steps: int) -> dict[str, Any]:
@@ -167,18 +167,22 @@ def benchmark(arguments: Arguments) -> None:
     """Measures, prints and writes.
 
     Raises:
-      ValueError: the preset is unknown, or `profile` is asked for where there is no GPU.
+      ValueError: the preset is unknown, an attention has no caches of the `kv_dtype`, or `profile` is asked for where
+        there is no GPU.
     """
     if arguments.profile and jax.default_backend() != "gpu":
         raise ValueError(f"profile: expected a GPU, whose kernels it lists; found {jax.default_backend()}")
     config, console = named(arguments.preset), Console()
     if arguments.kv_heads is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_kv_heads=arguments.kv_heads))
-    sizes: dict[str, Any] = {"bandwidth": arguments.bandwidth, "profile": arguments.profile}
+    sizes: dict[str, Any] = {name: getattr(arguments, name) for name in ("bandwidth", "profile", "kv_dtype")}
+    models = [dataclasses.replace(config.model, attention=attention) for attention in arguments.attentions]
+    for model in models:  # refused before anything is measured
+        caches = functools.partial(init_caches, model, batch_size=1, max_length=arguments.context)
+        jax.eval_shape(functools.partial(caches, kv_dtype=arguments.kv_dtype))
     rows: list[dict[str, Any]] = []
-    for attention in arguments.attentions:
+    for model in models:
         for batch in arguments.batches:
-            model = dataclasses.replace(config.model, attention=attention)
             rows.append(measure(model, vocab_size(config), batch, arguments.context, arguments.steps, **sizes))
             write_figures(arguments, rows)
             profile = rows[-1].get("profile")

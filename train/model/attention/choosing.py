@@ -34,7 +34,7 @@ from nsa_jax.layer import (
 from nsa_jax.selection import SelectionRecall, selection_recall
 from nsa_jax.sharding import free_axes, manual_axes, sharded
 from nsa_jax.visibility import gated_sum, segment_starts
-from train.config import ModelConfig, TrainConfig
+from train.config import KVDtype, ModelConfig, TrainConfig
 from train.model.attention.kind import Split, itemsize
 from train.model.attention.nsa import NSA
 from train.model.attention.scores import repeated, seen_tokens
@@ -117,9 +117,11 @@ class Choosing(NSA):
         )
         return ChoosingLayer(layer, self, name=name)
 
-    def decoded_bytes(self, config: ModelConfig, length: int, union: float = 1.0) -> float:
+    def decoded_bytes(
+        self, config: ModelConfig, length: int, union: float = 1.0, kv_dtype: KVDtype | None = None
+    ) -> float:
         """What NSA reads, with the selected branch's part times `union`, and what is read to choose."""
-        return super().decoded_bytes(config, length, union) + (
+        return super().decoded_bytes(config, length, union, kv_dtype) + (
             self.numbers_read_to_choose(config, length) * itemsize(config)
         )
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from nsa_jax.cache import Cache
 from nsa_jax.context import received_bytes
-from train.config import ModelConfig, TrainConfig
+from train.config import KVDtype, ModelConfig, TrainConfig
 from train.model.attention import attention_kind
 from train.parallel.sharding import RULES
 
@@ -74,23 +74,26 @@ class AttentionKind(abc.ABC):
         """Whether the parameter of this name is whole on all devices along the tensor axis, though heads use it."""
         return False
 
-    def decoded_bytes(self, config: ModelConfig, length: int, union: float = 1.0) -> float:
+    def decoded_bytes(
+        self, config: ModelConfig, length: int, union: float = 1.0, kv_dtype: KVDtype | None = None
+    ) -> float:
         """Bytes that the heads of a group read together to decode the last of `length` tokens.
 
         Args:
           config: of the model.
           length: tokens of the row, the new one included.
           union: tokens that a group reads in its selected branch, over those that one of its heads reads there.
+          kv_dtype: of the cache's pages, for a kind that has them; see `nsa_jax.init_nsa_cache`.
         """
         return float(self.keys_read(config, length)[-1]) * sum(head_dims(config)) * itemsize(config)
 
-    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: int) -> Cache:
+    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: Any) -> Cache:
         """An empty cache of a layer of this kind, for steps of up to `step_tokens` tokens.
 
         Args:
           layer: as `layer` makes it.
           step_tokens: that a step may add to each row, and `rollback` take back.
-          sizes: `batch_size` and `max_length`.
+          sizes: `batch_size`, `max_length` and `kv_dtype`.
         """
         return layer.init_cache(**sizes)
 

@@ -14,7 +14,8 @@ from nsa_jax.core import attend
 from nsa_jax.explicit import split_like
 from nsa_jax.layer import NSALayerConfig, join_heads, layer_inputs, layer_on_mesh, nsa_layer_inputs
 from nsa_jax.selection import selection_loss
-from train.config import ModelConfig, TrainConfig
+from pallas_kernels.quantized import head_bytes
+from train.config import KVDtype, ModelConfig, TrainConfig
 from train.model.attention.kind import AttentionKind, Split, head_dims, itemsize, received_as
 from train.model.auxiliary import DRAWS, LOSSES, leave_loss
 from train.parallel.sharding import padded_length
@@ -96,7 +97,7 @@ class NSA(AttentionKind):
             implementation=config.implementation,
         )
 
-    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: int) -> Cache:
+    def init_cache(self, layer: Any, *, step_tokens: int, **sizes: Any) -> Cache:
         """The rings hold what a step may overwrite."""
         return layer.init_cache(**sizes, step_tokens=step_tokens)
 
@@ -109,10 +110,14 @@ class NSA(AttentionKind):
         window = np.minimum(np.arange(length) + 1, config.nsa.window)
         return _visible_compressed(config, length) + selected_tokens(config, length) + window
 
-    def decoded_bytes(self, config: ModelConfig, length: int, union: float = 1.0) -> float:
-        """The keys read, of which `union` multiplies those of the selected branch."""
-        more = (union - 1) * float(selected_tokens(config, length)[-1]) * sum(head_dims(config)) * itemsize(config)
-        return super().decoded_bytes(config, length) + more
+    def decoded_bytes(
+        self, config: ModelConfig, length: int, union: float = 1.0, kv_dtype: KVDtype | None = None
+    ) -> float:
+        """The keys read, of which `union` multiplies those of the selected branch. Those of the window are exact."""
+        exact = sum(head_dims(config)) * itemsize(config)
+        of_pages = exact if kv_dtype is None else sum(map(head_bytes, head_dims(config)))
+        paged = _visible_compressed(config, length)[-1] + union * float(selected_tokens(config, length)[-1])
+        return float(paged) * of_pages + min(length, config.nsa.window) * exact
 
     def kv_projections(self, config: ModelConfig) -> tuple[int, int]:
         """One for each branch, unless they share it; the compressed branch has no keys of its own if they are tied."""

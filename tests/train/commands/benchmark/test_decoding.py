@@ -39,6 +39,26 @@ def test_decoding_writes_a_row_for_each_attention_and_batch(tmp_path, small):
     assert main(["benchmark", "decoding", "--preset", small, "--profile"]) == 2
 
 
+@pytest.mark.exhaustive
+def test_caches_in_8_bits_are_smaller_and_read_for_less_and_only_nsa_has_them(tmp_path, small):
+    options = {"preset": small, "context": 128, "batches": (1,), "steps": 2, "attentions": ("nsa",)}
+    rows = []
+    for kv_dtype in (None, "int8"):
+        out = tmp_path / f"{kv_dtype}.json"
+        decoding.benchmark(decoding.Arguments(**options, kv_dtype=kv_dtype, out=out))
+        rows += json.loads(out.read_text())["rows"]
+    assert [row["kv_dtype"] for row in rows] == ["float32", "int8"]
+    model = PRESETS[small]().model
+    less = 2 * model.num_kv_heads * (4 * model.head_dim - (model.head_dim + 4))  # bytes of a token of a page
+    tokens = 128 + 128 // model.nsa.compress_stride
+    assert (rows[0]["cache_gib"] - rows[1]["cache_gib"]) * 2**30 == pytest.approx(tokens * less)
+    l, d = model.nsa.compress_block, model.nsa.compress_stride  # noqa: E741
+    read = (127 - l) // d + 1 + 127  # all blocks are selected
+    assert (rows[0]["read_gb"] - rows[1]["read_gb"]) * 1e9 == pytest.approx(read * less)
+    with pytest.raises(ValueError, match="kv_dtype = 'int8': expected None, as full attention has no such cache"):
+        decoding.benchmark(decoding.Arguments(**{**options, "attentions": ("nsa", "full")}, kv_dtype="int8"))
+
+
 def test_a_profile_counts_the_kernels_of_a_step_and_the_time_between_them():
     traced = [
         Kernel("fusion_1", 0, 1000),

@@ -432,5 +432,7 @@ def test_bytes_of_a_decoded_token_are_counted_by_hand():
         assert kind.decoded_bytes(model, length) == nsa + choosing_bytes
         twice = nsa + selected * (8 + 12) * itemsize + choosing_bytes
         assert kind.decoded_bytes(model, length, union=2.0) == twice
+        in_8_bits = (compressed + selected) * (8 + 4 + 12 + 4) + window * (8 + 12) * itemsize + choosing_bytes
+        assert kind.decoded_bytes(model, length, kv_dtype="int8") == in_8_bits
     assert attention_kind("full").decoded_bytes(model, length) == 45 * 20 * itemsize
     assert attention_kind("window").decoded_bytes(model, length) == 10 * 20 * itemsize
