@@ -79,7 +79,7 @@ INSTEAD: Mapping[str, str] = {
     "temperature_tuning": _TEMPERATURE,
     "model_mode": _DECODING,
     "quant": _QUANTISED,
-    "kv_quant": "no such field: keys and values in a cache have the dtype of init_cache",
+    "kv_quant": 'kv_dtype="int8" of init_cache',
     "mesh": "batch_axes, head_axes and context_axes; the mesh is the one in context",
     "kernel_axes": _RULES,
     "matmul_precision": "precision",
