@@ -196,7 +196,7 @@ def test_a_step_with_a_norm_is_a_residual_block(kind, joins, use_bias):
     assert_trees_close((y[:1], after), ((x[:, :1] + expected)[:1], plain), 1e-6)
 
 
-@pytest.mark.parametrize("share_kv", [True, False])
+@pytest.mark.parametrize("share_kv", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_step_of_kernels_takes_joined_projections_as_they_are(share_kv):
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "v_head_dim": 16}
     layer = nsa_jax.NSAttention(**heads, config=CONFIG, share_kv=share_kv)

@@ -174,6 +174,7 @@ def test_a_run_begins_with_the_dense_loss_and_goes_on_over_an_interruption(base,
     assert load_model(whole.run_dir).config.model.nsa == base.model.nsa
 
 
+@pytest.mark.exhaustive
 def test_what_it_starts_from_is_evaluated_as_the_dense_model_and_as_ordinary_nsa(base, tmp_path):
     """Until the last step of the annealing, evaluations tell the loss of the model that is trained, too."""
     starts = {

@@ -120,7 +120,7 @@ def cases():
         sparse = "experts" if mesh.expert > 1 else "nsa"
         several = sum(getattr(mesh, axis) > 1 for axis in MESH_AXES) > 1
         for name in MODELS:
-            by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4 and mesh.context < 4
+            by_default = name == sparse and several and mesh.fsdp * mesh.expert < 4 and mesh.expert * mesh.context < 4
             by_default |= name == "full" and several and mesh.fsdp * mesh.context > 2
             yield pytest.param(name, index, marks=[pytest.mark.exhaustive] * (not by_default), id=f"{name}-{mesh}")
 

@@ -223,6 +223,7 @@ def test_drafts_change_nothing_except_how_many_tokens_a_step_finds(attention):
     assert calls <= max(got)
 
 
+@pytest.mark.exhaustive
 def test_tokens_are_distributed_as_the_model_says_with_and_without_drafts():
     """All continuations of three tokens by a model of four, counted, against the product of their probabilities."""
     config, V, N = dataclasses.replace(trained()[1].config, num_layers=1), 4, 3000

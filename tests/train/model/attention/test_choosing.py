@@ -219,11 +219,10 @@ def test_gradients_are_finite_and_reach_every_parameter(name):
     ("name", "explicit"),
     [
         ("auxiliary-loss", True),
-        ("clustering", False),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in itertools.product(DESIGNS, (False, True))
-            if case not in (("auxiliary-loss", True), ("clustering", False))
+            if case != ("auxiliary-loss", True)
         ),
     ],
 )
@@ -263,13 +262,10 @@ def test_a_choice_sends_nothing(name):
     assert sent[1] - sent[0] == pytest.approx(predicted[1] - predicted[0], abs=200)
 
 
-# The measures of every design are counted in another test. A run adds a loss of its own, and heads that differ.
+# The measures of every design are counted in another test. A run adds a loss of its own.
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in ("auxiliary-loss", "per-head")))
-        for name in DESIGNS
-    ],
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name != "auxiliary-loss")) for name in DESIGNS],
 )
 def test_a_run_trains_measures_its_selection_and_makes_no_sample(name, tmp_path):
     model = dataclasses.replace(MODEL, attention=name, num_layers=2)

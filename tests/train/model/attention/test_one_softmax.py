@@ -97,6 +97,7 @@ def test_it_is_the_same_on_a_mesh():
         assert normwise_error(jax.jit(split.apply)({"params": params}, x), y) < 1e-6
 
 
+@pytest.mark.exhaustive
 def test_it_learns(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(30):
