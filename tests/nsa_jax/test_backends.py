@@ -481,6 +481,7 @@ def test_decoding_of_ones_own(register):
     assert made["decode_attention"].backend == "mine"
 
 
+@pytest.mark.exhaustive
 def test_a_step_of_a_layer_appends_tokens_by_the_named_backend_or_by_the_others(register):
     layer = nsa_jax.NSAttention(num_heads=4, num_kv_heads=1, head_dim=8, config=CONFIG)
     x = jax.random.normal(jax.random.key(0), (2, 1, 16))

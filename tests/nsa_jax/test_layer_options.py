@@ -143,7 +143,7 @@ def test_a_rotary_embedding_of_ones_own_takes_the_place_of_ours(kind):
     assert not np.allclose(ours, none, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["nsa, the paper's layout", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("nsa, the paper's layout", marks=pytest.mark.exhaustive), "full"])
 def test_a_rotary_embedding_may_compute_in_float32_and_keeps_the_shape(kind):
     layer, params, x = problem(kind)
     wide = layer.clone(dtype=jnp.bfloat16, rotate=lambda x, p: apply_rope(x.astype(jnp.float32), p, theta=500.0))

@@ -36,6 +36,7 @@ def test_normwise_error_is_relative_to_another_norm_where_the_expected_is_zero()
     assert normwise_error(a, 0 * a) > 1e300
 
 
+@pytest.mark.exhaustive
 def test_assert_matches_reference_excuses_what_rounding_leaves_of_the_gradient_of_one_token():
     """A query that sees one key sends nothing back through the score."""
     config = dataclasses.replace(CONFIG, select_block=16)

@@ -53,6 +53,7 @@ def test_a_mesh_measures_what_one_device_does_in_every_layer_and_head():
     assert set(skills(values)) == {(layer, head) for layer in range(2) for head in range(2)}
 
 
+@pytest.mark.exhaustive
 def test_layers_of_several_kinds_are_measured_in_their_order():
     model = dataclasses.replace(MODEL, num_layers=6, pattern=("full", "nsa", "per-head"))
     config = TrainConfig(model=model)

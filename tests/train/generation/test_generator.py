@@ -165,6 +165,7 @@ SPARSE_OR_RING = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.exhaustive
 @SPARSE_OR_RING
 def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
     params, model, rows, *given = rows_to_continue(attention, 0)
@@ -180,6 +181,7 @@ def test_tokens_sampled_in_one_program_are_those_sampled_one_by_one(attention):
     jax.tree.map(np.testing.assert_array_equal, rows, expected)
 
 
+@pytest.mark.exhaustive
 def test_a_cache_in_8_bits_takes_most_of_the_likeliest_tokens_and_gives_each_request_the_text_it_gets_alone():
     params, model = trained()
     sampling, prompts = dataclasses.replace(GREEDY, max_tokens=40), ["a prompt over some blocks", "def f(x):\n", ""]

@@ -168,6 +168,7 @@ def test_decoding_through_caches_equals_the_whole_forward_pass():
     assert_trees_close(jnp.concatenate(parts, axis=1), whole[:, :14], 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_run_trains_logs_its_routers_resumes_bit_for_bit_and_generates(tmp_path, capsys):
     draw = np.random.default_rng(0)
     (tmp_path / "corpus").mkdir()

@@ -11,6 +11,7 @@ from train.parallel.lowering import lower_for_gpus
 from train.presets import PRESETS
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("length", "rows", "mesh"),
     [
