@@ -86,6 +86,7 @@ def uninterrupted(workspace) -> list[tuple[int, float]]:
     return result
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_again_and_again_gives_the_losses_of_one_never_killed(workspace, uninterrupted):
     run_dir = workspace / "killed"
     draw = random.Random(0)

@@ -88,6 +88,7 @@ def test_logits_equal_those_of_numpy_around_attention_and_experts(changes):
     assert normwise_error(actual, normalise(x, exact["final_norm"]["scale"]) @ output) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_every_setting_of_the_model_changes_its_program():
     base = dataclasses.replace(SMALL, num_layers=1)
     changes = {

@@ -210,6 +210,7 @@ def stopped(workspace, launch) -> tuple[Path, int]:
     return run_dir, saved
 
 
+@pytest.mark.exhaustive
 def test_two_processes_killed_and_started_again_go_on_bit_for_bit(stopped, uninterrupted):
     run_dir, saved = stopped
     assert EVERY <= saved < latest_step(run_dir)
@@ -250,6 +251,7 @@ def test_two_gpus_of_which_one_process_is_killed_go_on_bit_for_bit(workspace, la
     assert [step for step, _ in losses(run_dir)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_one_process_makes_both_save_the_same_step_and_stop(stopped):
     run_dir, _ = stopped
     step = latest_step(run_dir)
@@ -258,6 +260,7 @@ def test_sigterm_to_one_process_makes_both_save_the_same_step_and_stop(stopped):
         assert f"process {index}: stopped by SIGTERM after step {step}; saved" in said(run_dir, index)
 
 
+@pytest.mark.exhaustive
 def test_one_process_goes_on_with_what_two_saved(workspace, stopped, uninterrupted, caplog):
     run_dir = shutil.copytree(stopped[0], workspace / "fewer")
     saved = latest_step(run_dir)
