@@ -81,7 +81,6 @@ from pallas_kernels.one_row_product.contract import Norm
 
 NumTokens = int | Int[Array, " B"] | None
 Tree = TypeVar("Tree")
-AnyCache = TypeVar("AnyCache", NSACache, DenseCache)
 
 
 def core_cache(config: CoreConfig, *, dtype: DTypeLike | None = None, **sizes: Any) -> NSACache:

@@ -251,6 +251,7 @@ class NSAttention(LayerFields, CoreFields):
     share_kv: bool = True  # one key/value projection for all three branches; in the paper each has its own
 
     config_kind: ClassVar = NSALayerConfig
+    layer_function: ClassVar = staticmethod(nsa_layer)  # what a call computes
 
     def __call__(
         self,
@@ -264,7 +265,7 @@ class NSAttention(LayerFields, CoreFields):
         options: dict[str, Any] = {"config": self._config(), "positions": positions, "segment_ids": segment_ids}
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention_inputs", nsa_layer_inputs(parameters, x, **options))
-        return nsa_layer(parameters, x, **options)
+        return self.layer_function(parameters, x, **options)
 
     def init_cache(self, **sizes: Any) -> NSACache:
         """An empty cache. For `batch_size`, `max_length` and more, see `nsa_jax.decoding.core_cache`."""

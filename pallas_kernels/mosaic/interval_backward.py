@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contract import Gradients
-from pallas_kernels.mosaic.choice import choose_tile
+from pallas_kernels.mosaic.choice import choose_gradient_tile
 from pallas_kernels.mosaic.intervals import Intervals, by_length, cut_into_runs, queries_of_keys, row_bounds, steps
 from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import ALIGNMENT, Packing, pad_keys, pad_rows
@@ -42,7 +42,7 @@ from pallas_kernels.mosaic.query_gradient import (
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E
 from pallas_kernels.mosaic.tiles import REGISTERS, PartialTile, RingTile
-from pallas_kernels.tiles import Table, key_of
+from pallas_kernels.tiles import Table
 
 LARGEST_HEADS = 256  # of keys and values together: both gradients are in registers
 _CUTS = 2048  # work items, at which every multiprocessor has enough of them to be as busy as the others
@@ -171,13 +171,8 @@ def _key_gradients(
 def choose_key_tile(
     tile: PartialTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
 ) -> PartialTile:
-    """`key_tile`, or the table's, for arrays as the contracts have them; see `choose_tile`."""
-    packing = Packing(q.shape[2] // k.shape[2])
-
-    def scratch_of(tile: PartialTile) -> tuple[Scratch, ...]:
-        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
-
-    return choose_tile("key_tile", tile, table, key_of(q, k, v), scratch_of)
+    """`key_tile`, or the table's; see `choose_gradient_tile`."""
+    return choose_gradient_tile("key_tile", tile, table, q, k, v, gated, _scratch)
 
 
 def _scratch(

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.choice import choose_tile
+from pallas_kernels.mosaic.choice import choose_gradient_tile
 from pallas_kernels.mosaic.intervals import Intervals, row_bounds
 from pallas_kernels.mosaic.launch import Barriers, Matrix, Scratch, Vectors, launch, num_programs
 from pallas_kernels.mosaic.packing import Packing
@@ -33,7 +33,7 @@ from pallas_kernels.mosaic.products import (
 from pallas_kernels.mosaic.ring import Ring, Schedule
 from pallas_kernels.mosaic.softmax import LOG2_E, NEVER
 from pallas_kernels.mosaic.tiles import REGISTERS, RingTile
-from pallas_kernels.tiles import Table, key_of
+from pallas_kernels.tiles import Table
 
 CONSUMERS = 2
 
@@ -82,13 +82,8 @@ def statistics_of(
 def choose_query_tile(
     tile: RingTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
 ) -> RingTile:
-    """`query_tile`, or the table's, for arrays as the contracts have them; see `choose_tile`."""
-    packing = Packing(q.shape[2] // k.shape[2])
-
-    def scratch_of(tile: RingTile) -> tuple[Scratch, ...]:
-        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
-
-    return choose_tile("query_tile", tile, table, key_of(q, k, v), scratch_of)
+    """`query_tile`, or the table's, for arrays as the contracts have them; see `choose_gradient_tile`."""
+    return choose_gradient_tile("query_tile", tile, table, q, k, v, gated, _scratch)
 
 
 def _scratch(

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import Gradients, Sizes, gradients_of_nothing
-from pallas_kernels.mosaic.choice import choose_tile
+from pallas_kernels.mosaic.choice import choose_gradient_tile
 from pallas_kernels.mosaic.intervals import Intervals
 from pallas_kernels.mosaic.launch import (
     WARPS,
@@ -59,7 +59,7 @@ from pallas_kernels.selected_attention import tiles
 from pallas_kernels.selected_attention.mosaic import STEP, check_sizes, visible
 from pallas_kernels.selected_attention.mosaic_items import Items, cut_into_items
 from pallas_kernels.selected_attention.mosaic_union import SPLIT, union_lists
-from pallas_kernels.tiles import Table, key_of
+from pallas_kernels.tiles import Table
 
 # Up to 256 for keys and values together, a consumer holds both gradients, (Dk + Dv) / 2 registers of each of its
 # threads, beside 64 for a step's scores and their gradients. Above, two consumers take the same item and make a
@@ -169,13 +169,8 @@ def _teams(key_dim: int, value_dim: int) -> int:
 def choose_key_tile(
     tile: PartialTile | None, table: Table, q: jax.Array, k: jax.Array, v: jax.Array, gated: bool
 ) -> PartialTile:
-    """`key_tile`, or the table's, for arrays as the contract has them; see `choose_tile`."""
-    packing = Packing(q.shape[2] // k.shape[2])
-
-    def scratch_of(tile: PartialTile) -> tuple[Scratch, ...]:
-        return _scratch(tile, packing, q.dtype, q.shape[3], v.shape[3], 2 + gated)
-
-    return choose_tile("key_tile", tile, table, key_of(q, k, v), scratch_of)
+    """`key_tile`, or the table's; see `choose_gradient_tile`."""
+    return choose_gradient_tile("key_tile", tile, table, q, k, v, gated, _scratch)
 
 
 def _scratch(

@@ -34,9 +34,9 @@ from nsa_jax.layer import (
 from nsa_jax.selection import SelectionRecall, selection_recall
 from nsa_jax.sharding import free_axes, manual_axes, sharded
 from nsa_jax.visibility import gated_sum, segment_starts
-from train.config import KVDtype, ModelConfig, TrainConfig
-from train.model.attention.kind import Split, itemsize
-from train.model.attention.nsa import NSA
+from train.config import KVDtype, ModelConfig
+from train.model.attention.kind import itemsize
+from train.model.attention.nsa import ForTraining
 from train.model.attention.scores import repeated, seen_tokens
 from train.model.auxiliary import LOSSES, leave_loss
 
@@ -62,10 +62,9 @@ class Selection(NamedTuple):
     imbalance: Float[Array, " K"]  # of what is stored and read together: the largest over the mean
 
 
-class Choosing(NSA):
+class Choosing(ForTraining):
     """A kind of attention that is NSA but for what the selected branch reads."""
 
-    decodes = False
     has_loss = False
 
     def parameters(self, config: NSALayerConfig, embed_dim: int) -> dict[str, Parameter]:
@@ -124,22 +123,6 @@ class Choosing(NSA):
         return super().decoded_bytes(config, length, union, kv_dtype) + (
             self.numbers_read_to_choose(config, length) * itemsize(config)
         )
-
-    def received_over_context(self, config: ModelConfig, split: Split) -> float:
-        """Nothing: `check` refuses a split of the tokens."""
-        return 0
-
-    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
-        """Nothing."""
-        return 0
-
-    def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
-        """Rows must be whole, and there must be something to choose."""
-        name = config.model.attention_name
-        if not config.model.nsa.num_selected:
-            raise ValueError(f"model.nsa.num_selected = 0: expected at least 1 with model.attention = {name}")
-        if mesh["context"] > 1:
-            raise ValueError(f"mesh.context = {mesh['context']}: expected 1 with model.attention = {name}")
 
 
 class ChoosingBlocks(Choosing):

@@ -189,4 +189,26 @@ def _visible_compressed(config: ModelConfig, length: int) -> Int[np.ndarray, " l
     return np.where(position >= l - 1, (position - l + 1) // d + 1, 0)
 
 
+class ForTraining(NSA):
+    """A kind of attention that is NSA but for one thing, without a cache, on devices that have whole rows."""
+
+    decodes = False
+
+    def received_over_context(self, config: ModelConfig, split: Split) -> float:
+        """Nothing: `check` refuses a split of the tokens."""
+        return 0
+
+    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
+        """Nothing."""
+        return 0
+
+    def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
+        """Rows must be whole, and there must be something to choose."""
+        name = config.model.attention_name
+        if not config.model.nsa.num_selected:
+            raise ValueError(f"model.nsa.num_selected = 0: expected at least 1 with model.attention = {name}")
+        if mesh["context"] > 1:
+            raise ValueError(f"mesh.context = {mesh['context']}: expected 1 with model.attention = {name}")
+
+
 KIND = NSA()

@@ -14,7 +14,7 @@ window to its own branch.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,7 @@ from nsa_jax.layer import NSALayerConfig, join_heads, layer_inputs, layer_on_mes
 from nsa_jax.precision import wide_dtype
 from nsa_jax.sharding import sharded
 from train.config import ModelConfig, TrainConfig
-from train.model.attention.kind import Split
-from train.model.attention.nsa import NSA
-
-
-class OneSoftmaxAttention(NSAttention):
-    """`nsa_jax.NSAttention` with one softmax over its branches; for training, without a cache."""
-
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T E"]:
-        """Attention output; leaves the `AttentionInputs` among "intermediates", as NSA does."""
-        parameters = self.declared_parameters(x)
-        options: dict[str, Any] = {"config": self._config(), "positions": positions, "segment_ids": segment_ids}
-        if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention_inputs", nsa_layer_inputs(parameters, x, **options))
-        return _layer(parameters, x, **options)
+from train.model.attention.nsa import ForTraining
 
 
 @layer_on_mesh(lambda given: split_like(given["x"]))
@@ -54,8 +35,8 @@ def _layer(
     x: Float[Array, "B T E"],
     *,
     config: NSALayerConfig,
-    positions: Int[Array, "B T"] | None,
-    segment_ids: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T E"]:
     """`nsa_jax.layer.nsa_layer` with one softmax."""
     x, weights = layer_inputs(x, parameters, config)
@@ -92,10 +73,14 @@ def one_softmax(
     return sum(parts).astype(outputs[0].dtype)  # type: ignore[union-attr]
 
 
-class OneSoftmax(NSA):
-    """NSA with one softmax over its branches."""
+class OneSoftmaxAttention(NSAttention):
+    """`nsa_jax.NSAttention` with one softmax over its branches; for training, without a cache."""
 
-    decodes = False
+    layer_function: ClassVar = staticmethod(_layer)
+
+
+class OneSoftmax(ForTraining):
+    """NSA with one softmax over its branches."""
 
     def layer(self, config: ModelConfig, **common: Any) -> Any:
         """The layer with its three branches."""
@@ -108,26 +93,14 @@ class OneSoftmax(NSA):
             implementation=config.implementation,
         )
 
-    def received_over_context(self, config: ModelConfig, split: Split) -> float:
-        """Nothing: `check` refuses a split of the tokens."""
-        return 0
-
-    def received_again_over_context(self, config: ModelConfig, split: Split) -> float:
-        """Nothing."""
-        return 0
-
     def check(self, config: TrainConfig, mesh: Mapping[str, int]) -> None:
-        """Rows must be whole, all branches there, and no loss teach the selection."""
-        nsa, name = config.model.nsa, config.model.attention_name
-        for setting, value in (("num_selected", nsa.num_selected), ("window", nsa.window)):
-            if not value:
-                raise ValueError(f"model.nsa.{setting} = 0: expected at least 1 with model.attention = {name}")
-        if config.model.selection_loss:
-            raise ValueError(
-                f"model.selection_loss = {config.model.selection_loss}: expected 0 with model.attention = {name}"
-            )
-        if mesh["context"] > 1:
-            raise ValueError(f"mesh.context = {mesh['context']}: expected 1 with model.attention = {name}")
+        """There must be all branches, and no loss that teaches the selection."""
+        super().check(config, mesh)
+        model, name = config.model, config.model.attention_name
+        if not model.nsa.window:
+            raise ValueError(f"model.nsa.window = 0: expected at least 1 with model.attention = {name}")
+        if model.selection_loss:
+            raise ValueError(f"model.selection_loss = {model.selection_loss}: expected 0 with model.attention = {name}")
 
 
 KIND = OneSoftmax()
